@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 from lorascope.kl import assistant_positions, hidden_scores, kl_per_token, predicted_segments
 

@@ -1,7 +1,7 @@
 """KL and cross-entropy per predicted token, in fp32, without keeping whole-vocabulary softmaxes.
 
-The direction is always KL(p || q): p is the reference run (the adapted model), q the changed one. A value at position t
-belongs to the prediction of token t + 1, hence to that token's segment.
+The direction is always KL(p || q): p is the reference run (the adapted model), q the changed one. A value at
+position t belongs to the prediction of token t + 1, hence to that token's segment.
 
 Shapes: B batch, T tokens, D hidden width, V vocabulary, M scored positions.
 """
@@ -80,8 +80,8 @@ def _log_probabilities(logits: Tensor) -> Tensor:
 
 
 def _kl(logp: Tensor, logq: Tensor) -> Tensor:
-    """Sum of p·log(p/q) - p + q. Both distributions sum to 1, so the last two terms are 0 in exact arithmetic; here they
-    cancel the rounding of the two normalisers to first order, which would otherwise drown KLs near 1e-6."""
+    """Sum of p·log(p/q) - p + q. Both distributions sum to 1, so the last two terms are 0 in exact arithmetic; here
+    they cancel the rounding of the two normalisers to first order, which would otherwise drown KLs near 1e-6."""
     p = logp.exp()
     extra = torch.exp(logq).sub_(p)
     return extra.addcmul_(p, torch.sub(logp, logq)).sum(dim=-1)
