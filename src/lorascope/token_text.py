@@ -1,0 +1,226 @@
+"""The text of tokens, without transformers: exact pieces of a sequence, and readable names of vocabulary
+entries.
+
+Decoding tokens one by one breaks characters whose UTF-8 bytes are spread over several tokens (most emoji,
+many CJK characters). So every token is first mapped to the bytes it stands for, and a sequence is decoded
+from its joined bytes: a piece with an unfinished character is empty there and the character belongs to the
+token that completes it.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+from tokenizers import Tokenizer
+
+from lorascope.errors import BadInput
+
+
+class HasTokenizer(Protocol):
+    """A transformers fast tokenizer: it carries the `tokenizers.Tokenizer` it is made of."""
+
+    backend_tokenizer: Any
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """What each vocabulary id stands for.
+
+    `pieces[i]` are the bytes of id i (empty for an id that the tokenizer does not know). `kind` is how they
+    are joined: "bytelevel" (GPT-2, Llama 3, Qwen), "sentencepiece" (Llama 2, Mistral, Gemma: runs of byte
+    tokens are text only when they are whole) or "other" (decoded by the tokenizer itself). `special` are the
+    ids of special tokens.
+    """
+
+    pieces: tuple[bytes, ...]
+    kind: str
+    is_byte: frozenset[int]
+    strips_first_space: bool
+    special: frozenset[int]
+    tokenizer: Tokenizer
+
+    def __len__(self) -> int:
+        return len(self.pieces)
+
+
+def open_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer saved in a folder (its `tokenizer.json`) or in that file itself. BadInput when there is
+    none."""
+    path = Path(folder)
+    path = path / "tokenizer.json" if path.is_dir() else path
+    if not path.is_file():
+        raise BadInput(f"There is no tokenizer.json at {path}: save the model's fast tokenizer there.")
+    return Tokenizer.from_file(str(path))
+
+
+def token_table(tokenizer: Tokenizer | HasTokenizer | TokenTable) -> TokenTable:
+    """The table of a tokenizer (of `tokenizers`, or a transformers fast one); made once per tokenizer."""
+    if isinstance(tokenizer, TokenTable):
+        return tokenizer
+    return _build_table(tokenizer if isinstance(tokenizer, Tokenizer) else tokenizer.backend_tokenizer)
+
+
+def token_texts(tokenizer: Tokenizer | HasTokenizer | TokenTable, ids: Sequence[int]) -> list[str]:
+    """One piece of text per id of a sequence; joined, they are exactly the tokenizer's decoding of the
+    sequence.
+
+    A character spread over several tokens is in the piece of the token that completes it (the earlier ones
+    lack it); bytes that never make a character show as U+FFFD. Special tokens are kept. Ids the tokenizer
+    does not know are "".
+    """
+    table = token_table(tokenizer)
+    numbers = [int(i) for i in ids]
+    if table.kind == "other":
+        return _texts_by_prefix(table.tokenizer, numbers)
+    pieces = [table.pieces[i] if 0 <= i < len(table.pieces) else b"" for i in numbers]
+    if table.kind == "bytelevel":
+        texts = _decode_incrementally(pieces)
+    else:
+        texts = _decode_with_fallback(pieces, [i in table.is_byte for i in numbers])
+    if table.strips_first_space and texts and texts[0].startswith(" "):
+        texts[0] = texts[0][1:]
+    return texts
+
+
+def vocabulary_texts(tokenizer: Tokenizer | HasTokenizer | TokenTable) -> list[str]:
+    """A readable string for every vocabulary id: its text, or its bytes as `<E2 80>` when they are no whole
+    text."""
+    return [_text_or_bytes(piece) for piece in token_table(tokenizer).pieces]
+
+
+def readable(text: str) -> str:
+    """A piece of text on one line and in quotes, as in descriptions: a line break shows as `\\n`, a tab as
+    `\\t`."""
+    shown = text.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")
+    return f'"{shown}"' if "'" in shown else f"'{shown}'"
+
+
+def _text_or_bytes(piece: bytes) -> str:
+    try:
+        return piece.decode("utf-8")
+    except UnicodeDecodeError:
+        return "<" + piece.hex(" ").upper() + ">"
+
+
+def _decode_incrementally(pieces: Sequence[bytes]) -> list[str]:
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    texts = [decoder.decode(piece) for piece in pieces]
+    if texts:
+        texts[-1] += decoder.decode(b"", final=True)
+    return texts
+
+
+def _decode_with_fallback(pieces: Sequence[bytes], is_byte: Sequence[bool]) -> list[str]:
+    """Runs of byte tokens are decoded together; a run that is no valid UTF-8 gives one U+FFFD per token."""
+    texts: list[str] = []
+    start = 0
+    while start < len(pieces):
+        end = start + 1
+        while end < len(pieces) and is_byte[end] == is_byte[start]:
+            end += 1
+        run = pieces[start:end]
+        if not is_byte[start]:
+            texts += [piece.decode("utf-8", "replace") for piece in run]
+        else:
+            try:
+                b"".join(run).decode("utf-8")
+                texts += _decode_incrementally(run)
+            except UnicodeDecodeError:
+                texts += ["\ufffd"] * len(run)
+        start = end
+    return texts
+
+
+def _texts_by_prefix(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+    """Pieces from decodings of growing prefixes: exact for any decoder that only appends, quadratic in
+    length."""
+    texts: list[str] = []
+    before = ""
+    for end in range(1, len(ids) + 1):
+        now = tokenizer.decode(ids[:end], skip_special_tokens=False)
+        texts.append(now[len(before) :] if now.startswith(before) else "")
+        before = now if now.startswith(before) else before
+    return texts
+
+
+@lru_cache(maxsize=4)
+def _build_table(tokenizer: Tokenizer) -> TokenTable:
+    decoder = json.loads(tokenizer.to_str()).get("decoder") or {}
+    steps = _decoder_steps(decoder)
+    kinds = {step["type"] for step in steps}
+    added = tokenizer.get_added_tokens_decoder()
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    names: list[str | None] = [None] * (max(vocabulary.values(), default=-1) + 1)
+    for name, number in vocabulary.items():
+        names[number] = name
+    if "ByteLevel" in kinds:
+        kind, space = "bytelevel", ""
+    elif kinds & {"ByteFallback", "Metaspace"}:
+        kind, space = "sentencepiece", _space_mark(steps)
+    else:
+        kind, space = "other", ""
+    alphabet = _byte_alphabet()
+    pieces: list[bytes] = []
+    is_byte: set[int] = set()
+    for number, name in enumerate(names):
+        if name is None:
+            pieces.append(b"")
+        elif kind == "bytelevel" and all(c in alphabet for c in name):
+            pieces.append(bytes(alphabet[c] for c in name))
+        elif kind == "sentencepiece" and _is_byte_name(name) and "ByteFallback" in kinds:
+            pieces.append(bytes([int(name[3:5], 16)]))
+            is_byte.add(number)
+        elif kind == "sentencepiece" and number not in added:
+            pieces.append(name.replace(space, " ").encode("utf-8", "replace"))
+        elif kind == "other" and number not in added:
+            pieces.append(tokenizer.decode([number], skip_special_tokens=False).encode("utf-8", "replace"))
+        else:
+            pieces.append(name.encode("utf-8", "replace"))
+    special = frozenset(number for number, token in added.items() if token.special)
+    return TokenTable(tuple(pieces), kind, frozenset(is_byte), _strips_first_space(steps), special, tokenizer)
+
+
+def _decoder_steps(decoder: dict[str, Any]) -> list[dict[str, Any]]:
+    if decoder.get("type") == "Sequence":
+        return [step for part in decoder["decoders"] for step in _decoder_steps(part)]
+    return [decoder] if decoder else []
+
+
+def _space_mark(steps: list[dict[str, Any]]) -> str:
+    """The character that stands for a space in a sentencepiece vocabulary (U+2581 unless the decoder says
+    other)."""
+    for step in steps:
+        if step["type"] == "Metaspace":
+            return str(step.get("replacement", "\u2581"))
+        if step["type"] == "Replace" and step.get("content") == " ":
+            return str(step["pattern"].get("String", "\u2581"))
+    return "\u2581"
+
+
+def _strips_first_space(steps: list[dict[str, Any]]) -> bool:
+    for step in steps:
+        if step["type"] == "Strip" and step.get("content") == " " and step.get("start", 0) > 0:
+            return True
+        if step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never":
+            return True
+    return False
+
+
+def _is_byte_name(name: str) -> bool:
+    return len(name) == 6 and name.startswith("<0x") and name.endswith(">")
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Character of a byte-level vocabulary -> byte: printable Latin-1 stands for itself, the rest is moved
+    past U+0100."""
+    itself = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    table = {chr(byte): byte for byte in itself}
+    moved = [byte for byte in range(256) if chr(byte) not in table]
+    table.update({chr(0x100 + k): byte for k, byte in enumerate(moved)})
+    return table
