@@ -1,0 +1,418 @@
+"""Adapters as directions: addresses, PEFT folders in and out, effects and norms.
+
+Shapes: N = directions (columns), R = rank of one module, I = input width, O = output width.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lorascope.errors import BadInput
+
+SHORT_NAMES = {
+    "q_proj": "q",
+    "k_proj": "k",
+    "v_proj": "v",
+    "o_proj": "o",
+    "gate_proj": "gate",
+    "up_proj": "up",
+    "down_proj": "down",
+}
+TYPE_ORDER = {name: i for i, name in enumerate(SHORT_NAMES.values())}
+GROUPS = {"attn": ("q", "k", "v", "o"), "mlp": ("gate", "up", "down")}
+PREFIX = "base_model.model."
+LAYER_PATTERN = re.compile(r"(?:^|\.)(\d+)\.(.+)$")
+
+
+@dataclass(frozen=True)
+class AdaptedModule:
+    """The directions of one adapted matrix: it becomes `W + scale · b_OR · a_RI`."""
+
+    path: str
+    """Module path in the transformers model, e.g. `model.layers.12.mlp.gate_proj`."""
+    layer: int | None
+    type: str
+    a_RI: Tensor
+    b_OR: Tensor
+    scale: float
+    columns: slice
+    """Where this module's directions stand among all N columns."""
+
+    @property
+    def rank(self) -> int:
+        """Number of directions."""
+        return self.a_RI.shape[0]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter as directions in DESIGN's column order: layer, type, rank index. Weights are fp32."""
+
+    modules: tuple[AdaptedModule, ...]
+    config: dict[str, Any]
+    """The PEFT configuration it came from, or that it is saved with."""
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Adapter":
+        """Read a PEFT LoRA folder (`adapter_config.json`, `adapter_model.safetensors`).
+
+        Raises:
+            BadInput: files are missing or damaged, or the adapter is of a kind that directions cannot express.
+        """
+        folder = Path(folder)
+        config = read_config(folder)
+        file = folder / "adapter_model.safetensors"
+        if not file.is_file():
+            hint = (
+                " (adapter_model.bin is a pickle and is not opened)" if (folder / "adapter_model.bin").exists() else ""
+            )
+            raise BadInput(f"{folder} has no adapter_model.safetensors{hint}; save the adapter as safetensors.")
+        try:
+            tensors = load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise BadInput(f"{file} is damaged ({error}); fetch or train the adapter again.") from error
+        pairs = pair_tensors(tensors, folder)
+        return build_adapter(
+            {path: (a, b, module_scale(config, path, a.shape[0])) for path, (a, b) in pairs.items()}, config
+        )
+
+    def save(self, folder: str | Path) -> None:
+        """Write a PEFT folder that PEFT, vLLM and lm-eval load. Scales are carried by alpha and alpha_pattern."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors: dict[str, Tensor] = {}
+        for module in self.modules:
+            tensors[f"{PREFIX}{module.path}.lora_A.weight"] = module.a_RI.detach().float().contiguous().cpu()
+            tensors[f"{PREFIX}{module.path}.lora_B.weight"] = module.b_OR.detach().float().contiguous().cpu()
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        text = json.dumps(self.config, indent=2, sort_keys=True) + "\n"
+        (folder / "adapter_config.json").write_text(text, encoding="utf-8")
+
+    @cached_property
+    def addresses(self) -> list[str]:
+        """The N addresses in column order, e.g. `L12.gate`, or `L12.gate#1` at rank above 1."""
+        return [
+            name + (f"#{r}" if module.rank > 1 else "")
+            for module, name in zip(self.modules, self.module_addresses, strict=True)
+            for r in range(module.rank)
+        ]
+
+    @cached_property
+    def module_addresses(self) -> list[str]:
+        """One address per module, without rank index."""
+        return [address_of(module.layer, module.type) for module in self.modules]
+
+    @property
+    def basis_dependent(self) -> bool:
+        """Whether some matrix has several directions, whose single rows depend on the basis (see `to_svd_basis`)."""
+        return any(module.rank > 1 for module in self.modules)
+
+    @cached_property
+    def read_norms(self) -> NDArray[np.float32]:
+        """‖a‖ of each direction, float32 [N]."""
+        return np.concatenate([m.a_RI.norm(dim=1).numpy() for m in self.modules]).astype(np.float32)
+
+    @cached_property
+    def write_norms(self) -> NDArray[np.float32]:
+        """‖b‖ of each direction, float32 [N]."""
+        return np.concatenate([m.b_OR.norm(dim=0).numpy() for m in self.modules]).astype(np.float32)
+
+    @cached_property
+    def effect_per_scalar(self) -> NDArray[np.float32]:
+        """s·‖b‖ of each direction, float32 [N]: effect = this × scalar."""
+        scales = np.concatenate([np.full(m.rank, m.scale) for m in self.modules])
+        return (scales * self.write_norms).astype(np.float32)
+
+    def to_svd_basis(self) -> "Adapter":
+        """The same weight change in its singular basis: each read vector of length 1, directions by singular value.
+
+        `s·b·a = U·S·Vᵀ` becomes a = Vᵀ, b = U·S / s. Signs are fixed by the largest entry of each read vector.
+        """
+        return replace(self, modules=tuple(svd_module(m) for m in self.modules))
+
+
+def svd_module(module: AdaptedModule) -> AdaptedModule:
+    """One module in its singular basis; the product b·a is unchanged."""
+    qb_OR, rb = torch.linalg.qr(module.b_OR.double())
+    qa_IR, ra = torch.linalg.qr(module.a_RI.double().T)
+    u, s_R, vt = torch.linalg.svd(rb @ ra.T)
+    a_RI, b_OR = vt @ qa_IR.T, (qb_OR @ u) * s_R
+    peaks = a_RI.abs().argmax(dim=1, keepdim=True)
+    sign_R = torch.where(a_RI.gather(1, peaks) < 0, -1.0, 1.0)
+    return replace(module, a_RI=(a_RI * sign_R).float(), b_OR=(b_OR * sign_R.T).float())
+
+
+def build_adapter(weights: dict[str, tuple[Tensor, Tensor, float]], config: dict[str, Any]) -> Adapter:
+    """An adapter from `{module path: (a [R, I], b [O, R], scale)}`, put into column order."""
+    located = locate_modules(weights)
+    modules, start = [], 0
+    for path in sorted(weights, key=lambda p: sort_key(*located[p])):
+        a_RI, b_OR, scale = weights[path]
+        layer, type_ = located[path]
+        columns = slice(start, start + a_RI.shape[0])
+        modules.append(AdaptedModule(path, layer, type_, a_RI.detach().float(), b_OR.detach().float(), scale, columns))
+        start = columns.stop
+    return Adapter(tuple(modules), config)
+
+
+def locate_modules(paths: Iterable[str]) -> dict[str, tuple[int | None, str]]:
+    """`(layer, type)` of each module path. Types that would clash inside a layer keep more of their path."""
+    located: dict[str, tuple[int | None, str]] = {}
+    for path in paths:
+        match = LAYER_PATTERN.search(path)
+        layer, rest = (int(match[1]), match[2]) if match else (None, path)
+        last = rest.rsplit(".", 1)[-1]
+        located[path] = (layer, SHORT_NAMES.get(last, last))
+    counts: dict[tuple[int | None, str], int] = {}
+    for place in located.values():
+        counts[place] = counts.get(place, 0) + 1
+    for path, place in located.items():
+        if counts[place] > 1:
+            match = LAYER_PATTERN.search(path)
+            located[path] = (place[0], match[2] if match else path)
+    return located
+
+
+def sort_key(layer: int | None, type_: str) -> tuple[float, int, str]:
+    """DESIGN's column order: layer (modules outside layers last), then q k v o gate up down, then others by name."""
+    return (math.inf if layer is None else layer, TYPE_ORDER.get(type_, len(TYPE_ORDER)), type_)
+
+
+def address_of(layer: int | None, type_: str) -> str:
+    """`L12.gate`, or the bare name for a module outside the layers."""
+    return type_ if layer is None else f"L{layer}.{type_}"
+
+
+def direction_layer(address: str) -> int | None:
+    """The layer of an address, None outside the layers."""
+    match = re.match(r"L(\d+)\.", address)
+    return int(match[1]) if match else None
+
+
+def direction_type(address: str) -> str:
+    """The type of an address: `gate` for `L12.gate#1`."""
+    return re.sub(r"^L\d+\.", "", address).split("#")[0]
+
+
+def expand_pattern(pattern: str) -> list[str]:
+    """One fnmatch pattern, with `attn` and `mlp` written out: `L4*.mlp` becomes `L4*.gate`, `L4*.up`, `L4*.down`."""
+    head, _, last = pattern.rpartition(".")
+    return [f"{head or 'L*'}.{name}" for name in GROUPS[last]] if last in GROUPS else [pattern]
+
+
+def matches(address: str, pattern: str) -> bool:
+    """Whether an address matches one pattern: the address itself, without its `#rank`, or its bare type."""
+    names = (address, address.split("#")[0], direction_type(address))
+    return any(fnmatchcase(name, pattern) for name in names)
+
+
+def select(addresses: Sequence[str], patterns: str | Sequence[str]) -> NDArray[np.bool_]:
+    """Which addresses match any of the patterns, bool [N]. Commas split a string of patterns.
+
+    `L3.q` also selects `L3.q#0`, `L3.q#1`, …; `gate` selects that type in every layer; `attn` and `mlp` are groups.
+
+    Raises:
+        BadInput: a pattern matches nothing.
+    """
+    given = patterns.split(",") if isinstance(patterns, str) else list(patterns)
+    chosen = np.zeros(len(addresses), dtype=bool)
+    for pattern in (text.strip() for text in given):
+        parts = expand_pattern(pattern)
+        hits = np.array([any(matches(a, part) for part in parts) for a in addresses], dtype=bool)
+        if not hits.any():
+            shown = ", ".join(list(addresses)[:3])
+            raise BadInput(f"The pattern {pattern!r} matches no direction; addresses look like {shown}.")
+        chosen |= hits
+    return chosen
+
+
+def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The linear maps inside the decoder's numbered layers, by path: what an adapter can be trained on.
+
+    Found by type (`nn.Linear` or anything with a 2-D weight and in/out features), not by a table of models.
+    """
+    found = {}
+    for path, module in model.named_modules():
+        linear = isinstance(module, nn.Linear) or (hasattr(module, "in_features") and hasattr(module, "out_features"))
+        if linear and LAYER_PATTERN.search(path):
+            found[path] = module
+    return found
+
+
+def initial_adapter(
+    model: nn.Module,
+    *,
+    patterns: str | Sequence[str] = "attn,mlp",
+    layers: str = "*",
+    rank: int = 1,
+    alpha: float = 16.0,
+    rslora: bool = True,
+    seed: int = 0,
+    base_name: str = "",
+) -> Adapter:
+    """An untrained adapter on a model: read vectors uniform in ±1/√I as in PEFT, write vectors zero.
+
+    Args:
+        patterns: which module types or addresses to adapt.
+        layers: `*`, a layer `12`, a range `0-9`, a stride `0-29:3`, or a comma list of these.
+
+    Raises:
+        BadInput: nothing matches.
+    """
+    modules = linear_modules(model)
+    located = locate_modules(modules)
+    addresses = {path: address_of(*place) for path, place in located.items()}
+    chosen = select(list(addresses.values()), patterns)
+    numbers = parse_layers(layers, 1 + max((layer for layer, _ in located.values() if layer is not None), default=0))
+    generator = torch.Generator().manual_seed(seed)
+    weights: dict[str, tuple[Tensor, Tensor, float]] = {}
+    for (path, _), hit in zip(addresses.items(), chosen, strict=True):
+        if not hit or located[path][0] not in numbers:
+            continue
+        width, height = int(modules[path].in_features), int(modules[path].out_features)  # type: ignore[arg-type]
+        a_RI = (torch.rand(rank, width, generator=generator) * 2 - 1) / math.sqrt(width)
+        weights[path] = (a_RI, torch.zeros(height, rank), alpha / (math.sqrt(rank) if rslora else rank))
+    if not weights:
+        raise BadInput(f"No module matches {patterns!r} in layers {layers!r}.")
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "r": rank,
+        "lora_alpha": alpha,
+        "use_rslora": rslora,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    return build_adapter(weights, config | target_config(weights, located))
+
+
+def target_config(weights: Iterable[str], located: dict[str, tuple[int | None, str]]) -> dict[str, Any]:
+    """PEFT's `target_modules`: bare names (and layers) where they say it all, else full paths."""
+    chosen = set(weights)
+    names = sorted({path.rsplit(".", 1)[-1] for path in chosen})
+    layers = sorted({layer for path in chosen if (layer := located[path][0]) is not None})
+    by_name = {path for path in located if path.rsplit(".", 1)[-1] in names and located[path][0] in layers}
+    if by_name != chosen:
+        return {"target_modules": sorted(chosen)}
+    every = {place[0] for place in located.values()}
+    return {"target_modules": names} | ({} if set(layers) == every else {"layers_to_transform": layers})
+
+
+def parse_layers(text: str, count: int) -> set[int]:
+    """Layer numbers from `*`, `12`, `0-9`, `0-29:3` or a comma list of these.
+
+    Raises:
+        BadInput: it is none of these, or names a layer that the model does not have.
+    """
+    numbers: set[int] = set()
+    for part in (p.strip() for p in text.split(",")):
+        match = re.fullmatch(r"(\d+)(?:-(\d+)(?::(\d+))?)?", part)
+        if part == "*":
+            numbers |= set(range(count))
+        elif match:
+            first, last = int(match[1]), int(match[2] or match[1])
+            numbers |= set(range(first, last + 1, max(1, int(match[3] or 1))))
+        else:
+            raise BadInput(f"{part!r} is not a layer choice; use *, 12, 0-9, 0-29:3 or a comma list of these.")
+    if outside := sorted(n for n in numbers if n >= count):
+        raise BadInput(f"The model has layers 0-{count - 1}; there is no layer {outside[0]}.")
+    return numbers
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The checked `adapter_config.json` of a PEFT LoRA."""
+    file = folder / "adapter_config.json"
+    if not file.is_file():
+        raise BadInput(f"{folder} is not a PEFT adapter: adapter_config.json is missing.")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BadInput(f"{file} is not valid JSON ({error}).") from error
+    refuse_unknown(config, folder)
+    return config  # type: ignore[no-any-return]
+
+
+def refuse_unknown(config: dict[str, Any], folder: Path) -> None:
+    """Refuse by name what a read and a write vector per direction cannot express."""
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise BadInput(f"{folder} is a {kind} adapter; lorascope reads LORA adapters only.")
+    if config.get("bias", "none") not in ("none", None):
+        raise BadInput(f"{folder} trains biases (bias={config['bias']!r}), which are not directions; use bias='none'.")
+    refused = {
+        "use_dora": "DoRA rescales the whole weight",
+        "modules_to_save": "whole modules were trained beside the LoRA",
+        "lora_bias": "the LoRA has biases",
+        "target_parameters": "it adapts bare parameters (fused experts)",
+        "trainable_token_indices": "token embeddings were trained beside the LoRA",
+        "alora_invocation_tokens": "an activated LoRA is off for part of the text",
+        "layer_replication": "it replicates layers of the base",
+        "corda_config": "CorDA changes the base weights",
+        "use_qalora": "QA-LoRA pools the input",
+        "use_bdlora": "block-diagonal LoRA has no plain read vectors",
+        "arrow_config": "Arrow routes between adapters",
+    }
+    for key, why in refused.items():
+        if config.get(key):
+            raise BadInput(f"{folder} cannot be read as directions: {key} is set ({why}).")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(("pissa", "olora", "corda", "loftq")):
+        raise BadInput(
+            f"{folder} was initialised by {start}, which changes the base weights; convert it to a plain LoRA with PEFT."
+        )
+
+
+def pair_tensors(tensors: dict[str, Tensor], folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """`{module path: (a [R, I], b [O, R])}` from PEFT's keys; any other key is refused by name."""
+    halves: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight", key)
+        if not match:
+            raise BadInput(f"{folder} holds a tensor that is not a LoRA matrix: {key}.")
+        if tensor.ndim != 2:
+            raise BadInput(f"{folder}: {key} has {tensor.ndim} dimensions; only LoRA of linear layers is read.")
+        halves.setdefault(match[1], {})[match[2]] = tensor
+    pairs = {}
+    for path, half in halves.items():
+        if set(half) != {"A", "B"}:
+            raise BadInput(f"{folder}: {path} has lora_{next(iter(half))} only; the file is incomplete.")
+        a_RI, b_OR = half["A"], half["B"]
+        if a_RI.shape[0] != b_OR.shape[1]:
+            raise BadInput(f"{folder}: the ranks of lora_A and lora_B of {path} differ.")
+        pairs[path] = (a_RI, b_OR)
+    if not pairs:
+        raise BadInput(f"{folder} holds no LoRA matrices.")
+    return pairs
+
+
+def module_scale(config: dict[str, Any], path: str, rank: int) -> float:
+    """`alpha/r`, or `alpha/√r` for rsLoRA, with PEFT's patterns (a key matches the end of the module's path)."""
+    r = pattern_value(config.get("rank_pattern"), path, config.get("r", rank))
+    if r != rank:
+        raise BadInput(f"adapter_config.json says rank {r} for {path}, but its matrices have rank {rank}.")
+    alpha = pattern_value(config.get("alpha_pattern"), path, config.get("lora_alpha", 8))
+    return float(alpha) / (math.sqrt(r) if config.get("use_rslora") else r)
+
+
+def pattern_value(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:
+    """PEFT's rule for rank_pattern and alpha_pattern: the first key that equals, or as a regex ends, the path."""
+    for key, value in (patterns or {}).items():
+        if key == path or re.match(rf"(.*\.)?({key})$", path):
+            return value
+    return default

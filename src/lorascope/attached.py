@@ -1,0 +1,263 @@
+"""An adapter on a live model: every scalar can be read and edited; leaving restores the base bit for bit.
+
+Shapes: B = sequences, T = tokens, N = directions, R = directions of one module, D = model width, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorascope.adapter import AdaptedModule, Adapter, select
+from lorascope.edits import Edit
+from lorascope.errors import BadInput
+from lorascope.rank1 import adapted_forward
+from lorascope.traces import pad_ids
+
+MISSING = object()
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a forward pass gives: `logits` [B, T, V] in the model's dtype, `scalars` [B, T, N] fp32."""
+
+    logits: Tensor
+    scalars: Tensor
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """A forward pass without the LM head: `hidden` [B, T, D] in the model's dtype, `scalars` [B, T, N] fp32."""
+
+    hidden: Tensor
+    scalars: Tensor
+
+
+@dataclass
+class Reading:
+    """Scalars seen since `tap()` was entered, per module; successive forwards are joined along tokens."""
+
+    parts: list[list[Tensor]]
+
+    def scalars(self) -> Tensor:
+        """All scalars [B, T, N] fp32, on the first module's device."""
+        if any(not part for part in self.parts):
+            raise BadInput("Some adapted modules were not run in this forward pass, so their scalars are unknown.")
+        device = self.parts[0][0].device
+        return torch.cat([torch.cat(part, dim=1).to(device) for part in self.parts], dim=-1)
+
+
+@dataclass(frozen=True)
+class ActiveEdit:
+    """An edit resolved for this adapter: for each module, which of its directions and their columns."""
+
+    edit: Edit
+    local: list[Tensor | None]
+    columns: list[Tensor]
+
+
+@dataclass
+class Attached:
+    """A model with an adapter on it. Made by `attach`; use it inside that context only."""
+
+    model: Any
+    adapter: Adapter
+    readings: list[Reading] = field(default_factory=list)
+    edits: list[ActiveEdit] = field(default_factory=list)
+    in_prompt: bool = False
+    """True during the prefill of a generation: edits on generated tokens are then at rest."""
+    _head_checked: bool = False
+
+    @property
+    def addresses(self) -> list[str]:
+        """The N addresses, in the order of the scalars' last dimension."""
+        return self.adapter.addresses
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+        return self.model.get_input_embeddings().weight.device  # type: ignore[no-any-return]
+
+    def run(self, tokens: Tensor | Sequence[Sequence[int]]) -> Run:
+        """A full forward pass over right-padded sequences (values at padding mean nothing).
+
+        Args:
+            tokens: ids [B, T], or a list of sequences of ids of any lengths.
+        """
+        ids_BT = self._ids(tokens)
+        with self.tap() as reading:
+            logits = self.model(input_ids=ids_BT, use_cache=False).logits
+        return Run(logits, reading.scalars())
+
+    def trunk(self, tokens: Tensor | Sequence[Sequence[int]]) -> Trunk:
+        """A forward pass up to the final norm, without the LM head; arguments as for `run`."""
+        ids_BT = self._ids(tokens)
+        with self.tap() as reading:
+            hidden = self.model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
+        return Trunk(hidden, reading.scalars())
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of hidden states [..., D] that `trunk` gave.
+
+        Raises:
+            BadInput: the model computes its logits in a way that this does not reproduce.
+        """
+        if not self._head_checked:
+            self._check_head()
+        return apply_head(self.model, hidden)
+
+    @contextmanager
+    def tap(self) -> Iterator[Reading]:
+        """Read the scalars of every forward inside: `with attached.tap() as reading: ...; reading.scalars()`."""
+        reading = Reading([[] for _ in self.adapter.modules])
+        self.readings.append(reading)
+        try:
+            yield reading
+        finally:
+            self.readings.remove(reading)
+
+    @contextmanager
+    def edit(self, *edits: Edit) -> Iterator[None]:
+        """Apply edits, in order, to every forward inside. Nested edits apply after outer ones.
+
+        Raises:
+            BadInput: a pattern matches no direction.
+        """
+        before = len(self.edits)
+        self.edits += [self._resolve(edit) for edit in edits]
+        try:
+            yield
+        finally:
+            del self.edits[before:]
+
+    @contextmanager
+    def generating(self) -> Iterator[None]:
+        """While text is generated: the first forward is the prompt's, the later ones are generated tokens'."""
+
+        def next_forward(*_: object) -> None:
+            state["forwards"] += 1
+            self.in_prompt = state["forwards"] == 1
+
+        state = {"forwards": 0}
+        handle = self.model.register_forward_pre_hook(next_forward)
+        try:
+            yield
+        finally:
+            handle.remove()
+            self.in_prompt = False
+
+    def _resolve(self, edit: Edit) -> ActiveEdit:
+        if edit.where not in ("all", "generated"):
+            raise BadInput(f"An edit's `where` is 'all' or 'generated', not {edit.where!r}.")
+        chosen = torch.from_numpy(select(self.addresses, edit.patterns))
+        local: list[Tensor | None] = []
+        columns: list[Tensor] = []
+        for module in self.adapter.modules:
+            hits = chosen[module.columns].nonzero()[:, 0]
+            local.append(hits if len(hits) else None)
+            columns.append(hits + module.columns.start)
+        return ActiveEdit(edit, local, columns)
+
+    def _pass_scalars(self, index: int, z_BTR: Tensor) -> Tensor:
+        """What happens to one module's scalars on their way: edits, then readings see the result."""
+        for active in self.edits:
+            local = active.local[index]
+            if local is not None and not (active.edit.where == "generated" and self.in_prompt):
+                z_BTR = apply_edit(active.edit, z_BTR, local.to(z_BTR.device), active.columns[index].to(z_BTR.device))
+        for reading in self.readings:
+            reading.parts[index].append(z_BTR)
+        return z_BTR
+
+    def _ids(self, tokens: Tensor | Sequence[Sequence[int]]) -> Tensor:
+        ids_BT = tokens if isinstance(tokens, Tensor) else pad_ids(list(tokens), 0)[0]
+        if ids_BT.ndim != 2:
+            raise BadInput(f"Tokens must be [batch, token], not of shape {list(ids_BT.shape)}.")
+        return ids_BT.to(self.device)
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        ids = torch.tensor([[1, 2, 3]], device=self.device) % self.model.config.get_text_config().vocab_size
+        hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        logits, ours = self.model(input_ids=ids, use_cache=False).logits, apply_head(self.model, hidden)
+        if not torch.allclose(logits.float(), ours.float(), rtol=1e-3, atol=1e-3 * float(logits.abs().max())):
+            raise BadInput("This model does not compute its logits as head(hidden); this stage cannot use it.")
+        self._head_checked = True
+
+
+def apply_head(model: Any, hidden: Tensor) -> Tensor:
+    """The LM head, with the scaling and soft cap that some configs name (Granite, Cohere, Gemma)."""
+    config = model.config.get_text_config()
+    logits: Tensor = model.get_output_embeddings()(hidden)
+    logits = logits * getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return torch.tanh(logits / cap) * cap if cap else logits
+
+
+def apply_edit(edit: Edit, z_BTR: Tensor, local: Tensor, columns: Tensor) -> Tensor:
+    """z with one edit applied to its `local` directions, out of place so that gradients pass."""
+    old = z_BTR[..., local]
+    new = edit.change(old, columns)
+    if edit.mask_BT is not None:
+        new = torch.where(edit.mask_BT.to(z_BTR.device)[..., None], new, old)
+    if len(local) == z_BTR.shape[-1]:
+        return new
+    return z_BTR.index_copy(-1, local, new)
+
+
+@contextmanager
+def attach(model: Any, adapter: Adapter) -> Iterator[Attached]:
+    """Put an adapter on a transformers decoder; on leaving, also by an exception, the model is as it was.
+
+    The forward of each adapted module is replaced on the instance, so the module tree, the weights and the state
+    dict stay the base's own.
+
+    Raises:
+        BadInput: a module of the adapter is not in the model, or its shape differs.
+    """
+    attached = Attached(model, adapter)
+    found = [find_module(model, module) for module in adapter.modules]
+    before = [linear.__dict__.get("forward", MISSING) for linear in found]
+    try:
+        for index, (linear, module) in enumerate(zip(found, adapter.modules, strict=True)):
+            device = next(linear.parameters()).device
+            linear.forward = partial(
+                adapted_forward,
+                base=linear.forward,
+                a_RI=module.a_RI.to(device),
+                b_OR=module.b_OR.to(device),
+                scale=module.scale,
+                tap=partial(attached._pass_scalars, index),
+            )
+        yield attached
+    finally:
+        for linear, forward in zip(found, before, strict=True):
+            if forward is MISSING:
+                linear.__dict__.pop("forward", None)
+            else:
+                linear.__dict__["forward"] = forward
+
+
+def find_module(model: nn.Module, module: AdaptedModule) -> Any:
+    """The model's module that a direction's weights belong to, its shape checked."""
+    try:
+        linear: Any = model.get_submodule(module.path)
+    except AttributeError as error:
+        raise BadInput(
+            f"The adapter's module {module.path} is not in this model; is it the adapter of another model?"
+        ) from error
+    width = getattr(linear, "in_features", getattr(linear, "nx", None))
+    height = getattr(linear, "out_features", getattr(linear, "nf", None))
+    if width is None or height is None:
+        raise BadInput(f"{module.path} is a {type(linear).__name__}, not a linear map; lorascope cannot adapt it.")
+    if (width, height) != (module.a_RI.shape[1], module.b_OR.shape[0]):
+        raise BadInput(
+            f"The adapter's {module.path} maps {module.a_RI.shape[1]} to {module.b_OR.shape[0]}, the model's maps "
+            f"{width} to {height}; is it the adapter of another model?"
+        )
+    return linear

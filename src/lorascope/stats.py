@@ -1,0 +1,106 @@
+"""Intervals by bootstrap. Every random draw takes an explicit generator.
+
+Names: n = samples, D = draws.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float64]
+DRAWS = 10_000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value with its percentile-bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def as_dict(self, value_name: str = "value") -> dict[str, float]:
+        """`{"value", "low", "high"}`, or with another name for the value (`accuracy`, `mean`)."""
+        return {value_name: self.value, "low": self.low, "high": self.high}
+
+
+def bootstrap_statistic(
+    n: int,
+    statistic: Callable[[NDArray[np.int64]], float],
+    *,
+    rng: np.random.Generator,
+    draws: int = 2_000,
+    level: float = 0.95,
+) -> Interval:
+    """Interval of any statistic of the row numbers 0..n-1, by resampling rows with replacement.
+
+    `statistic` takes an index array [n] and returns a number; draws that give NaN are left out.
+    """
+    value = float(statistic(np.arange(n)))
+    samples = np.array([statistic(rng.integers(0, n, n)) for _ in range(draws)], dtype=np.float64)
+    return Interval(value, *percentile_bounds(samples, level))
+
+
+def percentile_bounds(samples_D: FloatArray, level: float = 0.95) -> tuple[float, float]:
+    """The central `level` of the draws, ignoring NaN; NaN bounds when nothing is left."""
+    samples_D = samples_D[np.isfinite(samples_D)]
+    if len(samples_D) == 0:
+        return float("nan"), float("nan")
+    tail = (1 - level) / 2
+    low, high = np.quantile(samples_D, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def bootstrap_mean(
+    values_n: Sequence[float] | FloatArray,
+    *,
+    rng: np.random.Generator,
+    clusters: Sequence[object] | None = None,
+    draws: int = DRAWS,
+    level: float = 0.95,
+) -> Interval:
+    """Mean of values with its interval; `clusters` (one label per value) are resampled whole.
+
+    The two polarities of one direction, or the seeds of one problem, are one cluster.
+    """
+    values = np.asarray(values_n, dtype=np.float64)
+    if len(values) == 0:
+        return Interval(float("nan"), float("nan"), float("nan"))
+    labels = list(clusters) if clusters is not None else list(range(len(values)))
+    numbers = {label: i for i, label in enumerate(dict.fromkeys(labels))}
+    cluster_n = np.array([numbers[label] for label in labels])
+    sums = np.bincount(cluster_n, weights=values, minlength=len(numbers)).astype(np.float64)
+    counts = np.bincount(cluster_n, minlength=len(numbers)).astype(np.float64)
+    return bootstrap_ratio(sums, counts, rng=rng, draws=draws, level=level)
+
+
+def bootstrap_ratio(
+    numerator_n: Sequence[float] | FloatArray,
+    denominator_n: Sequence[float] | FloatArray,
+    *,
+    rng: np.random.Generator,
+    draws: int = DRAWS,
+    level: float = 0.95,
+) -> Interval:
+    """sum(numerator) / sum(denominator) with its interval over rows (traces, clusters): a pooled mean."""
+    numerator = np.asarray(numerator_n, dtype=np.float64)
+    denominator = np.asarray(denominator_n, dtype=np.float64)
+    total = denominator.sum()
+    if len(numerator) == 0 or total == 0:
+        return Interval(float("nan"), float("nan"), float("nan"))
+    low, high = percentile_bounds(ratio_draws(numerator, denominator, rng, draws), level)
+    return Interval(float(numerator.sum() / total), low, high)
+
+
+def ratio_draws(numerator_n: FloatArray, denominator_n: FloatArray, rng: np.random.Generator, draws: int) -> FloatArray:
+    """Bootstrap draws [D] of sum(numerator) / sum(denominator), in slices so that memory stays flat."""
+    n = len(numerator_n)
+    out = np.empty(draws)
+    rows = max(1, 4_000_000 // n)
+    for start in range(0, draws, rows):
+        pick = rng.integers(0, n, (min(rows, draws - start), n))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            out[start : start + rows] = numerator_n[pick].sum(1) / denominator_n[pick].sum(1)
+    return out
