@@ -80,8 +80,11 @@ def _log_probabilities(logits: Tensor) -> Tensor:
 
 
 def _kl(logp: Tensor, logq: Tensor) -> Tensor:
-    """Sum of p·log(p/q) - p + q. Both distributions sum to 1, so the last two terms are 0 in exact arithmetic; here
-    they cancel the rounding of the two normalisers to first order, which would otherwise drown KLs near 1e-6."""
+    """Sum of p·log(p/q) - p + q.
+
+    Both distributions sum to 1, so the last two terms are 0 in exact arithmetic; here they cancel the rounding
+    of the two normalisers to first order, which would otherwise drown KLs near 1e-6.
+    """
     p = logp.exp()
     extra = torch.exp(logq).sub_(p)
     return extra.addcmul_(p, torch.sub(logp, logq)).sum(dim=-1)
