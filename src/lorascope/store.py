@@ -1,0 +1,252 @@
+"""The scalar store: every direction's scalar on every token of a corpus at 2 bytes, memory-mapped.
+
+A store is the folder `scalars/CORPUS/SOURCE/` of a study:
+
+    plan.json           directions, traces, which traces share a shard and a batch; fixed before recording
+    calibration.json    one power-of-two scale per direction, from the first batch
+    shard-*.safetensors z [T, N] float16 (scalar / scale), with tokens, segments, sinks, clipping counts
+    tokens.safetensors  token ids, segments and sinks of the whole corpus
+    index.json          written last: checksums of all files, counts; without it the recording is unfinished
+
+Traces keep the order of the corpus, so a trace's store index is its index in `traces/CORPUS.jsonl` unless
+traces were dropped. Shape legend: T tokens, N directions.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lorascope.errors import MissingStage, RunFailed
+
+Array = npt.NDArray[Any]
+Floats = npt.NDArray[np.float32]
+
+FORMAT = 1
+PLAN, CALIBRATION, TOKENS, INDEX = "plan.json", "calibration.json", "tokens.safetensors", "index.json"
+DTYPES: dict[str, np.dtype[Any]] = {
+    "F16": np.dtype("<f2"),
+    "I32": np.dtype("<i4"),
+    "I64": np.dtype("<i8"),
+    "U8": np.dtype("u1"),
+}
+CHUNK_SCALARS = 1 << 20  # a chunk of 4 MB in float32 stays in the cache while it is used
+
+
+def shard_name(number: int) -> str:
+    """File name of a shard."""
+    return f"shard-{number:05d}.safetensors"
+
+
+def store_folder(study_path: Path, corpus: str, source: str) -> Path:
+    """Where a study keeps the scalars of a corpus from one source (adapter, base, ...)."""
+    return study_path / "scalars" / corpus / source
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The JSON header of a safetensors file and the offset of its data.
+
+    Raises:
+        RunFailed: the file is missing or not a whole safetensors file.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length)) if length < size else None
+        if isinstance(header, dict):
+            ends = [spec["data_offsets"][1] for name, spec in header.items() if name != "__metadata__"]
+            if 8 + length + max(ends, default=0) == size:
+                return header, 8 + length
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise RunFailed(f"{path} is missing or damaged; record this corpus again.") from error
+    raise RunFailed(f"{path} is damaged; record this corpus again.")
+
+
+def map_tensors(path: Path) -> dict[str, Array]:
+    """Every tensor of a safetensors file as a read-only memory map."""
+    header, start = read_header(path)
+    tensors: dict[str, Array] = {}
+    for name, spec in header.items():
+        if name != "__metadata__":
+            dtype, shape = DTYPES[spec["dtype"]], tuple(spec["shape"])
+            if 0 in shape:  # a memory map cannot be empty
+                tensors[name] = np.zeros(shape, dtype)
+            else:
+                tensors[name] = np.memmap(path, dtype, "r", start + spec["data_offsets"][0], shape)
+    return tensors
+
+
+def hash_file(path: Path, start: int = 0) -> str:
+    """SHA-256 of a file from byte `start` on."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        file.seek(start)
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of the store; `RunFailed` when it cannot be read."""
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunFailed(f"{path} is missing or damaged; record this corpus again.") from error
+    if not isinstance(loaded, dict):
+        raise RunFailed(f"{path} is damaged; record this corpus again.")
+    return loaded
+
+
+@dataclass(frozen=True)
+class Store:
+    """A finished recording, opened for reading. Build it with `Store.open`."""
+
+    folder: Path
+    plan: dict[str, Any]
+    index: dict[str, Any]
+    scale_N: Floats
+    shards: tuple[Array, ...]
+    """One memory map [T_shard, N] of float16 per shard."""
+    starts: npt.NDArray[np.int64]
+    """First token of each shard, and the number of tokens at the end."""
+
+    @staticmethod
+    def open(folder: Path) -> "Store":
+        """Open a store; its shards are mapped, not read.
+
+        Raises:
+            MissingStage: nothing was recorded, or the recording was cut off.
+            RunFailed: a file is missing or of the wrong size.
+        """
+        corpus, source = folder.parent.name, folder.name
+        study = folder.parent.parent.parent
+        if not (folder / INDEX).is_file():
+            state = "was cut off" if (folder / PLAN).is_file() else "has not been run"
+            raise MissingStage(
+                f"The recording of {corpus} from {source} {state}; "
+                f"run: lorascope record {study} --corpus {corpus} --source {source}"
+            )
+        index, plan = read_json(folder / INDEX), read_json(folder / PLAN)
+        if index.get("format") != FORMAT:
+            raise RunFailed(f"{folder} has a store of another version; record this corpus again.")
+        for name, entry in index["files"].items():
+            file = folder / name
+            if not file.is_file() or file.stat().st_size != entry["bytes"]:
+                raise RunFailed(f"{file} is missing or damaged; record this corpus again.")
+        shards = tuple(map_tensors(folder / shard_name(i))["z"] for i in range(len(plan["shards"])))
+        starts = np.cumsum([0] + [len(z) for z in shards], dtype=np.int64)
+        scale = read_json(folder / CALIBRATION)["scale"]
+        return Store(folder, plan, index, np.array(scale, np.float32), shards, starts)
+
+    @cached_property
+    def addresses(self) -> list[str]:
+        """Address of each column."""
+        return list(self.plan["addresses"])
+
+    @cached_property
+    def effect_per_scalar(self) -> Floats:
+        """s·‖b‖ per direction, float32 [N]: the effect is this times the scalar."""
+        return np.array(self.plan["effect_per_scalar"], np.float32)
+
+    @cached_property
+    def trace_ids(self) -> list[str]:
+        """Id of each trace in store order."""
+        return list(self.plan["trace_ids"])
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of tokens."""
+        return int(self.starts[-1])
+
+    @property
+    def n_traces(self) -> int:
+        """Number of traces."""
+        return len(self.plan["trace_ids"])
+
+    @cached_property
+    def offsets(self) -> npt.NDArray[np.int64]:
+        """First token of each trace, int64 [n_traces + 1]."""
+        return np.cumsum([0, *self.plan["lengths"]], dtype=np.int64)
+
+    @cached_property
+    def response_start(self) -> npt.NDArray[np.int32]:
+        """Position of the first assistant token in each trace, int32 [n_traces]."""
+        return np.array(self.plan["response_starts"], np.int32)
+
+    @cached_property
+    def side(self) -> dict[str, Array]:
+        """Memory maps of what goes beside the scalars."""
+        return map_tensors(self.folder / TOKENS)
+
+    @cached_property
+    def tokens(self) -> npt.NDArray[np.int32]:
+        """Token ids, int32 [T]."""
+        return self.side["tokens"]
+
+    @cached_property
+    def segments(self) -> npt.NDArray[np.uint8]:
+        """Segment codes (special, prompt, think, answer), uint8 [T]."""
+        return self.side["segments"]
+
+    @cached_property
+    def sink(self) -> npt.NDArray[np.bool_]:
+        """Attention sinks by the rule in `index["about"]`, bool [T]."""
+        return self.side["sink"].view(np.bool_)
+
+    @cached_property
+    def ordinary(self) -> npt.NDArray[np.bool_]:
+        """Tokens that are neither special nor a sink, bool [T]."""
+        return np.asarray((self.segments != 0) & ~self.sink)
+
+    def token_traces(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+        """Store index of the trace of each given token."""
+        return (np.searchsorted(self.offsets, positions, side="right") - 1).astype(np.int32)
+
+    def decode(self, half_TN: Array) -> Floats:
+        """Stored half-precision numbers as scalars in float32."""
+        return np.multiply(half_TN, self.scale_N, dtype=np.float32)
+
+    def chunks(self, rows: int | None = None) -> Iterator[tuple[int, Floats]]:
+        """Yield (first token, z_TN float32) over the whole corpus in order; a chunk may cut a trace.
+
+        Args:
+            rows: most tokens per chunk (default: as fit the cache).
+        """
+        rows = rows or max(1, CHUNK_SCALARS // len(self.scale_N))
+        for start, half_TN in zip(self.starts, self.shards, strict=False):
+            for first in range(0, len(half_TN), rows):
+                yield int(start) + first, self.decode(half_TN[first : first + rows])
+
+    def rows(self, index: npt.NDArray[np.integer[Any]]) -> Floats:
+        """Scalars of any tokens in any order, float32 [len(index), N]."""
+        index = np.asarray(index, np.int64)
+        half = np.empty((len(index), len(self.scale_N)), np.float16)
+        shard_of = np.searchsorted(self.starts, index, side="right") - 1
+        for number in np.unique(shard_of):
+            where = np.flatnonzero(shard_of == number)
+            half[where] = self.shards[number][index[where] - self.starts[number]]
+        return self.decode(half)
+
+    def trace(self, number: int) -> tuple[slice, Floats]:
+        """The tokens of a trace as a slice into the corpus, and its scalars [T_trace, N]."""
+        first, stop = int(self.offsets[number]), int(self.offsets[number + 1])
+        shard = int(np.searchsorted(self.starts, first, side="right")) - 1  # a trace never spans two shards
+        start = int(self.starts[shard])
+        return slice(first, stop), self.decode(self.shards[shard][first - start : stop - start])
+
+    def verify(self) -> None:
+        """Read every file and compare its checksum.
+
+        Raises:
+            RunFailed: names the first damaged file.
+        """
+        for name, entry in self.index["files"].items():
+            if hash_file(self.folder / name) != entry["sha256"]:
+                raise RunFailed(f"{self.folder / name} is damaged (checksum); record this corpus again.")
