@@ -22,7 +22,7 @@ FLOORS = {
     1: "errors config progress stats adapter models builtin_model token_text traces tasks",
     2: "study store store_writer features",
     3: "attached rank1 edits generation kl",
-    4: "training evaluation ablation recording example_search logit_lens comparison steering sae explain",
+    4: "creation training evaluation ablation recording example_search logit_lens comparison steering sae explain",
     5: "views",
     6: "report studio export demo cli __main__",
 }
