@@ -8,10 +8,11 @@ import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from lorascope.errors import BadInput
 
+Stream = gzip.GzipFile | io.BufferedIOBase
 PlacedRow = tuple[str, int, Any]
 
 
@@ -22,29 +23,27 @@ def read_rows(source: str | Path) -> Iterator[PlacedRow]:
         return
     path = Path(source).expanduser()
     if not path.is_file():
-        raise BadInput(
-            f"There is no file {path}: give a JSON, JSON Lines or Parquet file, or hub:owner/name[:split]."
-        )
+        raise BadInput(f"There is no file {path}: give a JSON, JSON Lines or Parquet file, or hub:owner/name[:split].")
     try:
         with path.open("rb") as file:
             zipped = file.read(2) == b"\x1f\x8b"
         with gzip.open(path, "rb") if zipped else path.open("rb") as stream:
-            yield from _file_rows(path, stream)
+            yield from _file_rows(path, stream, zipped)
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise BadInput(f"{path} is damaged ({error}): get it again.") from error
 
 
-def _file_rows(path: Path, stream: IO[bytes]) -> Iterator[PlacedRow]:
+def _file_rows(path: Path, stream: Stream, zipped: bool) -> Iterator[PlacedRow]:
     suffixes = {suffix.lower() for suffix in path.suffixes}
     if ".parquet" in suffixes:
-        yield from _parquet_rows(path, stream)
+        yield from _parquet_rows(path, io.BytesIO(stream.read()) if zipped else stream)
     elif ".json" in suffixes:
         yield from _json_rows(path, stream)
     else:
         yield from _json_lines(path, stream)
 
 
-def _json_lines(path: Path, stream: IO[bytes]) -> Iterator[PlacedRow]:
+def _json_lines(path: Path, stream: Stream) -> Iterator[PlacedRow]:
     number = 0
     for line_number, line in enumerate(stream, start=1):
         if not line.strip():
@@ -60,7 +59,7 @@ def _json_lines(path: Path, stream: IO[bytes]) -> Iterator[PlacedRow]:
         number += 1
 
 
-def _json_rows(path: Path, stream: IO[bytes]) -> Iterator[PlacedRow]:
+def _json_rows(path: Path, stream: Stream) -> Iterator[PlacedRow]:
     data = stream.read()
     try:
         document: Any = json.loads(data.decode("utf-8-sig"))
@@ -81,12 +80,12 @@ def _json_rows(path: Path, stream: IO[bytes]) -> Iterator[PlacedRow]:
         yield f"{path} item {number + 1}", number, row
 
 
-def _parquet_rows(path: Path, stream: IO[bytes]) -> Iterator[PlacedRow]:
+def _parquet_rows(path: Path, stream: Stream) -> Iterator[PlacedRow]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        file = pq.ParquetFile(io.BytesIO(stream.read()) if isinstance(stream, gzip.GzipFile) else stream)
+        file = pq.ParquetFile(stream)
         number = 0
         for batch in file.iter_batches():
             for row in batch.to_pylist():
@@ -102,9 +101,7 @@ def _hub_rows(source: str) -> Iterator[PlacedRow]:
     try:
         import datasets
     except ImportError as error:
-        raise BadInput(
-            "Reading hub datasets needs the datasets package: pip install 'lorascope[hub]'."
-        ) from error
+        raise BadInput("Reading hub datasets needs the datasets package: pip install 'lorascope[hub]'.") from error
     try:
         rows: Any = datasets.load_dataset(name, split=split, streaming=True)
         for number, row in enumerate(rows):

@@ -63,9 +63,7 @@ _ROLES = {
 }
 
 
-def read_traces(
-    source: str | Path, *, limit: int | None = None, response_template: str | None = None
-) -> list[Trace]:
+def read_traces(source: str | Path, *, limit: int | None = None, response_template: str | None = None) -> list[Trace]:
     """Read traces from a JSON, JSON Lines or Parquet file (gzip or not) or `hub:owner/name[:split]`.
 
     Formats: chat `messages`, `prompt`/`completion`, ShareGPT `conversations`, s1K columns,
@@ -104,9 +102,7 @@ def parse_row(row: object, default_id: str, response_template: str | None = None
             break
     else:
         if "text" not in row:
-            raise Malformed(
-                f"unknown columns {', '.join(map(str, row)) or '(none)'}; expected {_known_formats()}"
-            )
+            raise Malformed(f"unknown columns {', '.join(map(str, row)) or '(none)'}; expected {_known_formats()}")
         trace = _from_text(row, default_id, response_template)
     if not trace.thinking and not trace.answer:
         raise Malformed("the trace has neither thinking nor answer")
@@ -194,9 +190,7 @@ def _from_text(row: Row, default_id: str, response_template: str | None) -> Trac
         raise Malformed(f"the text does not contain the response template {response_template!r}")
     raw_prompt = text[: start + len(response_template)]
     thinking, answer = split_thinking(_END_OF_TURN.sub("", text[len(raw_prompt) :]))
-    question = next(
-        (found[-1] for pattern in _RAW_QUESTIONS if (found := pattern.findall(raw_prompt))), text[:start]
-    )
+    question = next((found[-1] for pattern in _RAW_QUESTIONS if (found := pattern.findall(raw_prompt))), text[:start])
     trace = Trace(default_id, question.strip(), thinking, answer, raw_prompt=raw_prompt)
     return _labelled(trace, row)
 
@@ -208,10 +202,7 @@ ROW_FORMATS: tuple[RowFormat, ...] = (
     (("messages",), _from_messages),
     (("conversations",), _from_sharegpt),
     (("prompt", "completion"), _from_prompt_completion),
-    *(
-        (("question", f"{author}thinking_trajectory", f"{author}attempt"), _from_s1k)
-        for author in _S1K_AUTHORS
-    ),
+    *((("question", f"{author}thinking_trajectory", f"{author}attempt"), _from_s1k) for author in _S1K_AUTHORS),
     (("question", "answer"), _from_question),
 )
 
@@ -290,7 +281,7 @@ def _labelled(trace: Trace, row: Row, gold_columns: tuple[str, ...] = ("gold",))
 
 def _without_gsm8k_notes(trace: Trace) -> Trace:
     """GSM8K answers carry `<<a*b=c>>` notes, which are stripped, and end in `#### gold`."""
-    head, mark, gold = trace.answer.rpartition("\n#### ")
+    _, mark, gold = trace.answer.rpartition("\n#### ")
     if not mark or "\n" in gold:
         return trace
     answer = re.sub(r"<<[^<>]*>>", "", trace.answer)

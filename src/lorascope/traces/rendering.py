@@ -93,15 +93,14 @@ class Renderer:
         if self.too_long not in ("keep", "truncate", "drop"):
             raise BadInput(f"Unknown rule {self.too_long!r} for long traces: choose keep, truncate or drop.")
         if not getattr(self.tokenizer, "is_fast", False):
-            raise BadInput(
-                "This model's tokenizer gives no character offsets: use a model with a tokenizer.json file."
-            )
+            raise BadInput("This model's tokenizer gives no character offsets: use a model with a tokenizer.json file.")
 
     def prompt_ids(
         self, question: str, turns: Sequence[Mapping[str, str]] = (), raw_prompt: str | None = None
     ) -> list[int]:
         """Token ids of everything before the assistant's first token, for generation."""
-        return self._tokenise(self._prompt_pieces(question, turns, raw_prompt))[0].tolist()
+        ids, _ = self._tokenise(self._prompt_pieces(question, turns, raw_prompt))
+        return [int(token) for token in ids]
 
     def render(self, trace: Trace) -> Rendered:
         """The whole trace as tokens, cut at `max_tokens` when the rule is to truncate."""
@@ -141,7 +140,7 @@ class Renderer:
 
     @cached_property
     def end_of_turn(self) -> str:
-        """The text that ends an assistant's turn: up to the template's first control token after the reply."""
+        """What ends an assistant's turn: the template's text up to the first control token after it."""
         eos = str(self.tokenizer.eos_token or "")
         if not self.tokenizer.chat_template:
             return eos
@@ -153,9 +152,7 @@ class Renderer:
 
     # -- the prompt -----------------------------------------------------------------------------------------
 
-    def _prompt_pieces(
-        self, question: str, turns: Sequence[Mapping[str, str]], raw_prompt: str | None
-    ) -> list[Piece]:
+    def _prompt_pieces(self, question: str, turns: Sequence[Mapping[str, str]], raw_prompt: str | None) -> list[Piece]:
         if raw_prompt is not None:
             return self._raw_pieces(raw_prompt, question)
         texts: list[str] = []
@@ -185,7 +182,7 @@ class Renderer:
         return _locate(fill(texts), fill(marks), texts, segments)
 
     def _raw_pieces(self, raw_prompt: str, question: str) -> list[Piece]:
-        """A verbatim prompt: its control tokens are real; the question's text is prompt, the rest template."""
+        """A verbatim prompt: its control tokens are real; the question is prompt, the rest template."""
         start = raw_prompt.rfind(question) if question else -1
         if start < 0:
             return [Piece(raw_prompt, PROMPT, literal=False)]
@@ -221,9 +218,7 @@ class Renderer:
             )
         except TemplateError as error:
             roles = ", ".join(message["role"] for message in messages)
-            raise BadInput(
-                f"The model's chat template refuses a conversation of {roles}: {error}."
-            ) from error
+            raise BadInput(f"The model's chat template refuses a conversation of {roles}: {error}.") from error
         return str(text)
 
     # -- the assistant's part -------------------------------------------------------------------------------
