@@ -83,6 +83,7 @@ def test_other_decoders_by_prefix() -> None:
 def test_special_and_unknown_ids() -> None:
     tokenizer = byte_level()
     start, spaced = tokenizer.token_to_id("<|im_start|>"), tokenizer.token_to_id("<|a b|>")
+    assert start is not None and spaced is not None
     assert token_texts(tokenizer, [start, spaced, 9999, -1]) == ["<|im_start|>", "<|a b|>", "", ""]
     assert token_table(tokenizer).special == {start, spaced}
 

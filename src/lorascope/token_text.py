@@ -157,8 +157,8 @@ def _build_table(tokenizer: Tokenizer) -> TokenTable:
     added = tokenizer.get_added_tokens_decoder()
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     names: list[str | None] = [None] * (max(vocabulary.values(), default=-1) + 1)
-    for name, number in vocabulary.items():
-        names[number] = name
+    for text, number in vocabulary.items():
+        names[number] = text
     if "ByteLevel" in kinds:
         kind, space = "bytelevel", ""
     elif kinds & {"ByteFallback", "Metaspace"}:

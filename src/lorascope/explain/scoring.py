@@ -1,0 +1,162 @@
+"""Detection and fuzzing: does an explanation tell where a feature fires, on text that the explainer never saw?
+
+A scorer shows windows to something that answers, and counts. Whatever answers (a rule executed, a judge asked) is one
+function `answer(explanation, windows) -> [True | False | None]`: in detection "does the feature fire somewhere in this
+window?", in fuzzing (when tokens are marked) "are the marked tokens those on which it fires?". None is an answer that
+could not be read; it counts as wrong. The windows carry no truth.
+
+Shapes: W = windows, S = tokens of a window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lorascope.explain.rules import Rule, Vocabulary, execute_rule
+from lorascope.explain.windows import Corpus, Sample, Windows, show_windows
+
+BoolArray = NDArray[np.bool_]
+DRAWS = 2_000
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What is said of a feature: words, and for the lexical explainer the rule they describe."""
+
+    feature: str
+    text: str
+    rule: Rule | None = None
+
+
+Answer = Callable[[Explanation, Windows], Sequence[bool | None]]
+
+
+@dataclass(frozen=True)
+class Quiz:
+    """Windows with the right answers [W], and what could not be drawn as it should (name -> count)."""
+
+    windows: Windows
+    truth_W: BoolArray
+    counts: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Balanced accuracy with its bootstrap interval (positives and negatives resampled apart) and what it rests on."""
+
+    value: float
+    low: float
+    high: float
+    n_positive: int
+    n_negative: int
+    unparsed: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready; `n` is the number of windows asked about."""
+        return {
+            "value": round(self.value, 4),
+            "low": round(self.low, 4),
+            "high": round(self.high, 4),
+            "n": self.n_positive + self.n_negative,
+            "n_positive": self.n_positive,
+            "n_negative": self.n_negative,
+            "unparsed": self.unparsed,
+        }
+
+
+def pose_detection(corpus: Corpus, sample: Sample) -> Quiz:
+    """The sample's windows, unmarked: true where the feature fires on any token of the window."""
+    counts = {
+        "unmatched_token": sample.unmatched_token,
+        "unmatched_segment": sample.unmatched_segment,
+        "missing_negatives": 2 * sample.n_positive - len(sample.index_WS),
+    }
+    return Quiz(show_windows(corpus, sample.index_WS), sample.truth_W, counts)
+
+
+def pose_fuzzing(corpus: Corpus, sample: Sample, rng: np.random.Generator) -> Quiz:
+    """The windows around firings, twice: with the firing tokens marked, and with as many other ordinary ones marked.
+
+    Where a window has fewer others than firing tokens, all of them are marked; where it has none, it is left out of
+    the negatives and counted.
+    """
+    index_WS = sample.index_WS[: sample.n_positive]
+    fires_WS = sample.fires_WS[: sample.n_positive]
+    other_WS = corpus.ordinary_T[index_WS] & (index_WS >= 0) & ~fires_WS
+    order_WS = np.where(other_WS, rng.random(other_WS.shape), np.inf).argsort(axis=1).argsort(axis=1)
+    wrong_WS = other_WS & (order_WS < fires_WS.sum(axis=1)[:, None])
+    usable = wrong_WS.any(axis=1)
+    windows = show_windows(
+        corpus, np.concatenate([index_WS, index_WS[usable]]), np.concatenate([fires_WS, wrong_WS[usable]])
+    )
+    return Quiz(windows, np.arange(len(windows)) < len(index_WS), {"missing_negatives": int((~usable).sum())})
+
+
+def score_answers(
+    quiz: Quiz, answers: Sequence[bool | None], rng: np.random.Generator, *, draws: int = DRAWS, level: float = 0.95
+) -> Score:
+    """Balanced accuracy of answers, unparsed ones wrong. ValueError unless there is one answer per window."""
+    if len(answers) != len(quiz.truth_W):
+        raise ValueError(f"{len(answers)} answers to {len(quiz.truth_W)} windows.")
+    right = np.array([given is not None and given == true for given, true in zip(answers, quiz.truth_W, strict=True)])
+    sides = [right[quiz.truth_W], right[~quiz.truth_W]]
+    value = float(np.mean([side.mean() if len(side) else np.nan for side in sides]))
+    # Resampling n zeros and ones with replacement is a binomial draw: the bootstrap without its loop.
+    sampled = [rng.binomial(len(side), side.mean(), draws) / len(side) for side in sides if len(side)]
+    tail = (1 - level) / 2
+    low, high = np.quantile(np.mean(sampled, axis=0), [tail, 1 - tail])
+    unparsed = sum(given is None for given in answers)
+    return Score(value, float(low), float(high), len(sides[0]), len(sides[1]), unparsed)
+
+
+def execute_answers(vocabulary: Vocabulary) -> Answer:
+    """Answers of a rule executed on the windows, as one who follows it to the letter would give them.
+
+    Detection: the rule is true somewhere in the window. Fuzzing: it is true on at least half of the marked tokens.
+    """
+
+    def answer(explanation: Explanation, windows: Windows) -> list[bool | None]:
+        if explanation.rule is None:
+            return [None] * len(windows)
+        true_WS = execute_rule(explanation.rule, windows.ids_WS, windows.segments_WS, vocabulary)
+        if windows.marked_WS is None:
+            return [bool(x) for x in true_WS.any(axis=1)]
+        marked = windows.marked_WS.sum(axis=1)
+        return [bool(x) for x in 2 * (true_WS & windows.marked_WS).sum(axis=1) >= np.maximum(marked, 1)]
+
+    return answer
+
+
+def borrow_explanations(
+    features: Sequence[str], groups: Sequence[str], rng: np.random.Generator
+) -> dict[str, str | None]:
+    """For each feature another one whose explanation it is given as a control: a seeded derangement.
+
+    No feature gets its own explanation or one of its own group (the two polarities of a direction are a group); None
+    where all features are of one group.
+    """
+    order = list(rng.permutation(len(features)))
+    donors = order[1:] + order[:1]
+    for k, number in enumerate(order):
+        if groups[donors[k]] != groups[number]:
+            continue
+        # Exchange donors with a place where neither then gets one of its own group.
+        for j in range(len(order)):
+            other = order[j]
+            if groups[donors[j]] != groups[number] and groups[donors[k]] != groups[other]:
+                donors[k], donors[j] = donors[j], donors[k]
+                break
+    return {
+        features[number]: features[donor] if groups[donor] != groups[number] else None
+        for number, donor in zip(order, donors, strict=True)
+    }
+
+
+def without_truth(explanation: Explanation, feature: str) -> Explanation:
+    """The same explanation presented as that of another feature (the wrong-explanation control)."""
+    return replace(explanation, feature=feature)
