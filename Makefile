@@ -20,7 +20,7 @@ demo: .venv/made-demo
 
 test: .venv/made-test
 	@chromium=$$(sh scripts/find_chromium.sh $(BIN)/python) || exit 2; \
-	LORASCOPE_CHROMIUM="$$chromium" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --cov $(TESTS)
+	LORASCOPE_CHROMIUM="$$chromium" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --cov=lorascope $(TESTS)
 
 lint: .venv/made-dev
 	$(BIN)/ruff check .
