@@ -138,6 +138,7 @@ class Study:
             "versions": versions(),
             "stages": {},
         }
+        (path / "traces").mkdir(parents=True, exist_ok=True)
         write_json(path / "study.json", manifest)
         return study
 

@@ -1,0 +1,484 @@
+"""`lorascope train`: a rank-1 (or rank-r) adapter, or a full finetune, on the study's training traces.
+
+The loss is the mean negative log-likelihood, in nats, of the assistant's tokens; logits exist only there.
+
+Shapes: B = sequences, T = tokens, M = supervised positions of a batch, D = model width.
+"""
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lorascope.adapter import Adapter, initial_adapter
+from lorascope.attached import apply_head, attach
+from lorascope.config import Options
+from lorascope.errors import BadInput, RunFailed
+from lorascope.kl import assistant_positions
+from lorascope.models import load_model
+from lorascope.progress import progress
+from lorascope.study import Study, digest, write_json
+from lorascope.traces import Rendered, Trace, pad_ids, plan_batches
+
+HEAD_CHUNK = 512
+"""Supervised positions whose logits exist at once."""
+CONTROLS = ("", "answers", "shuffled")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a rank-1 adapter (or rank-r, or with --full all weights) on the study's training traces."""
+
+    rank: int = 1
+    """Directions per adapted matrix."""
+    full: bool = False
+    """Train all weights instead of an adapter, as the baseline that recovery is measured against."""
+    modules: str = "attn,mlp"
+    """Which matrices to adapt: attn, mlp, or patterns of types or addresses."""
+    layers: str = "*"
+    """Which layers to adapt: *, 12, 0-9, 0-29:3, or a comma list of these."""
+    alpha: float = 16.0
+    """LoRA alpha; the scale is alpha/√rank."""
+    control: str = ""
+    """Train a control: answers (the same problems, answers only) or shuffled (traces of other problems)."""
+    learning_rate: str = ""
+    """Peak learning rate (default: 1e-3, full: 1e-4); of a comma list, the best by held-out loss is kept."""
+    epochs: float = 5.0
+    """Passes over the training traces."""
+    max_steps: int | None = None
+    """Stop (and end the cosine) after so many steps."""
+    batch: int = 16
+    """Traces per step."""
+    token_budget: int = 4096
+    """Padded tokens per forward pass; a step's gradients are accumulated over as many passes as it takes."""
+    warmup: float = 0.05
+    """Share of the steps over which the learning rate rises."""
+    weight_decay: float = 1e-4
+    """AdamW weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    eval_every: int = 20
+    """Steps between measurements of the held-out loss."""
+    eval_traces: int = 64
+    """Held-out traces in that measurement."""
+    save_every: int = 25
+    """Steps between saved states, from which an interrupted run continues."""
+    checkpoints: str = ""
+    """Steps at which to keep a copy of the adapter, such as 1,2,4,8,16."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third slower."""
+
+
+def run_name(config: TrainConfig) -> str:
+    """Where the run's weights go, relative to the study: `adapter`, `full`, `controls/answers`, …"""
+    kind = "full" if config.full else "adapter"
+    return f"controls/{config.control}{'-full' if config.full else ''}" if config.control else kind
+
+
+def train(study: Study, config: TrainConfig, options: Options) -> dict[str, Any]:
+    """Train and save to `adapter/` or `full/` (controls: `controls/NAME/`), metrics to `train/NAME.jsonl`.
+
+    Raises:
+        BadInput: a nonsensical config, or an adapter that was not trained here is in the way.
+        RunFailed: the loss is not finite.
+    """
+    check_config(study, config)
+    name = run_name(config)
+    study.require("traces/train.jsonl", "lorascope new STUDY --model M --traces T")
+
+    def work() -> dict[str, Any]:
+        rates = learning_rates(config)
+        results = [train_once(study, config, options, rate, len(rates) > 1) for rate in rates]
+        best = min(results, key=lambda result: result["heldout_loss"])
+        if len(rates) > 1:
+            best = keep_best(study, name, best, results)
+        return best
+
+    outputs = [name, f"train/{name}.jsonl"]
+    inputs = ["traces/train.jsonl", "traces/heldout.jsonl", "tokenizer"]
+    result = study.run(f"train:{name}", config, options, inputs=inputs, outputs=outputs, work=work)
+    if name == "adapter":
+        study.update_manifest(adapter="trained here")
+    return result
+
+
+def check_config(study: Study, config: TrainConfig) -> None:
+    """Refuse what cannot be trained before anything heavy is loaded."""
+    if config.control not in CONTROLS:
+        raise BadInput(f"--control is answers or shuffled, not {config.control!r}.")
+    for field, low in (("rank", 1), ("batch", 1), ("token_budget", 1), ("eval_every", 1), ("save_every", 1)):
+        if getattr(config, field) < low:
+            raise BadInput(f"--{field.replace('_', '-')} must be at least {low}, not {getattr(config, field)}.")
+    if config.epochs <= 0 or (config.max_steps is not None and config.max_steps < 1):
+        raise BadInput("--epochs and --max-steps must be above zero.")
+    own = study.manifest["adapter"]
+    if run_name(config) == "adapter" and own not in (None, "trained here"):
+        raise BadInput(f"{study.path} is a study of the adapter {own}; make another study to train one.")
+    learning_rates(config)
+    checkpoint_steps(config)
+
+
+def learning_rates(config: TrainConfig) -> list[float]:
+    """The learning rates to try, as numbers."""
+    text = config.learning_rate or ("1e-4" if config.full else "1e-3")
+    try:
+        rates = [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise BadInput(f"--learning-rate must be a number or a comma list of numbers, not {text!r}.") from error
+    if not all(0 < rate < 1 for rate in rates):
+        raise BadInput(f"--learning-rate must lie between 0 and 1, not {text!r}.")
+    return rates
+
+
+def checkpoint_steps(config: TrainConfig) -> set[int]:
+    """The steps at which a copy of the adapter is kept."""
+    try:
+        return {int(part) for part in config.checkpoints.split(",") if part.strip()}
+    except ValueError as error:
+        raise BadInput(f"--checkpoints is a comma list of steps, not {config.checkpoints!r}.") from error
+
+
+def keep_best(study: Study, name: str, best: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Move the weights of the best learning rate into place and record what all of them gave."""
+    import shutil
+
+    for folder in (name, f"train/{name}.jsonl"):
+        source, target = study.path / tagged(folder, best["learning_rate"]), study.path / folder
+        if target.is_dir():
+            shutil.rmtree(target)
+        source.replace(target)
+    for result in results:
+        shutil.rmtree(study.path / tagged(name, result["learning_rate"]), ignore_errors=True)
+    tried = [{key: result[key] for key in ("learning_rate", "heldout_loss")} for result in results]
+    return best | {"tried": tried}
+
+
+def tagged(name: str, rate: float) -> str:
+    """A sibling name for one of several learning rates."""
+    stem, dot, end = name.partition(".jsonl")
+    return f"{stem}-lr{rate:g}{dot}{end}"
+
+
+def control_traces(traces: Sequence[Trace], control: str, seed: int) -> list[Trace]:
+    """Training traces of a control: without their thinking, or with that of another problem of the family."""
+    if control == "answers":
+        return [replace(trace, thinking="") for trace in traces]
+    if control != "shuffled":
+        return list(traces)
+    rng = np.random.default_rng(seed)
+    families: dict[str | None, list[int]] = {}
+    for index, trace in enumerate(traces):
+        families.setdefault(trace.family, []).append(index)
+    donors = list(range(len(traces)))
+    for members in families.values():
+        # A cyclic shift of a random order: nobody keeps the own trace (where there is another one).
+        order = rng.permutation(members).tolist()
+        for trace, donor in zip(order, order[1:] + order[:1], strict=True):
+            donors[trace] = donor
+    return [replace(trace, thinking=traces[donor].thinking) for trace, donor in zip(traces, donors, strict=True)]
+
+
+class Learner(nn.Module):
+    """The model with what is trained in it; its forward is the summed loss of a batch.
+
+    A module, so that Accelerate can wrap it and keep several processes' gradients in step.
+    """
+
+    def __init__(self, model: Any, adapter: Adapter | None) -> None:
+        super().__init__()
+        self.model = model
+        if adapter is not None:
+            model.requires_grad_(False)
+            self.adapter_weights = nn.ParameterList([t for m in adapter.modules for t in (m.a_RI, m.b_OR)])
+
+    def forward(self, ids_BT: Tensor, rows_M: Tensor, positions_M: Tensor) -> Tensor:
+        """Summed negative log-likelihood, nats, of the tokens after `positions_M` of sequences `rows_M`."""
+        hidden_BTD = self.model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
+        hidden_MD, targets_M = hidden_BTD[rows_M, positions_M], ids_BT[rows_M, positions_M + 1]
+        loss = hidden_MD.new_zeros((), dtype=torch.float32)
+        for hidden, target in zip(hidden_MD.split(HEAD_CHUNK), targets_M.split(HEAD_CHUNK), strict=True):
+            if self.training and len(hidden_MD) > HEAD_CHUNK:
+                loss = loss + checkpoint(self._chunk_loss, hidden, target, use_reentrant=False)
+            else:
+                loss = loss + self._chunk_loss(hidden, target)
+        return loss
+
+    def _chunk_loss(self, hidden: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(apply_head(self.model, hidden).float(), target, reduction="sum")
+
+
+def trainable_adapter(model: Any, config: TrainConfig, seed: int, base_name: str) -> Adapter:
+    """A fresh adapter whose weights are parameters on their modules' devices."""
+    adapter = initial_adapter(
+        model,
+        patterns=config.modules,
+        layers=config.layers,
+        rank=config.rank,
+        alpha=config.alpha,
+        seed=seed,
+        base_name=base_name,
+    )
+    modules = []
+    for module in adapter.modules:
+        device = next(model.get_submodule(module.path).parameters()).device
+        a_RI, b_OR = nn.Parameter(module.a_RI.to(device)), nn.Parameter(module.b_OR.to(device))
+        modules.append(replace(module, a_RI=a_RI, b_OR=b_OR))
+    return replace(adapter, modules=tuple(modules))
+
+
+def detached(adapter: Adapter) -> Adapter:
+    """A copy on the CPU, without gradients, ready to save."""
+    return replace(
+        adapter,
+        modules=tuple(
+            replace(m, a_RI=m.a_RI.detach().cpu().clone(), b_OR=m.b_OR.detach().cpu().clone()) for m in adapter.modules
+        ),
+    )
+
+
+def plan_steps(lengths: Sequence[int], config: TrainConfig, seed: int) -> list[list[int]]:
+    """Which traces each step takes: every epoch all of them once, in batches of like length, in a seeded order.
+
+    Lengths are sorted within windows of 8 batches, so that padding is small and order still random.
+    """
+    rng = np.random.default_rng(seed)
+    total = math.ceil(len(lengths) * config.epochs / config.batch)
+    total = total if config.max_steps is None else min(total, config.max_steps)
+    steps: list[list[int]] = []
+    while len(steps) < total:
+        order = rng.permutation(len(lengths))
+        batches = []
+        for window in np.array_split(order, math.ceil(len(order) / (8 * config.batch))):
+            window = window[np.argsort([lengths[i] for i in window], kind="stable")]
+            batches += [window[i : i + config.batch].tolist() for i in range(0, len(window), config.batch)]
+        steps += [batches[i] for i in rng.permutation(len(batches))]
+    return steps[:total]
+
+
+def rate_at(step: int, total: int, peak: float, warmup: float) -> float:
+    """Learning rate of step 0..total-1: linear over the warm-up, then a cosine to zero."""
+    rise = max(1, round(warmup * total))
+    if step < rise:
+        return peak * (step + 1) / rise
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise)))
+
+
+def batch_tensors(traces: Sequence[Rendered], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """`(ids [B, T], rows [M], positions [M])` of the supervised positions of some traces."""
+    ids_BT, _ = pad_ids([trace.ids for trace in traces], 0)
+    positions = [assistant_positions(trace) for trace in traces]
+    rows = np.repeat(np.arange(len(traces)), [len(p) for p in positions])
+    return (
+        ids_BT.to(device),
+        torch.from_numpy(rows).to(device),
+        torch.from_numpy(np.concatenate(positions)).to(device),
+    )
+
+
+@torch.no_grad()
+def heldout_loss(learner: Any, traces: Sequence[Rendered], budget: int, device: torch.device) -> float:
+    """Mean negative log-likelihood per supervised token, nats."""
+    learner.eval()
+    total, count = 0.0, 0
+    for batch in plan_batches([len(t.ids) for t in traces], budget):
+        ids_BT, rows_M, positions_M = batch_tensors([traces[i] for i in batch], device)
+        total += float(learner(ids_BT, rows_M, positions_M))
+        count += len(rows_M)
+    learner.train()
+    return total / count
+
+
+@dataclass
+class State:
+    """What a run continues from: the step it is at, and where its files are."""
+
+    folder: Path
+    key: str
+    step: int = 0
+
+    def save(self, optimizer: Any, parameters: Sequence[Tensor]) -> None:
+        """Write parameters and AdamW's moments; the number of the step goes last, so half a state is none."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        tensors: dict[str, Tensor] = {}
+        for i, p in enumerate(parameters):
+            moments = optimizer.state[p]
+            tensors |= {f"{i}.value": p.detach(), f"{i}.m": moments["exp_avg"], f"{i}.v": moments["exp_avg_sq"]}
+        save_file({k: v.contiguous() for k, v in tensors.items()}, self.folder / f"{self.step}.safetensors")
+        write_json(self.folder / "state.json", {"key": self.key, "step": self.step})
+        for old in self.folder.glob("*.safetensors"):
+            if old.stem != str(self.step):
+                old.unlink()
+
+    def load(self, optimizer: Any, parameters: Sequence[Tensor]) -> None:
+        """Continue from a saved state of the same run, if there is one."""
+        file = self.folder / "state.json"
+        saved = json.loads(file.read_text()) if file.exists() else {}
+        if saved.get("key") != self.key:
+            return
+        self.step = saved["step"]
+        tensors = load_file(self.folder / f"{self.step}.safetensors")
+        for i, p in enumerate(parameters):
+            p.data.copy_(tensors[f"{i}.value"])
+            optimizer.state[p] = {
+                "step": torch.tensor(float(self.step)),
+                "exp_avg": tensors[f"{i}.m"].to(p.device),
+                "exp_avg_sq": tensors[f"{i}.v"].to(p.device),
+            }
+
+
+class Metrics:
+    """`train/NAME.jsonl`: one line per step; on resuming, lines after the resumed step are dropped."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text().splitlines() if path.exists() and step else []
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        path.write_text("".join(line + "\n" for line in kept))
+        self.path = path
+        self.rows: list[dict[str, Any]] = [json.loads(line) for line in kept]
+
+    def add(self, **row: Any) -> None:
+        """Append one row."""
+        self.rows.append(row)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def train_once(study: Study, config: TrainConfig, options: Options, rate: float, several: bool) -> dict[str, Any]:
+    """One training run at one learning rate; saves the weights and returns the headline numbers."""
+    name = run_name(config)
+    folder, log_name = (tagged(name, rate), tagged(f"{name}.jsonl", rate)) if several else (name, f"{name}.jsonl")
+    dtype = "float32" if config.full else options.dtype
+    model, tokenizer = load_model(study.model_name, device=options.device, dtype=dtype)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    renderer = study.renderer(tokenizer)
+    traces = control_traces(study.traces("train"), config.control, options.seed)
+    rendered, counts = renderer.render_all(traces)
+    heldout, _ = renderer.render_all(control_traces(study.traces("heldout"), config.control, options.seed))
+    heldout = heldout[: config.eval_traces]
+    torch.manual_seed(options.seed)
+    adapter = None if config.full else trainable_adapter(model, config, options.seed, study.model_name)
+    steps = plan_steps([len(r.ids) for r in rendered], config, options.seed)
+    key = digest([asdict(config), rate, options.seed, study.fingerprint("traces/train.jsonl")])
+    with ExitStack() as stack:
+        if adapter is not None:
+            stack.enter_context(attach(model, adapter))
+        learner = Learner(model, adapter)
+        run = Run(config, rate, rendered, heldout, steps, adapter, study.path / folder)
+        state = State(study.path / "train" / f".state-{digest(folder)[:8]}", key)
+        summary = run.loop(learner, state, study.path / "train" / log_name)
+        if adapter is not None:
+            detached(adapter).save(study.path / folder)
+    if adapter is None:
+        model.save_pretrained(study.path / folder)
+        tokenizer.save_pretrained(study.path / folder)
+    for file in state.folder.glob("*"):
+        file.unlink()
+    return summary | {"learning_rate": rate, "length_rule": counts, "traces": len(rendered)}
+
+
+@dataclass
+class Run:
+    """One training run: its data and its plan."""
+
+    config: TrainConfig
+    rate: float
+    traces: list[Rendered]
+    heldout: list[Rendered]
+    steps: list[list[int]]
+    adapter: Adapter | None
+    folder: Path
+
+    def loop(self, learner: Any, state: State, log: Path) -> dict[str, Any]:
+        """Train from the state's step to the end."""
+        config = self.config
+        accelerator = Accelerator(cpu=next(learner.parameters()).device.type == "cpu")
+        parameters = [p for p in learner.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            parameters, lr=self.rate, betas=(0.9, 0.95), weight_decay=config.weight_decay, foreach=True
+        )
+        state.load(optimizer, parameters)
+        metrics = Metrics(log, state.step)
+        learner, optimizer = accelerator.prepare(learner, optimizer)
+        device, total = accelerator.device, len(self.steps)
+        learner.train()
+        if state.step == 0:
+            start_loss = heldout_loss(learner, self.heldout, config.token_budget, device)
+            metrics.add(step=0, heldout_loss=start_loss)
+        keep = checkpoint_steps(config)
+        for step in progress(range(state.step, total), desc=log.stem, unit="step", total=total - state.step):
+            for group in optimizer.param_groups:
+                group["lr"] = rate_at(step, total, self.rate, config.warmup)
+            row = self.step(learner, optimizer, accelerator, self.steps[step])
+            state.step = step + 1
+            row |= {"lr": optimizer.param_groups[0]["lr"]}
+            if state.step % config.eval_every == 0 or state.step == total:
+                row["heldout_loss"] = heldout_loss(learner, self.heldout, config.token_budget, device)
+            metrics.add(step=state.step, **row)
+            if state.step in keep and self.adapter is not None:
+                detached(self.adapter).save(
+                    self.folder.parent / "train" / f"{self.folder.name}-steps" / str(state.step)
+                )
+            if state.step % config.save_every == 0 and state.step < total:
+                state.save(optimizer, parameters)
+        return self.summary(metrics.rows, parameters)
+
+    def step(self, learner: Any, optimizer: Any, accelerator: Any, chosen: list[int]) -> dict[str, Any]:
+        """One optimizer step over some traces, their gradients accumulated over budgeted batches."""
+        started = time.perf_counter()
+        traces = [self.traces[i] for i in chosen]
+        batches = plan_batches([len(t.ids) for t in traces], self.config.token_budget)
+        mine = batches[accelerator.process_index :: accelerator.num_processes]
+        supervised = sum(len(assistant_positions(t)) for t in traces)
+        total = torch.zeros((), device=accelerator.device)
+        for number, batch in enumerate(mine):
+            last = number == len(mine) - 1
+            with ExitStack() as stack:
+                if not last:
+                    stack.enter_context(accelerator.no_sync(learner))
+                loss = learner(*batch_tensors([traces[i] for i in batch], accelerator.device))
+                # DDP averages gradients over processes; the loss is a sum over all tokens of the step.
+                accelerator.backward(loss * accelerator.num_processes / supervised)
+                total += loss.detach()
+        norm = accelerator.clip_grad_norm_(
+            [p for p in learner.parameters() if p.requires_grad], self.config.max_grad_norm
+        )
+        optimizer.step()
+        optimizer.zero_grad()
+        loss_mean = float(accelerator.reduce(total)) / supervised
+        if not math.isfinite(loss_mean):
+            raise RunFailed("The training loss is not finite; lower --learning-rate and train again.")
+        return {
+            "loss": loss_mean,
+            "grad_norm": float(norm),
+            "tokens": sum(len(t.ids) for t in traces),
+            "supervised": supervised,
+            "seconds": round(time.perf_counter() - started, 3),
+        }
+
+    def summary(self, rows: list[dict[str, Any]], parameters: Sequence[Tensor]) -> dict[str, Any]:
+        """Headline numbers of the run from its metrics."""
+        stepped = [row for row in rows if "loss" in row]
+        losses = [row["heldout_loss"] for row in rows if "heldout_loss" in row]
+        return {
+            "steps": len(stepped),
+            "tokens": sum(row["tokens"] for row in stepped),
+            "supervised": sum(row["supervised"] for row in stepped),
+            "train_seconds": round(sum(row["seconds"] for row in stepped), 1),
+            "parameters": sum(p.numel() for p in parameters),
+            "heldout_loss_before": losses[0],
+            "heldout_loss": losses[-1],
+        }
