@@ -1,0 +1,226 @@
+"""Recording: the store holds a·x of every adapted matrix's true input, whatever the batch or the interruption."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lorascope import recording, store_writer
+from lorascope.adapter import Adapter
+from lorascope.attached import attach
+from lorascope.config import Options
+from lorascope.errors import BadInput, MissingStage
+from lorascope.models import load_model
+from lorascope.recording import RecordConfig, is_sink, record
+from lorascope.store import Store, store_folder
+from lorascope.study import Study
+from lorascope.traces import Trace, write_traces
+from tiny_folder import byte_tokenizer, save_tiny
+from tiny_models import random_adapter
+
+OPTIONS = Options(device="cpu")
+TRACES = [
+    Trace("a", "What is 2 + 3?", "2 + 3 = 5.", "5"),
+    Trace("b", "1 + 1?", "It is 2. Wait, check: 1 + 1 = 2. Yes.", "2"),
+    Trace("c", "Say hi.", "", "hi"),
+    Trace("d", "And 7 * 6?", "7 * 6 = 42", "The answer is 42."),
+]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def study(tmp_path: Path, base: Path) -> Study:
+    made = Study.create(tmp_path / "study", model=str(base), system="Be brief.")
+    write_traces(made.corpus_file("train"), TRACES)
+    random_adapter(load_model(str(base))[0], rank=2).save(made.path / "adapter")
+    return made
+
+
+def open_store(study: Study, corpus: str = "train", source: str = "adapter") -> Store:
+    return Store.open(store_folder(study.path, corpus, source))
+
+
+def inputs_by_hooks(model: Any, adapter: Adapter, ids: list[int]) -> np.ndarray:
+    """a·x of every direction from plain forward hooks on the adapted modules, one sequence alone."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def keep(path: str) -> Any:
+        def hook(_: Any, args: Any) -> None:
+            seen[path] = args[0][0]
+
+        return hook
+
+    handles = [model.get_submodule(m.path).register_forward_pre_hook(keep(m.path)) for m in adapter.modules]
+    with torch.no_grad():
+        model(input_ids=torch.tensor([ids]))
+    for handle in handles:
+        handle.remove()
+    return torch.cat([seen[m.path] @ m.a_RI.T for m in adapter.modules], dim=1).numpy()
+
+
+@pytest.mark.parametrize("source", ["adapter", "base"])
+def test_the_store_holds_the_true_inputs_times_a(study: Study, base: Path, source: str) -> None:
+    result = record(study, RecordConfig(source=source, token_budget=300), OPTIONS)
+    store = open_store(study, source=source)
+    model, tokenizer = load_model(str(base))
+    adapter = Adapter.load(study.path / "adapter")
+    rendered, _ = study.renderer(tokenizer).render_all(TRACES)
+    assert store.trace_ids == ["a", "b", "c", "d"]
+    assert store.addresses == adapter.addresses
+    np.testing.assert_array_equal(store.effect_per_scalar, adapter.effect_per_scalar)
+    assert result["sources"][source]["tokens"] == sum(len(r.ids) for r in rendered) == store.n_tokens
+    for i, item in enumerate(rendered):
+        where, z = store.trace(i)
+        if source == "adapter":
+            with attach(model, adapter):
+                wanted = inputs_by_hooks(model, adapter, item.ids.tolist())
+        else:
+            wanted = inputs_by_hooks(model, adapter, item.ids.tolist())
+        np.testing.assert_allclose(z, wanted, rtol=2**-10, atol=2e-5)
+        np.testing.assert_array_equal(store.tokens[where], item.ids)
+        np.testing.assert_array_equal(store.segments[where], item.segments)
+        assert store.response_start[i] == item.response_start
+
+
+def test_both_sources_differ_and_share_their_text(study: Study) -> None:
+    record(study, RecordConfig(source="adapter, base"), OPTIONS)
+    ours, theirs = open_store(study), open_store(study, source="base")
+    np.testing.assert_array_equal(ours.tokens, theirs.tokens)
+    first = ours.addresses.index("L0.q#0")
+    last = ours.addresses.index("L2.down#1")
+    z, base_z = ours.trace(1)[1], theirs.trace(1)[1]
+    np.testing.assert_allclose(z[:, first], base_z[:, first], rtol=1e-3)  # nothing adapted lies before it
+    assert np.abs(z[:, last] - base_z[:, last]).max() > 0.01
+
+
+def test_batches_do_not_change_the_scalars(study: Study) -> None:
+    stored = []
+    for budget in (1, 4096):
+        record(study, RecordConfig(token_budget=budget), OPTIONS)
+        stored.append(np.concatenate([z for _, z in open_store(study).chunks()]))
+    np.testing.assert_allclose(stored[0], stored[1], rtol=2**-10, atol=2e-5)
+
+
+def test_a_recording_is_not_made_twice_and_follows_its_inputs(study: Study) -> None:
+    record(study, RecordConfig(), OPTIONS)
+    index = study.path / "scalars" / "train" / "adapter" / "index.json"
+    before = index.stat().st_mtime_ns
+    record(study, RecordConfig(), OPTIONS)
+    assert index.stat().st_mtime_ns == before
+    write_traces(study.corpus_file("train"), TRACES[:2])
+    record(study, RecordConfig(), OPTIONS)
+    assert open_store(study).trace_ids == ["a", "b"]
+
+
+def test_a_recording_cut_off_continues_to_the_same_bytes(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recording, "SHARD_TOKENS", 100)
+    folder = store_folder(study.path, "train", "adapter")
+
+    def contents() -> dict[str, bytes]:
+        return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+    config = RecordConfig(token_budget=100)
+    record(study, config, OPTIONS)
+    wanted = contents()
+    assert len([name for name in wanted if name.startswith("shard")]) == 4
+    real_write, real_read = store_writer.write_tensors, recording.read_batch
+    for limit in range(4):
+        for path in folder.iterdir():
+            path.unlink()
+        ran: list[int] = []
+
+        def write(path: Path, tensors: Any, limit: int = limit, ran: list[int] = ran) -> None:
+            if len(ran) == limit:
+                raise KeyboardInterrupt
+            ran.append(1)
+            real_write(path, tensors)
+
+        monkeypatch.setattr(store_writer, "write_tensors", write)
+        with pytest.raises(KeyboardInterrupt):
+            record(study, config, OPTIONS)
+        with pytest.raises(MissingStage, match="cut off"):
+            open_store(study)
+        monkeypatch.setattr(store_writer, "write_tensors", real_write)
+        batches: list[int] = []
+
+        def read(*args: Any, batches: list[int] = batches) -> Any:
+            batches.append(1)
+            return real_read(*args)
+
+        monkeypatch.setattr(recording, "read_batch", read)
+        record(study, config, OPTIONS)
+        monkeypatch.setattr(recording, "read_batch", real_read)
+        assert len(batches) == 4 - limit  # finished shards are not computed again
+        assert contents() == wanted
+
+
+def test_a_new_corpus_is_kept_under_its_name(study: Study, tmp_path: Path) -> None:
+    file = tmp_path / "mine.jsonl"
+    file.write_text('{"question": "Why?", "thinking": "Because.", "answer": "So."}\n' * 3)
+    result = record(study, RecordConfig(corpus="mine", traces=str(file), limit=2), OPTIONS)
+    assert result["sources"]["adapter"]["traces"] == 2
+    assert study.manifest["corpora"]["mine"]["traces"] == 2
+    assert len(study.traces("mine")) == 2
+    assert open_store(study, "mine").n_traces == 2
+    assert study.summary["recording"]["mine"]["adapter"]["traces"] == 2
+    with pytest.raises(BadInput, match="another --corpus"):
+        record(study, RecordConfig(corpus="train", traces=str(file)), OPTIONS)
+
+
+def test_long_traces_are_truncated_or_dropped_and_counted(study: Study) -> None:
+    longest = len(study.renderer(byte_tokenizer()).render(TRACES[1]).ids)
+    counts = record(study, RecordConfig(max_tokens=longest - 1), OPTIONS)["sources"]["adapter"]
+    assert (counts["length_rule"]["truncated"], counts["length_rule"]["truncated_tokens"]) == (1, 1)
+    assert open_store(study).n_traces == 4
+    config = RecordConfig(max_tokens=longest - 1, too_long="drop")
+    counts = record(study, config, OPTIONS)["sources"]["adapter"]
+    assert counts["length_rule"]["dropped"] == 1
+    assert open_store(study).trace_ids == ["a", "c", "d"]
+    with pytest.raises(BadInput, match="raise --max-tokens"):
+        record(study, RecordConfig(max_tokens=5, too_long="drop"), OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"source": "adapter,nothing"}, "no source 'nothing'"),
+        ({"corpus": "other"}, "no corpus 'other'"),
+        ({"token_budget": 0}, "at least 1"),
+        ({"limit": 0}, "at least 1"),
+    ],
+)
+def test_bad_input_is_one_sentence(study: Study, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        record(study, dataclasses.replace(RecordConfig(), **change), OPTIONS)
+
+
+def test_without_an_adapter_the_command_is_named(tmp_path: Path, base: Path) -> None:
+    with pytest.raises(MissingStage, match="lorascope train"):
+        record(Study.create(tmp_path / "s", model=str(base), system=None), RecordConfig(), OPTIONS)
+
+
+def test_sinks_are_tokens_far_above_their_traces_median() -> None:
+    norms = np.float32([1600, 10, 11, 9, 12, 99, 10, 101])
+    np.testing.assert_array_equal(np.flatnonzero(is_sink(norms)), [0])  # the median is 11: 101 is below 110
+    np.testing.assert_array_equal(is_sink(np.float32([5.0])), [False])
+
+
+def test_sinks_are_found_in_padded_batches_by_trace(study: Study, base: Path) -> None:
+    """A token whose embedding is made 1,000 times longer is a sink wherever it stands."""
+    model, tokenizer = load_model(str(base))
+    wait = tokenizer.convert_tokens_to_ids("W")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[wait] *= 1000
+    rendered, _ = study.renderer(tokenizer).render_all(TRACES)
+    with attach(model, Adapter.load(study.path / "adapter")) as attached:
+        parts = recording.read_batch(attached, rendered, recording.adapter_scalars)
+    assert sum(int(sink.sum()) for _, sink in parts) == 2  # "What" in a, "Wait" in b
+    for item, (_, sink) in zip(rendered, parts, strict=True):
+        np.testing.assert_array_equal(sink, item.ids == wait)
