@@ -1,6 +1,21 @@
 """Verifiable tasks with worked traces, question files, and the verifiers of both."""
 
-from lorascope.tasks.catalogue import DIFFICULTIES, FAMILIES, make_problems, split_of, to_trace
+from lorascope.tasks.answers import score
+from lorascope.tasks.catalogue import DIFFICULTIES, FAMILIES, family_named, make_problems, split_of, to_trace
 from lorascope.tasks.problem import Family, Problem, Score, Slip
+from lorascope.tasks.questions import read_questions
 
-__all__ = ["DIFFICULTIES", "FAMILIES", "Family", "Problem", "Score", "Slip", "make_problems", "split_of", "to_trace"]
+__all__ = [
+    "DIFFICULTIES",
+    "FAMILIES",
+    "Family",
+    "Problem",
+    "Score",
+    "Slip",
+    "family_named",
+    "make_problems",
+    "read_questions",
+    "score",
+    "split_of",
+    "to_trace",
+]

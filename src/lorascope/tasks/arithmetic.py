@@ -151,9 +151,7 @@ def _misproduct(rng: random.Random, p: int, q: int) -> int:
 
 def _tell_sum(teller: Teller, a: int, b: int) -> None:
     left = f"{a} + {b}"
-    teller.step(
-        SUM_EQUATION, {"left": left, "right": a + b}, {"left": left, "right": near_miss(teller.rng, a + b)}
-    )
+    teller.step(SUM_EQUATION, {"left": left, "right": a + b}, {"left": left, "right": near_miss(teller.rng, a + b)})
 
 
 # (count of numbers, digits of each, whether some are subtracted)

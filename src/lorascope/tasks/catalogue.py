@@ -9,6 +9,10 @@ from collections.abc import Collection, Mapping, Sequence
 from lorascope.errors import BadInput
 from lorascope.tasks.algebra import make_linear
 from lorascope.tasks.arithmetic import make_chain, make_gcd, make_multiply
+from lorascope.tasks.automata import make_mealy
+from lorascope.tasks.gym import PREFIX, gym_family
+from lorascope.tasks.knights import make_knights
+from lorascope.tasks.ordering import make_sort
 from lorascope.tasks.problem import Draft, Family, Problem, Split
 from lorascope.tasks.spelling import make_letters
 from lorascope.traces import Trace
@@ -18,7 +22,10 @@ _ALL = (
     Family("chain", "chained sums: 12 + 34 + 56", make_chain),
     Family("linear", "linear equations: 7x + 5 = 89", make_linear),
     Family("letters", "letter counting by spelling: the r in strawberry", make_letters),
+    Family("sort", "sorting numbers", make_sort),
     Family("gcd", "greatest common divisor by Euclid", make_gcd),
+    Family("knights", "knights and knaves by search with contradiction and return", make_knights),
+    Family("mealy", "step-by-step simulation of a small Mealy machine", make_mealy),
 )
 FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 """Every built-in family by name."""
@@ -28,6 +35,15 @@ HELDOUT_SHARE = 0.2
 """The share of each family's contents (by hash) that is never trained on."""
 _PATIENCE = 400
 """Draws in a row that bring nothing new before a family counts as exhausted."""
+
+
+def family_named(name: str) -> Family:
+    """A built-in family, or one of reasoning-gym's as `rg:NAME`; raises BadInput naming the known ones."""
+    if name.startswith(PREFIX):
+        return gym_family(name)
+    if name not in FAMILIES:
+        raise BadInput(f"There is no task family {name!r}; choose from {', '.join(FAMILIES)}, or rg:NAME.")
+    return FAMILIES[name]
 
 
 def split_of(problem: Problem) -> Split:
@@ -77,7 +93,7 @@ def make_problems(
     levels = _levels(difficulty)
     problems: list[Problem] = []
     for name, count in share_out(weights, n).items():
-        problems += _draw(FAMILIES[name], count, seed, levels, split, set(exclude))
+        problems += _draw(family_named(name), count, seed, levels, split, set(exclude))
     random.Random(f"order {seed} {split}").shuffle(problems)
     return problems
 
@@ -95,9 +111,8 @@ def to_trace(problem: Problem) -> Trace:
 
 
 def _check_request(weights: Mapping[str, float], n: int, split: str) -> None:
-    unknown = [name for name in weights if name not in FAMILIES]
-    if unknown:
-        raise BadInput(f"There is no task family {unknown[0]!r}; choose from {', '.join(FAMILIES)}.")
+    for name in weights:
+        family_named(name)
     if not weights or any(weight < 0 for weight in weights.values()) or sum(weights.values()) <= 0:
         raise BadInput("Name at least one task family, with weights that are not negative and not all zero.")
     if n < 0:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Kind = Literal["number", "text", "list", "choice", "math"]
+Kind = Literal["number", "text", "list", "choice", "roles", "math"]
 """How an answer is read out of a response and compared (see `lorascope.tasks.answers`)."""
 
 Split = Literal["train", "heldout"]
@@ -70,9 +70,8 @@ class Draft:
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of problem: `make(rng, difficulty 1..5)` draws one; `verify` replaces the comparison by kind."""
+    """A kind of problem: `make(rng, difficulty)` draws one at a difficulty of 1 to 5."""
 
     name: str
     description: str
     make: Callable[[random.Random, int], Draft]
-    verify: Callable[[Problem, str], Score] | None = None

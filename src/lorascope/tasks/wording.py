@@ -9,11 +9,12 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from lorascope.tasks.problem import Slip
 
 _INNERMOST = re.compile(r"\[([^\[\]]*)\]")
-_WORD = re.compile(r"[A-Za-z]{2,}(?![\w(])")
+_FIRST_WORD = re.compile(r"[A-Za-z][a-z]+(?![\w(])")
 
 LEAD = "[||||So |Now |Then |Next, |Okay, |Well, |And ]"
 """An optional first word for a step."""
@@ -58,30 +59,27 @@ SAY_ANSWER = (
 
 
 def vary(
-    rng: random.Random, templates: str | Sequence[str], values: Mapping[str, object] | None = None
+    rng: random.Random,
+    templates: str | Sequence[str],
+    values: Mapping[str, object] | None = None,
+    start: Literal["as is", "upper", "lower"] = "as is",
 ) -> str:
-    """One wording: picks a template, then each bracketed alternative, then fills in `values`."""
+    """One wording: picks a template, then each bracketed alternative, then fills in `values`.
+
+    `start` fits its first word to its place; values and lone letters (I, the unknown x) stay as they are.
+    """
     text = templates if isinstance(templates, str) else rng.choice(templates)
     while found := _INNERMOST.search(text):
         text = text[: found.start()] + rng.choice(found[1].split("|")) + text[found.end() :]
-    return text.replace("  ", " ").format_map(values or {})
-
-
-def capitalise(text: str) -> str:
-    """Capitalises a sentence's first word, but not a lone letter (the unknown x) or a call such as gcd(…)."""
-    word = _WORD.match(text)
-    return text[0].upper() + text[1:] if word and word[0].islower() else text
-
-
-def uncapitalise(text: str) -> str:
-    """The opposite, for a sentence that goes on from another one; "I" stays."""
-    word = _WORD.match(text)
-    return text[0].lower() + text[1:] if word and word[0][1:].islower() else text
+    text = text.strip().replace("  ", " ")
+    if start != "as is" and _FIRST_WORD.match(text):
+        text = (text[0].upper() if start == "upper" else text[0].lower()) + text[1:]
+    return text.format_map(values or {})
 
 
 def say_answer(rng: random.Random, gold: object, own: Sequence[str] = ()) -> str:
     """The final sentence: one of the general wordings or of the family's `own`."""
-    return capitalise(vary(rng, (*SAY_ANSWER, *own), {"gold": gold}))
+    return vary(rng, (*SAY_ANSWER, *own), {"gold": gold}, "upper")
 
 
 class Teller:
@@ -105,7 +103,7 @@ class Teller:
 
     def say(self, templates: str | Sequence[str], **values: object) -> str:
         """Adds one sentence and returns it."""
-        sentence = capitalise(vary(self.rng, templates, values))
+        sentence = vary(self.rng, templates, values, "upper")
         if sentence:
             self._sentences.append(sentence)
         return sentence
@@ -124,9 +122,9 @@ class Teller:
         rng = self.rng
         if wrong is not None and wrong != right and self.chance(self._slip_chance):
             error = self.say(templates, **wrong)
-            redone = vary(rng, again, right) if again else uncapitalise(vary(rng, templates, right))
             notice = vary(rng, NOTICE)
-            self._sentences.append(notice + (capitalise(redone) if notice.endswith((". ", "? ")) else redone))
+            redone = vary(rng, again or templates, right, "upper" if notice.endswith((".", "?")) else "lower")
+            self._sentences.append(f"{notice} {redone}")
             self.slips.append(Slip(error, self._sentences[-1]))
             return True
         self.say(templates, **right)
