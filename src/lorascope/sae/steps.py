@@ -1,0 +1,185 @@
+"""One training step of a batch-top-k autoencoder: dense encoding, then only the selected entries.
+
+A batch of B rows keeps its k·B largest scores, score = relu(pre-activation) × decoder norm. The loss is the squared
+error, summed over directions and averaged over rows, plus an auxiliary loss in which dead latents predict what is
+left. The gradients are written out; tests compare them with autograd on the dense form.
+
+Legend: B rows, N directions, F latents, M selected entries, D dead latents.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+
+@dataclass
+class Weights:
+    """Parameters in training; both matrices latent-major, so that a latent's row is contiguous."""
+
+    W_enc_FN: Tensor
+    W_dec_FN: Tensor
+    b_enc_F: Tensor
+    b_dec_N: Tensor
+
+    def parameters(self) -> list[Tensor]:
+        """All four, for the optimiser."""
+        return [self.W_enc_FN, self.W_dec_FN, self.b_enc_F, self.b_dec_N]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step saw. `fired` holds the latents among the selected entries."""
+
+    loss: float
+    error: float
+    """Squared error, summed over directions, averaged over rows."""
+    cut: float
+    """The smallest selected score."""
+    selected: int
+    fired: Tensor
+
+
+@dataclass(frozen=True)
+class Entries:
+    """The selected entries of a batch in row order: where they are and their activations."""
+
+    rows_M: Tensor
+    latents_M: Tensor
+    values_M: Tensor
+    offsets_B: Tensor
+    """First entry of each row."""
+
+
+def initial_weights(n_directions: int, n_latents: int, norm: float, generator: torch.Generator) -> Weights:
+    """Random decoder rows of one norm, the encoder their transpose, biases zero."""
+    W_dec = torch.randn(n_latents, n_directions, generator=generator)
+    W_dec *= norm / W_dec.norm(dim=1, keepdim=True)
+    return Weights(W_dec.clone(), W_dec, torch.zeros(n_latents), torch.zeros(n_directions))
+
+
+def select_largest(scores_BF: Tensor, count: int, floor: float = 0.0) -> tuple[Tensor, float]:
+    """Flat positions (ascending) of the `count` largest positive scores, and the smallest of these scores.
+
+    Fewer where fewer are positive. `floor` is a guess from below of the smallest kept score: it only saves time.
+    On the CPU a partition of the candidates; elsewhere `torch.topk`.
+    """
+    flat = scores_BF.reshape(-1)
+    if flat.device.type != "cpu":
+        values, found = torch.topk(flat, min(count, len(flat)), sorted=False)
+        found = found[values > 0].sort().values
+        return found, float(flat[found].min()) if len(found) else 0.0
+    scores = flat.numpy()
+    candidates = np.flatnonzero(scores > floor)
+    if len(candidates) < count and floor > 0:
+        candidates = np.flatnonzero(scores > 0)
+    values_ = scores[candidates]
+    if len(candidates) > count:
+        cut = np.partition(values_, len(values_) - count)[len(values_) - count]
+        above = values_ > cut
+        ties = np.flatnonzero(values_ == cut)[: count - int(above.sum())]
+        above[ties] = True
+        candidates, values_ = candidates[above], values_[above]
+    return torch.from_numpy(candidates), float(values_.min()) if len(values_) else 0.0
+
+
+def gather_entries(before_BF: Tensor, flat_M: Tensor) -> Entries:
+    """The entries at ascending flat positions of the pre-activations."""
+    n_rows, n_latents = before_BF.shape
+    rows, latents = flat_M // n_latents, flat_M % n_latents
+    starts = torch.searchsorted(rows, torch.arange(n_rows, device=rows.device))
+    return Entries(rows, latents, before_BF.reshape(-1)[flat_M], starts)
+
+
+def sum_rows(table_XN: Tensor, index_M: Tensor, weights_M: Tensor, offsets: Tensor) -> Tensor:
+    """Weighted sums of table rows, one per bag of entries: a sparse matrix times a dense one."""
+    return embedding_bag(index_M, table_XN, offsets, mode="sum", per_sample_weights=weights_M)
+
+
+@torch.no_grad()
+def train_step(
+    weights: Weights, x_BN: Tensor, count: int, *, floor: float, dead_D: Tensor, aux_coefficient: float
+) -> StepResult:
+    """Compute the loss of one batch and put its gradients into `.grad` of the weights.
+
+    Args:
+        count: number of entries the batch keeps (k·B).
+        floor: a guess from below of the smallest kept score.
+        dead_D: numbers of the latents that the auxiliary loss revives.
+    """
+    n_rows = len(x_BN)
+    centred = x_BN - weights.b_dec_N
+    before = torch.addmm(weights.b_enc_F, centred, weights.W_enc_FN.T)
+    norms = weights.W_dec_FN.norm(dim=1)
+    flat, cut = select_largest(before.relu().mul_(norms), count, floor)
+    entries = gather_entries(before, flat)
+    # PyTorch has a fast derivative of the sparse product by its values: the only place where autograd is used.
+    with torch.enable_grad():
+        values_M = entries.values_M.requires_grad_()
+        product = sum_rows(weights.W_dec_FN, entries.latents_M, values_M, entries.offsets_B)
+    residual = product.detach() + weights.b_dec_N - x_BN
+    error = float(residual.pow(2).sum()) / n_rows
+    slope = residual * (2.0 / n_rows)
+    slope_values = torch.autograd.grad(product, values_M, slope)[0]
+    backward_selected(weights, centred, slope, entries, slope_values)
+    auxiliary = 0.0
+    if len(dead_D) and aux_coefficient > 0:
+        auxiliary = backward_dead(weights, centred, before, -residual, dead_D, aux_coefficient)
+    return StepResult(error + auxiliary, error, cut, len(flat), entries.latents_M)
+
+
+@torch.no_grad()
+def backward_selected(
+    weights: Weights, centred_BN: Tensor, slope_BN: Tensor, entries: Entries, slope_values_M: Tensor
+) -> None:
+    """Gradients of the squared error, given its derivatives by the reconstruction and by the selected values."""
+    n_latents = len(weights.W_dec_FN)
+    # By latent: the same entries sorted so that each latent's are together.
+    order = entries.latents_M.argsort(stable=True)
+    starts = torch.searchsorted(entries.latents_M[order], torch.arange(n_latents, device=order.device))
+    rows = entries.rows_M[order]
+    weights.W_dec_FN.grad = sum_rows(slope_BN, rows, entries.values_M.detach()[order], starts)
+    weights.W_enc_FN.grad = sum_rows(centred_BN, rows, slope_values_M[order], starts)
+    slope_enc = torch.zeros(n_latents, device=order.device).index_add_(0, entries.latents_M, slope_values_M)
+    weights.b_enc_F.grad = slope_enc
+    # b_dec is added to the output and taken from the input.
+    weights.b_dec_N.grad = slope_BN.sum(0) - slope_enc @ weights.W_enc_FN
+
+
+@torch.no_grad()
+def backward_dead(
+    weights: Weights, centred_BN: Tensor, before_BF: Tensor, left_BN: Tensor, dead_D: Tensor, coefficient: float
+) -> float:
+    """Add the gradients of the auxiliary loss: the N/2 strongest dead latents of each row predict what is left.
+
+    Returns the loss: coefficient · min(1, D / (N/2)) · squared error, as in SAELens.
+    """
+    n_rows, n_directions = centred_BN.shape
+    most = max(1, n_directions // 2)
+    share = coefficient * min(1.0, len(dead_D) / most)
+    values = before_BF[:, dead_D].relu()
+    if len(dead_D) > most:
+        weakest = values.topk(most, dim=1).values[:, -1:]
+        values = torch.where(values >= weakest, values, 0.0)
+    W_dec, W_enc = weights.W_dec_FN[dead_D], weights.W_enc_FN[dead_D]
+    residual = values @ W_dec - left_BN
+    slope = residual * (2.0 * share / n_rows)
+    slope_before = (slope @ W_dec.T).masked_fill_(values <= 0, 0.0)
+    slope_enc = slope_before.sum(0)
+    add_rows(weights.W_dec_FN, dead_D, values.T @ slope)
+    add_rows(weights.W_enc_FN, dead_D, slope_before.T @ centred_BN)
+    add_rows(weights.b_enc_F, dead_D, slope_enc)
+    gradient = weights.b_dec_N.grad
+    assert gradient is not None
+    gradient -= slope_enc @ W_enc
+    return share * float(residual.pow(2).sum()) / n_rows
+
+
+def add_rows(parameter: Tensor, index_D: Tensor, change: Tensor) -> None:
+    """Add to some rows of a parameter's gradient."""
+    assert parameter.grad is not None
+    parameter.grad.index_add_(0, index_D, change)
