@@ -21,18 +21,14 @@ def byte_level() -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(
-        [AddedToken("<|im_start|>", special=True), AddedToken("<|a b|>", special=True)]
-    )
+    tokenizer.add_special_tokens([AddedToken("<|im_start|>", special=True), AddedToken("<|a b|>", special=True)])
     return tokenizer
 
 
 def sentencepiece() -> Tokenizer:
     words = ["<unk>", *[f"<0x{b:02X}>" for b in range(256)], "▁The", "▁answer", "▁is", "n", "e", "日"]
     tokenizer = Tokenizer(
-        models.BPE(
-            vocab={w: i for i, w in enumerate(words)}, merges=[], byte_fallback=True, unk_token="<unk>"
-        )
+        models.BPE(vocab={w: i for i, w in enumerate(words)}, merges=[], byte_fallback=True, unk_token="<unk>")
     )
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -60,9 +56,7 @@ def test_any_ids_join_to_the_tokenizers_own_decoding(make) -> None:  # type: ign
     for length in (0, 1, 2, 3, 5, 30):
         for _ in range(60):
             ids = [rng.randrange(tokenizer.get_vocab_size()) for _ in range(length)]
-            assert "".join(token_texts(tokenizer, ids)) == tokenizer.decode(ids, skip_special_tokens=False), (
-                ids
-            )
+            assert "".join(token_texts(tokenizer, ids)) == tokenizer.decode(ids, skip_special_tokens=False), ids
 
 
 def test_sentencepiece_bytes_and_first_space() -> None:
@@ -73,9 +67,7 @@ def test_sentencepiece_bytes_and_first_space() -> None:
 
 
 def test_other_decoders_by_prefix() -> None:
-    tokenizer = Tokenizer(
-        models.WordPiece(vocab={"[UNK]": 0, "play": 1, "##ing": 2, "cards": 3}, unk_token="[UNK]")
-    )
+    tokenizer = Tokenizer(models.WordPiece(vocab={"[UNK]": 0, "play": 1, "##ing": 2, "cards": 3}, unk_token="[UNK]"))
     tokenizer.decoder = decoders.WordPiece(prefix="##")
     assert token_texts(tokenizer, [1, 2, 3]) == ["play", "ing", " cards"]
 
@@ -83,7 +75,8 @@ def test_other_decoders_by_prefix() -> None:
 def test_special_and_unknown_ids() -> None:
     tokenizer = byte_level()
     start, spaced = tokenizer.token_to_id("<|im_start|>"), tokenizer.token_to_id("<|a b|>")
-    assert start is not None and spaced is not None
+    assert start is not None
+    assert spaced is not None
     assert token_texts(tokenizer, [start, spaced, 9999, -1]) == ["<|im_start|>", "<|a b|>", "", ""]
     assert token_table(tokenizer).special == {start, spaced}
 
@@ -94,11 +87,12 @@ def test_vocabulary_texts_are_readable() -> None:
     assert len(texts) == tokenizer.get_vocab_size()
     assert texts[tokenizer.encode(" ").ids[0]] == " "
     assert texts[tokenizer.encode("é").ids[0]] == "<C3>"
-    assert readable("\n") == "'\\n'" and readable("don't") == '"don\'t"'
+    assert readable("\n") == "'\\n'"
+    assert readable("don't") == '"don\'t"'
 
 
 def test_open_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="tokenizer.json"):
+    with pytest.raises(BadInput, match=r"tokenizer\.json"):
         open_tokenizer(tmp_path)
     byte_level().save(str(tmp_path / "tokenizer.json"))
     assert token_texts(open_tokenizer(tmp_path), [0]) == ["!"]

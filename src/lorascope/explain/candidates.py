@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lorascope.explain.rules import CLASSES, PADDING, SEGMENTS, Condition, Vocabulary
+from lorascope.explain.rules import CLASSES, PADDING, Condition, Vocabulary
 from lorascope.explain.windows import Corpus
+from lorascope.traces import SEGMENT_NAMES
 
 IntArray = NDArray[np.int64]
 BACK = 3
@@ -64,8 +65,8 @@ def make_candidates(corpus: Corpus, vocabulary: Vocabulary, *, least: int = 3) -
             reach.append(back)
     add_texts("within", WITHIN, range(1, WITHIN + 1), BACK + 1)
     start = len(conditions)
-    conditions.extend(Condition("segment", name=name) for name in SEGMENTS)
-    slots.extend([-1] * len(SEGMENTS))
+    conditions.extend(Condition("segment", name=name) for name in SEGMENT_NAMES)
+    slots.extend([-1] * len(SEGMENT_NAMES))
     columns.append(corpus.segments_T.astype(np.int32) + start)
     reach.append(0)
     return _pack(columns, reach, conditions, slots)

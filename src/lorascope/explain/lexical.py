@@ -36,7 +36,7 @@ LEAST_SUPPORT = 0.02
 
 @dataclass(frozen=True)
 class Problem:
-    """What the search counts on: `holds_RC` (0/1), the window of each token, and what hitting a token or window is worth.
+    """What the search counts on: `holds_RC` (0/1), the window of each token, what hitting a token or window is worth.
 
     `token_R` and `window_W` are +1/positives or -1/negatives, so that a rule's worth is a sum over what it hits.
     """
@@ -95,7 +95,9 @@ def _pose_problem(sample: Sample, candidates: Candidates) -> Problem | None:
     return Problem(holds_RC[:, :-1], window_R, token_R, window_W, kept)
 
 
-def _worth_of_each(problem: Problem, within_R: BoolArray | None, token_R: FloatArray, window_W: FloatArray) -> FloatArray:
+def _worth_of_each(
+    problem: Problem, within_R: BoolArray | None, token_R: FloatArray, window_W: FloatArray
+) -> FloatArray:
     """Worth [C] of adding each condition to a clause that holds at `within_R` (None: everywhere)."""
     if within_R is None:
         holds_RC, window_R, worth_R = problem.holds_RC, problem.window_R, token_R
@@ -110,19 +112,19 @@ def _worth_of_each(problem: Problem, within_R: BoolArray | None, token_R: FloatA
     return worth
 
 
-def _best_clause(
-    problem: Problem, token_R: FloatArray, window_W: FloatArray
-) -> tuple[tuple[int, ...], float] | None:
+def _best_clause(problem: Problem, token_R: FloatArray, window_W: FloatArray) -> tuple[tuple[int, ...], float] | None:
     """The best conjunction by beam search: (numbers of its conditions, its worth less its cost)."""
     worth_C = _worth_of_each(problem, None, token_R, window_W) - CONDITION_COST
     if len(worth_C) == 0:
         return None
-    beam = [((int(c),), float(worth_C[c])) for c in np.argsort(-worth_C, kind="stable")[:BEAM]]
+    beam: list[tuple[tuple[int, ...], float]] = [
+        ((int(c),), float(worth_C[c])) for c in np.argsort(-worth_C, kind="stable")[:BEAM]
+    ]
     best = beam[0]
     for _ in range(MAX_CONDITIONS - 1):
         longer: dict[tuple[int, ...], float] = {}
         for numbers, _worth in beam:
-            within_R = problem.holds_RC[:, list(numbers)].all(axis=1)
+            within_R = _all_hold(problem, numbers)
             cost = CONDITION_COST * (len(numbers) + 1)
             more_C = _worth_of_each(problem, within_R, token_R, window_W) - cost
             more_C[list(numbers)] = -np.inf
@@ -133,6 +135,11 @@ def _best_clause(
             break
         best = beam[0]
     return best
+
+
+def _all_hold(problem: Problem, numbers: tuple[int, ...]) -> BoolArray:
+    holds_RN = problem.holds_RC[:, list(numbers)]
+    return np.asarray(holds_RN.all(axis=1), dtype=np.bool_)
 
 
 def _widen(
@@ -146,12 +153,13 @@ def _widen(
     """Turn each token condition into a set of tokens while that pays; (sets of condition numbers, hits, worth)."""
     sets = [[number] for number in numbers]
     slot_C = candidates.slot_C[problem.column_C]
-    hit_R = problem.holds_RC[:, list(numbers)].all(axis=1)
+    hit_R = _all_hold(problem, numbers)
     for place, number in enumerate(numbers):
         if slot_C[number] < 0:
             continue
-        others = [problem.holds_RC[:, s].any(axis=1) for k, s in enumerate(sets) if k != place]
-        context_R = np.logical_and.reduce(others) if others else np.ones(len(hit_R), dtype=np.bool_)
+        context_R = np.ones(len(hit_R), dtype=np.bool_)
+        for other in (*sets[:place], *sets[place + 1 :]):
+            context_R &= problem.holds_RC[:, other].any(axis=1)
         while len(sets[place]) < MAX_SET:
             left_R = np.where(hit_R, np.float32(0), token_R)
             left_W = window_W.copy()

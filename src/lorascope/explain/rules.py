@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from lorascope.errors import BadInput
 from lorascope.token_text import readable
+from lorascope.traces import SEGMENT_NAMES
 
 BoolArray = NDArray[np.bool_]
 PADDING = -1
-SEGMENTS = ("special", "prompt", "think", "answer")
 OPERATORS = frozenset("+-*/=×÷<>^%−·≤≥≠")
 
 CLASSES = {
@@ -124,7 +124,7 @@ def _execute_condition(
     condition: Condition, ids_WS: NDArray[np.int32], segments_WS: NDArray[np.uint8], vocabulary: Vocabulary
 ) -> BoolArray:
     if condition.kind == "segment":
-        return segments_WS == SEGMENTS.index(condition.name)
+        return segments_WS == SEGMENT_NAMES.index(condition.name)
     if condition.name:
         here_WS = vocabulary.masks[condition.name][ids_WS]
     else:
@@ -201,7 +201,7 @@ def rule_from_json(data: Any) -> Rule:
 
 def _condition_from_json(data: dict[str, Any]) -> Condition:
     keys = set(data)
-    if keys == {"segment"} and data["segment"] in SEGMENTS:
+    if keys == {"segment"} and data["segment"] in SEGMENT_NAMES:
         return Condition("segment", name=data["segment"])
     kind = "at" if "at" in keys else "within"
     back = data[kind]

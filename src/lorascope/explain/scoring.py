@@ -11,7 +11,7 @@ Shapes: W = windows, S = tokens of a window.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -103,7 +103,8 @@ def score_answers(
     """Balanced accuracy of answers, unparsed ones wrong. ValueError unless there is one answer per window."""
     if len(answers) != len(quiz.truth_W):
         raise ValueError(f"{len(answers)} answers to {len(quiz.truth_W)} windows.")
-    right = np.array([given is not None and given == true for given, true in zip(answers, quiz.truth_W, strict=True)])
+    truth: list[bool] = quiz.truth_W.tolist()
+    right = np.array([given is not None and given == true for given, true in zip(answers, truth, strict=True)])
     sides = [right[quiz.truth_W], right[~quiz.truth_W]]
     value = float(np.mean([side.mean() if len(side) else np.nan for side in sides]))
     # Resampling n zeros and ones with replacement is a binomial draw: the bootstrap without its loop.
@@ -125,9 +126,10 @@ def execute_answers(vocabulary: Vocabulary) -> Answer:
             return [None] * len(windows)
         true_WS = execute_rule(explanation.rule, windows.ids_WS, windows.segments_WS, vocabulary)
         if windows.marked_WS is None:
-            return [bool(x) for x in true_WS.any(axis=1)]
-        marked = windows.marked_WS.sum(axis=1)
-        return [bool(x) for x in 2 * (true_WS & windows.marked_WS).sum(axis=1) >= np.maximum(marked, 1)]
+            return np.asarray(true_WS.any(axis=1)).tolist()
+        marked_W = windows.marked_WS.sum(axis=1)
+        hits_W = (true_WS & windows.marked_WS).sum(axis=1)
+        return [2 * hits >= max(marked, 1) for hits, marked in zip(hits_W.tolist(), marked_W.tolist(), strict=True)]
 
     return answer
 
@@ -135,28 +137,23 @@ def execute_answers(vocabulary: Vocabulary) -> Answer:
 def borrow_explanations(
     features: Sequence[str], groups: Sequence[str], rng: np.random.Generator
 ) -> dict[str, str | None]:
-    """For each feature another one whose explanation it is given as a control: a seeded derangement.
+    """For each feature another one whose explanation it is given as a control, by seed.
 
-    No feature gets its own explanation or one of its own group (the two polarities of a direction are a group); None
-    where all features are of one group.
+    A derangement of the features that also keeps a group apart (the two polarities of a direction are a group). Where
+    groups are too large for that, a feature of another group lends twice; None only when there is no other group.
     """
-    order = list(rng.permutation(len(features)))
-    donors = order[1:] + order[:1]
-    for k, number in enumerate(order):
-        if groups[donors[k]] != groups[number]:
-            continue
-        # Exchange donors with a place where neither then gets one of its own group.
-        for j in range(len(order)):
-            other = order[j]
-            if groups[donors[j]] != groups[number] and groups[donors[k]] != groups[other]:
-                donors[k], donors[j] = donors[j], donors[k]
-                break
-    return {
-        features[number]: features[donor] if groups[donor] != groups[number] else None
-        for number, donor in zip(order, donors, strict=True)
-    }
-
-
-def without_truth(explanation: Explanation, feature: str) -> Explanation:
-    """The same explanation presented as that of another feature (the wrong-explanation control)."""
-    return replace(explanation, feature=feature)
+    order = rng.permutation(len(features))
+    lenders = np.roll(order, -1)
+    names = {name: k for k, name in enumerate(dict.fromkeys(groups))}
+    group = np.array([names[name] for name in groups], dtype=np.int64)
+    for k in np.flatnonzero(group[order] == group[lenders]):
+        # Exchange with a place where neither then gets one of its own group.
+        fits = (group[lenders] != group[order[k]]) & (group[order] != group[lenders[k]])
+        if fits.any():
+            j = int(np.argmax(fits))
+            lenders[k], lenders[j] = lenders[j], lenders[k]
+    out: dict[str, str | None] = {}
+    for number, lender in zip(order.tolist(), lenders.tolist(), strict=True):
+        others = [lender] if group[lender] != group[number] else np.flatnonzero(group != group[number]).tolist()
+        out[features[number]] = features[others[int(rng.integers(len(others)))]] if others else None
+    return out

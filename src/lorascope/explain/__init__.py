@@ -1,0 +1,22 @@
+"""Explanations of features: executable rules, and how well they tell where a feature fires on text never seen."""
+
+from lorascope.explain.rules import Rule, describe_rule, execute_rule, make_vocabulary, rule_from_json, rule_to_json
+from lorascope.explain.scoring import Explanation, borrow_explanations, execute_answers, score_answers
+from lorascope.explain.stage import ExplainConfig, explain_features
+from lorascope.explain.summary import summarise_rows
+
+__all__ = [
+    "ExplainConfig",
+    "Explanation",
+    "Rule",
+    "borrow_explanations",
+    "describe_rule",
+    "execute_answers",
+    "execute_rule",
+    "explain_features",
+    "make_vocabulary",
+    "rule_from_json",
+    "rule_to_json",
+    "score_answers",
+    "summarise_rows",
+]

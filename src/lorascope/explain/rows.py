@@ -1,0 +1,67 @@
+"""Explanations on disk: JSON Lines to which finished rows are appended, one per feature and explainer.
+
+A row's `key` is a hash of all that it was computed from. A cut-off run leaves whole rows (and perhaps half a line,
+which is cut away); the next run computes only the missing keys. Rows whose inputs changed go to `superseded.jsonl`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from lorascope.errors import RunFailed
+from lorascope.study import atomic_write_text
+
+Row = dict[str, Any]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The whole rows of a JSON Lines file, [] when there is none; an unfinished last line is left out.
+
+    Raises:
+        RunFailed: a finished line is not JSON.
+    """
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    rows: list[Row] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise RunFailed(f"{path}, line {number} is damaged; remove the line and explain again.") from error
+    return rows
+
+
+def append_row(path: Path, row: Row) -> None:
+    """Append one row and its line break in a single write."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(_line(row))
+
+
+def keep_rows(path: Path, wanted: Collection[str], explainer: str) -> dict[str, Row]:
+    """Make a file ready for appending; returns this explainer's rows with a wanted key, by key.
+
+    Other rows of the explainer are moved to `superseded.jsonl` beside it; rows of other explainers stay.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done: dict[str, Row] = {}
+    kept: list[Row] = []
+    for row in read_rows(path):
+        if row["explainer"] != explainer:
+            kept.append(row)
+        elif row["key"] not in wanted:
+            append_row(path.with_name("superseded.jsonl"), {"file": path.name, **row})
+        elif row["key"] not in done:
+            done[row["key"]] = row
+            kept.append(row)
+    text = "".join(_line(row) for row in kept)
+    if not path.is_file() or text != path.read_text(encoding="utf-8"):
+        atomic_write_text(path, text)
+    return done
+
+
+def _line(row: Row) -> str:
+    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"

@@ -1,0 +1,48 @@
+"""Headline numbers from rows of explanations: means with intervals, and how many rows have none and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lorascope.explain.rows import Row
+from lorascope.stats import bootstrap_mean
+
+
+def cluster_of(feature: str) -> str:
+    """The two polarities of a direction are one cluster: the id without its sign."""
+    return feature.rstrip("+-")
+
+
+def summarise_rows(rows: Sequence[Row], rng: np.random.Generator) -> dict[str, Any]:
+    """Mean scores with intervals that resample clusters, how many features they are of, and why others have none."""
+    out: dict[str, Any] = {"n": len(rows), "explained": sum(row["rule"] is not None for row in rows)}
+    reasons: dict[str, int] = {}
+    for row in rows:
+        if row["reason"]:
+            # Reasons carry numbers ("fires on 3 tokens ..."); they are counted without them.
+            plain = " ".join("n" if word.isdigit() else word for word in row["reason"].split(", fewer")[0].split())
+            reasons[plain] = reasons.get(plain, 0) + 1
+    out["reasons"] = reasons
+    for task in ("detection", "fuzzing"):
+        pairs = [
+            (row["scored"][task]["value"], row["scored"][f"{task}_wrong"]["value"], cluster_of(row["feature"]))
+            for row in rows
+            if row["scored"] and row["scored"].get(task) and row["scored"].get(f"{task}_wrong")
+        ]
+        own = np.array([p[0] for p in pairs])
+        wrong = np.array([p[1] for p in pairs])
+        out[f"n_{task}"] = len(pairs)
+        for name, values in (("", own), ("_wrong", wrong), ("_gain", own - wrong)):
+            out[task + name] = _mean(values, [p[2] for p in pairs], rng)
+    return out
+
+
+def _mean(values: NDArray[np.float64], clusters: Sequence[str], rng: np.random.Generator) -> dict[str, float] | None:
+    if len(values) == 0:
+        return None
+    interval = bootstrap_mean(values, rng=rng, clusters=clusters)
+    return {name: round(value, 4) for name, value in interval.as_dict("mean").items()}

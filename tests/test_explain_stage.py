@@ -1,0 +1,203 @@
+"""The stage: rows for every feature, resuming, superseding, headline numbers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from lorascope.config import Options
+from lorascope.errors import BadInput, MissingStage, RunFailed
+from lorascope.explain import ExplainConfig, explain_features, rule_from_json, summarise_rows
+from lorascope.explain.rows import keep_rows, read_rows
+from lorascope.study import Study, read_json, write_json
+from planted_text import planted_study
+
+CONFIG = ExplainConfig(kinds="direction", examples=30, learn=128)
+
+
+@pytest.fixture(scope="module")
+def explained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, dict[str, str], dict[str, Any]]:
+    study, ids = planted_study(tmp_path_factory.mktemp("explained") / "study")
+    return study, ids, explain_features(study, CONFIG, Options())
+
+
+def rows_of(study: Study, kind: str = "direction") -> dict[str, dict[str, Any]]:
+    rows = read_rows(study.path / "explanations" / f"{kind}.jsonl")
+    assert len({row["feature"] for row in rows}) == len(rows)
+    return {row["feature"]: row for row in rows}
+
+
+def test_every_feature_has_one_row(explained: tuple[Study, dict[str, str], dict[str, Any]]) -> None:
+    study, ids, result = explained
+    rows = rows_of(study)
+    assert set(rows) == {f"L{k}.gate{sign}" for k in range(6) for sign in "+-"}
+    for name in ("a token", "a token after another", "a number while thinking", "anything after Wait"):
+        row = rows[ids[name]]
+        assert row["scored"]["detection"]["value"] >= 0.95
+        assert row["scored"]["fuzzing"]["value"] >= 0.95
+        assert row["explainer"] == "lexical"
+        assert row["reason"] is None
+        assert row["text"].startswith("fires on ")
+        assert rule_from_json(row["rule"])
+        lender = row["scored"]["wrong_from"]
+        assert lender.rstrip("+-") != row["feature"].rstrip("+-")
+        assert row["scored"]["detection_wrong"]["n"] == row["scored"]["detection"]["n"] >= 20
+    nothing = rows[ids["nothing"]]
+    assert (nothing["rule"], nothing["scored"]) == (None, None)
+    assert nothing["reason"] == "fires on 0 tokens of the training corpus, fewer than 8"
+    assert 0.3 < rows[ids["chance"]]["scored"]["detection"]["value"] < 0.7
+    assert result["direction"]["n"] == 12
+    assert sum(result["direction"]["reasons"].values()) + result["direction"]["n_detection"] == 12
+    assert result["direction"]["reasons"] == {"fires on n tokens of the training corpus": 7}
+
+
+def test_headline_numbers(explained: tuple[Study, dict[str, str], dict[str, Any]]) -> None:
+    study, _, result = explained
+    summary = study.summary
+    rows = [row for row in rows_of(study).values() if row["scored"]]
+    own = np.mean([row["scored"]["detection"]["value"] for row in rows])
+    wrong = np.mean([row["scored"]["detection_wrong"]["value"] for row in rows])
+    assert summary["detection"]["mean"] == pytest.approx(own, abs=1e-4)
+    assert summary["detection_wrong"]["mean"] == pytest.approx(wrong, abs=1e-4)
+    assert summary["detection_gain"]["mean"] == pytest.approx(own - wrong, abs=2e-4)
+    assert summary["detection_gain"] == result["all"]["detection_gain"]
+    for key in ("detection", "detection_wrong", "detection_gain"):
+        assert summary[key]["low"] <= summary[key]["mean"] <= summary[key]["high"]
+    assert "explain" in summary["stages"]
+
+
+def test_a_cut_off_run_continues_to_the_same_bytes(tmp_path: Path) -> None:
+    study, _ = planted_study(tmp_path / "study", traces=60)
+    explain_features(study, CONFIG, Options())
+    folder = study.path / "explanations"
+    whole = {file.name: file.read_bytes() for file in folder.iterdir()}
+    assert set(whole) == {"direction.jsonl", "direction-explained.jsonl"}
+    for name, data in whole.items():
+        lines = data.splitlines(keepends=True)
+        (folder / name).write_bytes(b"".join(lines[:5]) + lines[5][:40])
+    kept = (folder / "direction.jsonl").stat().st_mtime_ns
+    study.update_manifest(stages={"explain": {**study.manifest["stages"]["explain"], "config": None}})
+    explain_features(study, CONFIG, Options())
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == whole
+    assert (folder / "direction.jsonl").stat().st_mtime_ns != kept
+
+
+def test_rows_whose_inputs_changed_are_moved_aside(tmp_path: Path) -> None:
+    study, ids = planted_study(tmp_path / "study", traces=60)
+    explain_features(study, CONFIG, Options())
+    before = rows_of(study)
+    levels = read_json(study.path / "examples" / "levels.json")
+    levels["direction"][ids["a token"]] = 1.5
+    write_json(study.path / "examples" / "levels.json", levels)
+    explain_features(study, CONFIG, Options())
+    after = rows_of(study)
+    assert set(after) == set(before)
+    changed = {feature for feature in after if after[feature]["key"] != before[feature]["key"]}
+    assert ids["a token"] in changed
+    aside = read_rows(study.path / "explanations" / "superseded.jsonl")
+    assert ids["a token"] in {row["feature"] for row in aside}
+    unscored = {row["feature"] for row in aside if row["file"] == "direction-explained.jsonl"}
+    assert unscored == {ids["a token"]}
+
+
+def test_nothing_is_done_twice(tmp_path: Path) -> None:
+    study, _ = planted_study(tmp_path / "study", traces=60)
+    first = explain_features(study, CONFIG, Options())
+    stamp = (study.path / "explanations" / "direction.jsonl").stat().st_mtime_ns
+    assert explain_features(study, CONFIG, Options()) == first
+    assert (study.path / "explanations" / "direction.jsonl").stat().st_mtime_ns == stamp
+
+
+def test_latents_are_explained_too(tmp_path: Path) -> None:
+    study, _ = planted_study(tmp_path / "study", traces=60)
+    (study.path / "sae").mkdir()
+    weights = {"W_enc": np.eye(6, 5), "b_enc": np.zeros(5), "threshold": np.full(5, 0.5)}
+    weights |= {"W_dec": np.eye(5, 6), "b_dec": np.zeros(6)}
+    save_file({k: w.astype(np.float32) for k, w in weights.items()}, study.path / "sae" / "sae_weights.safetensors")
+    write_json(study.path / "sae" / "cfg.json", {"apply_b_dec_to_input": False})
+    levels = read_json(study.path / "examples" / "levels.json")
+    write_json(study.path / "examples" / "levels.json", levels | {"latent": {f"sae.{k}": 0.0 for k in range(5)}})
+    result = explain_features(study, ExplainConfig(examples=30, learn=128), Options())
+    assert rows_of(study, "latent")["sae.0"]["text"] == "fires on ' is'"
+    assert result["all"]["n"] == 17
+    assert result["latent"]["n"] == 5
+
+
+def test_limit_and_traces_also_in_training(tmp_path: Path) -> None:
+    study, _ = planted_study(tmp_path / "study", traces=60)
+    result = explain_features(study, ExplainConfig(kinds="direction", limit=4, learn=64, max_tokens=1000), Options())
+    assert len(rows_of(study)) == 4
+    left_out = result["traces_left_out"]["direction"]
+    assert left_out["heldout"]["also_in_training"] == 0
+    assert left_out["train"]["over_limit"] > 30
+    (study.path / "scalars" / "copy").symlink_to(study.path / "scalars" / "train")
+    result = explain_features(study, ExplainConfig(kinds="direction", corpus="copy"), Options())
+    assert result["traces_left_out"]["direction"]["copy"]["also_in_training"] == 60
+    assert result["all"]["detection"] is None
+    assert all("scoring corpus" in row["reason"] for row in rows_of(study).values() if row["rule"])
+
+
+def test_bad_input_is_named(tmp_path: Path) -> None:
+    study, _ = planted_study(tmp_path / "study", traces=8)
+    for config, message in [
+        (ExplainConfig(corpus="train"), "another --corpus"),
+        (ExplainConfig(explainer="oracle"), "no explainer 'oracle'"),
+        (ExplainConfig(kinds="direction,soul"), "no kind of feature 'soul'"),
+        (ExplainConfig(kinds=" "), "at least one kind"),
+        (ExplainConfig(kinds="direction", limit=0), "at least 1"),
+    ]:
+        with pytest.raises(BadInput, match=message):
+            explain_features(study, config, Options())
+    with pytest.raises(MissingStage, match="lorascope record"):
+        explain_features(study, ExplainConfig(kinds="direction", corpus="more"), Options())
+    with pytest.raises(MissingStage, match="lorascope sae"):
+        explain_features(study, ExplainConfig(), Options())
+    write_json(study.path / "examples" / "levels.json", {"direction": {"L0.gate+": 1.0}})
+    with pytest.raises(MissingStage, match="lorascope examples"):
+        explain_features(study, CONFIG, Options())
+    (study.path / "examples" / "levels.json").unlink()
+    with pytest.raises(MissingStage, match="lorascope examples"):
+        explain_features(study, CONFIG, Options())
+
+
+def test_rows_of_other_explainers_stay(tmp_path: Path) -> None:
+    file = tmp_path / "direction.jsonl"
+    rows = [
+        {"explainer": who, "key": key, "text": "日本\u2028"}
+        for who, key in [("lexical", "a"), ("judge", "b"), ("lexical", "c")]
+    ]
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows) + '{"expl', encoding="utf-8")
+    done = keep_rows(file, {"c"}, "lexical")
+    assert set(done) == {"c"}
+    assert [row["key"] for row in read_rows(file)] == ["b", "c"]
+    assert [row["key"] for row in read_rows(tmp_path / "superseded.jsonl")] == ["a"]
+    file.write_text("{}\nnonsense\n")
+    with pytest.raises(RunFailed, match="line 2"):
+        read_rows(file)
+
+
+def test_the_two_polarities_are_one_cluster() -> None:
+    def row(feature: str, own: float) -> dict[str, Any]:
+        scored = {"detection": {"value": own}, "detection_wrong": {"value": 0.5}, "fuzzing": None}
+        return {"feature": feature, "rule": {}, "reason": None, "scored": scored}
+
+    both = [row(f"L{k}.gate{sign}", 0.5 + 0.1 * (k % 4)) for k in range(20) for sign in "+-"]
+    lone = [row(f"sae.{k}", 0.5 + 0.1 * (k % 4)) for k in range(40)]
+    wide = summarise_rows(both, np.random.default_rng(0))["detection"]
+    narrow = summarise_rows(lone, np.random.default_rng(0))["detection"]
+    assert wide["mean"] == narrow["mean"]
+    ratio = (wide["high"] - wide["low"]) / (narrow["high"] - narrow["low"])
+    assert ratio == pytest.approx(2**0.5, rel=0.1)
+
+
+def test_no_language_model_is_loaded() -> None:
+    code = "import sys, lorascope.explain; print({'torch', 'transformers', 'peft'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
