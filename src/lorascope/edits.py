@@ -55,9 +55,14 @@ def replace(values_BTN: Tensor, patterns: str | Sequence[str] = "*", mask_BT: Te
     return Edit(patterns, lambda z, columns: values_BTN.to(z)[..., columns.to(values_BTN.device)], mask_BT=mask_BT)
 
 
-def gate(gates_BN: Tensor, patterns: str | Sequence[str] = "*") -> Edit:
-    """Multiply every sequence's scalars by its own gates: 1 as trained, 0 off. Differentiable in the gates."""
-    return Edit(patterns, lambda z, columns: z * gates_BN[:, None, columns.to(gates_BN.device)].to(z.device))
+def gate(gates_BN: Tensor, patterns: str | Sequence[str] = "*", to: PerDirection = 0.0) -> Edit:
+    """Give every sequence its own gates: 1 as trained, 0 off (or at `to`). Differentiable in the gates."""
+
+    def change(z: Tensor, columns: Tensor) -> Tensor:
+        gates = gates_BN[:, None, columns.to(gates_BN.device)].to(z.device)
+        return z * gates + per_direction(to, z, columns) * (1 - gates)
+
+    return Edit(patterns, change)
 
 
 def per_direction(value: PerDirection, z: Tensor, columns: Tensor) -> Tensor:

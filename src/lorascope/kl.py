@@ -75,6 +75,26 @@ def hidden_scores(
     return TokenScores(torch.cat(kl), torch.cat(ce_p), torch.cat(ce_q))
 
 
+def reference_scores(
+    head: Callable[[Tensor], Tensor],
+    logp_MV: Tensor,
+    hidden_q_MD: Tensor,
+    targets_M: Tensor,
+    *,
+    chunk: int = CHUNK,
+) -> tuple[Tensor, Tensor]:
+    """`(kl, ce_q)` of a changed run against a reference whose fp32 log-probabilities are kept, each [M] on the CPU.
+
+    For many changed runs against one reference: it saves half of `hidden_scores`' work, for M x V x 4 bytes.
+    """
+    kl, ce = [], []
+    for part in _slices(len(targets_M), chunk):
+        logq = _log_probabilities(head(hidden_q_MD[part]))
+        ce.append(-logq.gather(1, targets_M[part].to(logq.device)[:, None])[:, 0].cpu())
+        kl.append(_kl(logp_MV[part], logq).cpu())
+    return torch.cat(kl), torch.cat(ce)
+
+
 def _log_probabilities(logits: Tensor) -> Tensor:
     return torch.log_softmax(logits.float(), dim=-1)
 
