@@ -244,3 +244,20 @@ def test_any_text_comes_back_with_segments_in_order(question: str, thinking: str
     assert (np.diff(ordered) >= 0).all()
     control: Any = r.tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert (rendered.ids == control).sum() == 3
+
+
+def test_a_template_that_rewrites_texts_is_refused() -> None:
+    shouting = tiny_tokenizer(SMOLLM.replace("message['content']", "message['content'] | upper"))
+    assert text_of(Renderer(shouting, None), TRACE, PROMPT) == TRACE.question.upper()  # it can be followed
+    counting = tiny_tokenizer("{{ messages[0]['content'] | length }}:" + SMOLLM)
+    with pytest.raises(BadInput, match="in a way lorascope cannot follow"):
+        Renderer(counting, None).render(TRACE)
+
+
+def test_a_tokenizer_without_offsets_is_refused() -> None:
+    class Slow:
+        is_fast = False
+
+    slow: Any = Slow()
+    with pytest.raises(BadInput, match="no character offsets"):
+        Renderer(slow, None)

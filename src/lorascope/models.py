@@ -80,7 +80,7 @@ def _from_pretrained(source: str, gguf_file: str | None, dtype: Any) -> Any:
     options: dict[str, Any] = {"use_safetensors": True}
     if gguf_file is not None:
         options = {"gguf_file": gguf_file, "quantization_config": GgufConfig(dequantize=True)}
-    with _quiet(gguf_file is not None):
+    with _quiet(gguf=gguf_file is not None):
         loader: Any = AutoModelForCausalLM
         model, found = loader.from_pretrained(
             source, dtype=dtype, trust_remote_code=False, output_loading_info=True, **options
@@ -95,7 +95,7 @@ def _from_pretrained(source: str, gguf_file: str | None, dtype: Any) -> Any:
 def _load_tokenizer(name: str, source: str, gguf_file: str | None) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    with _one_sentence(name), _quiet(gguf_file is not None):
+    with _one_sentence(name), _quiet(gguf=gguf_file is not None):
         loader: Any = AutoTokenizer
         tokenizer: Any = loader.from_pretrained(source, gguf_file=gguf_file, trust_remote_code=False)
         if gguf_file is not None:
@@ -152,7 +152,7 @@ def _one_sentence(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet(gguf: bool) -> Iterator[None]:
+def _quiet(*, gguf: bool) -> Iterator[None]:
     """Without transformers' progress bars and loading messages; downloads keep theirs."""
     from transformers.utils import logging
 
@@ -174,6 +174,8 @@ def _convert(gguf_file: Path, folder: Path) -> None:
     import torch
 
     source = str(gguf_file.parent)
-    _from_pretrained(source, gguf_file.name, torch.float32).save_pretrained(folder)
+    model = _from_pretrained(source, gguf_file.name, torch.float32)
+    with _quiet(gguf=True):
+        model.save_pretrained(folder)
     tokenizer: Any = _load_tokenizer(gguf_file.name, source, gguf_file.name)
     tokenizer.save_pretrained(folder)
