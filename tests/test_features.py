@@ -32,6 +32,7 @@ def save_sae(study: Study, inputs: int, latents: int, *, subtract: bool = False)
 def all_chunks(found: features.FeatureSet) -> np.ndarray:
     parts = list(found.chunks())
     assert [start for start, _ in parts] == list(np.cumsum([0] + [len(a) for _, a in parts])[:-1])
+    assert len(parts) == found.n_chunks
     return np.concatenate([acts for _, acts in parts])
 
 

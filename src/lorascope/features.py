@@ -41,9 +41,19 @@ class FeatureSet:
     store: Store
     encode: Encode
 
+    @property
+    def chunk_rows(self) -> int:
+        """Most tokens in one of `chunks`."""
+        return max(1, CHUNK_ACTIVATIONS // max(1, len(self.ids)))
+
+    @property
+    def n_chunks(self) -> int:
+        """How many `chunks` there are."""
+        return sum(-(-len(shard) // self.chunk_rows) for shard in self.store.shards)
+
     def chunks(self) -> Iterator[tuple[int, Floats]]:
         """Yield (first token, acts_TF float32 >= 0) over the corpus in order; a chunk may cut a trace."""
-        for start, z_TN in self.store.chunks(max(1, CHUNK_ACTIVATIONS // max(1, len(self.ids)))):
+        for start, z_TN in self.store.chunks(self.chunk_rows):
             yield start, self.encode(z_TN, None)
 
     def columns(self, indices: npt.ArrayLike) -> Floats:
@@ -79,7 +89,7 @@ def polarity_codes(z_TN: Floats, wanted: npt.NDArray[np.intp] | None, *, effect_
     acts_TNP = np.empty((*z_TN.shape, 2), np.float32)
     np.maximum(effect_TN, 0, out=acts_TNP[..., 0])
     np.maximum(-effect_TN, 0, out=acts_TNP[..., 1])
-    return acts_TNP.reshape(len(z_TN), -1)
+    return acts_TNP.reshape(len(z_TN), 2 * z_TN.shape[1])
 
 
 def polarity_features(study: Study, corpus: str, *, kind: str, source: str, prefix: str = "") -> FeatureSet:
