@@ -135,10 +135,14 @@ def _tell_products(teller: Teller, parts: Sequence[tuple[int, int]], sign: str) 
             _tell_sum(teller, total, right)
         total += right
     if not at_once:
+        forgotten = products.pop() if len(products) > 1 and teller.chance(0.05) else None
         total = products[0]
         for product in products[1:]:
             _tell_sum(teller, total, product)
             total += product
+        if forgotten is not None:
+            teller.step(_TOTALS, {"total": total})
+            _tell_forgotten(teller, total, forgotten)
 
 
 def _misproduct(rng: random.Random, p: int, q: int) -> int:
@@ -153,6 +157,14 @@ def _tell_sum(teller: Teller, a: int, b: int) -> None:
     left = f"{a} + {b}"
     teller.step(SUM_EQUATION, {"left": left, "right": a + b}, {"left": left, "right": near_miss(teller.rng, a + b)})
 
+
+_TOTALS = (
+    "[So it is|So|That is|It comes to|That makes] {total}.",
+    "[The result|The product] is {total}.",
+    "[Done|Finished], {total}.",
+    "{total} [it is|in all|in total].",
+    "[I get|We get|I have] {total}.",
+)
 
 # (count of numbers, digits of each, whether some are subtracted)
 _CHAINS = {1: (3, 2, False), 2: (4, 2, True), 3: (5, 2, True), 4: (6, 3, True), 5: (8, 3, True)}
@@ -169,11 +181,15 @@ def make_chain(rng: random.Random, difficulty: int) -> Draft:
     task = _as_sum(terms)
     teller = Teller(rng)
     _tell_plan(teller, terms)
+    forgotten = rng.randrange(1, len(terms) - 1) if min(terms) > 0 and teller.chance(0.06) else None
     total = terms[0]
-    for index, term in enumerate(terms[1:]):
-        result = total + term
-        _tell_addition(teller, total, term, index == 0)
-        total = result
+    for index, term in enumerate(terms[1:], start=1):
+        if index != forgotten:
+            _tell_addition(teller, total, term, total == terms[0])
+            total += term
+    if forgotten is not None:
+        _tell_forgotten(teller, total, terms[forgotten])
+        total += terms[forgotten]
     if teller.chance(0.2):
         _check_backwards(teller, total, terms[-1])
     if signed or rng.random() < 0.8:
@@ -219,6 +235,22 @@ def _tell_plan(teller: Teller, terms: Sequence[int]) -> None:
             n=len(terms),
             first=terms[0],
         )
+
+
+def _tell_forgotten(teller: Teller, total: int, part: int) -> None:
+    """A part that was left out is noticed at the end and added."""
+    teller.notice(
+        (
+            "[Wait|Hmm|Hold on|Oops|Actually], I [forgot|left out|missed|skipped] {part}. {left} = {right}.",
+            "[Let me check|Let me look again]: [what about|where is] {part}? [So|I missed it:] {left} = {right}.",
+            "[Hmm|Wait|Hold on], {part} is [missing|not in it] yet: {left} = {right}.",
+            "[Actually|Wait], {part} [is still to be added|was left out]. [So |Going back: ]{left} = {right}.",
+            "[Is that all|Did I take all]? [No|Wait, no], {part} is left: {left} = {right}.",
+        ),
+        part=part,
+        left=f"{total} + {part}",
+        right=total + part,
+    )
 
 
 def _tell_addition(teller: Teller, total: int, term: int, opening: bool) -> None:

@@ -97,7 +97,7 @@ def _tell(teller: Teller, ordered: Sequence[int], first: str) -> None:
     if teller.chance(0.07):
         missing = rng.randrange(len(ordered) - 1)
         shorter = [*ordered[:missing], *ordered[missing + 1 :]]
-        error = teller.say(
+        teller.say(
             (
                 FIRST + "[it goes|I get|the order is|it is] {listed}.",
                 "[Sorted|In order|Order]: {listed}.",
@@ -107,7 +107,7 @@ def _tell(teller: Teller, ordered: Sequence[int], first: str) -> None:
             ),
             listed=_listed(shorter),
         )
-        correction = teller.say(
+        teller.notice(
             _MISSED,
             x=ordered[missing],
             next=ordered[missing + 1],
@@ -115,7 +115,6 @@ def _tell(teller: Teller, ordered: Sequence[int], first: str) -> None:
             all=len(ordered),
             listed=_listed(ordered),
         )
-        teller.mark(error, correction)
         return
     for index, number in enumerate(ordered[:-1]):
         values = {"x": number, "y": ordered[index - 1], "first": first}

@@ -132,9 +132,10 @@ class Teller:
             self.say(DOUBT)
         return False
 
-    def mark(self, wrong: str, correction: str) -> None:
-        """Marks sentences already told as an error and its correction (for errors noticed late)."""
-        self.slips.append(Slip(wrong, correction))
+    def notice(self, templates: str | Sequence[str], **values: object) -> None:
+        """Adds a sentence that corrects the one before it, and marks the two as a slip."""
+        error = self._sentences[-1]
+        self.slips.append(Slip(error, self.say(templates, **values)))
 
     def text(self) -> str:
         """The whole trace."""
