@@ -20,10 +20,10 @@ MAX_LINES = 500
 # except the stages, which meet in the study. A new module or package gets a line here.
 FLOORS = {
     1: "errors config progress stats adapter models builtin_model token_text traces tasks",
-    2: "study store store_writer features selection",
-    3: "attached rank1 edits generation kl",
+    2: "study store store_writer features recovery selection",
+    3: "attached restart rank1 edits generation kl",
     4: "creation training evaluation ablation recording example_search logit_lens comparison steering sae explain",
-    5: "views",
+    5: "views status",
     6: "report studio export demo cli __main__",
 }
 STAGES = 4
