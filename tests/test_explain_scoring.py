@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lorascope.explain.rules import Condition
+from lorascope.explain.rules import PADDING, Condition, execute_rule
 from lorascope.explain.scoring import (
     Explanation,
     Quiz,
@@ -46,14 +46,16 @@ def test_the_true_rule_scores_one_and_an_absurd_one_a_half() -> None:
     assert rule_score(fuzzing, Condition("at", 0, (" is",))) >= 0.9
 
 
-def test_fuzzing_marks_as_many_others() -> None:
+def test_fuzzing_marks_as_many_others_around_the_centre() -> None:
     _, fuzzing = quizzes("a number while thinking")
-    marked = fuzzing.windows.marked_WS
+    marked, shown = fuzzing.windows.marked_WS, (fuzzing.windows.ids_WS, fuzzing.windows.segments_WS)
     assert marked is not None
     half = int(fuzzing.truth_W.sum())
     assert half == 30
-    assert np.array_equal(fuzzing.windows.ids_WS[:half], fuzzing.windows.ids_WS[half:])
-    assert not (marked[:half] & marked[half:]).any()
+    assert marked[:, 8].all()
+    true = (Condition("at", 0, name="number"), Condition("segment", name="think"))
+    assert not np.asarray(marked[half:] & execute_rule((true,), *shown, VOCABULARY)[half:]).any()
+    assert not (marked & (shown[0] == PADDING)).any()
     assert (marked[half:].sum(axis=1) <= marked[:half].sum(axis=1)).all()
     assert (marked[half:].sum(axis=1) == marked[:half].sum(axis=1)).mean() > 0.8
 

@@ -28,9 +28,9 @@ BEAM = 4
 MAX_CLAUSES = 4
 MAX_CONDITIONS = 3
 MAX_SET = 6
-CONDITION_COST = 0.006
-CLAUSE_COST = 0.02
-SET_COST = 0.006
+CONDITION_COST = 0.008
+CLAUSE_COST = 0.025
+SET_COST = 0.008
 LEAST_SUPPORT = 0.02
 
 
@@ -38,10 +38,12 @@ LEAST_SUPPORT = 0.02
 class Problem:
     """What the search counts on: `holds_RC` (0/1), the window of each token, what hitting a token or window is worth.
 
-    `token_R` and `window_W` are +1/positives or -1/negatives, so that a rule's worth is a sum over what it hits.
+    `packed_RB` is `holds_RC` with eight conditions to a byte: "or" over a window's tokens is 25 times faster on it than a
+    maximum. `token_R` and `window_W` are +1/positives or -1/negatives, so that a rule's worth is a sum over what it hits.
     """
 
     holds_RC: FloatArray
+    packed_RB: NDArray[np.uint8]
     window_R: IntArray
     token_R: FloatArray
     window_W: FloatArray
@@ -79,10 +81,12 @@ def _pose_problem(sample: Sample, candidates: Candidates) -> Problem | None:
     none = len(candidates.conditions)
     rows_RK[(offset_R - first_R)[:, None] < candidates.reach_K] = none
     fires_R = sample.fires_WS[real_WS]
-    n_fires = int(fires_R.sum())
-    if n_fires == 0 or fires_R.all() or sample.n_positive == len(sample.index_WS):
+    # Tokens before the centre see less than a whole radius before them: they count for the windows, not as tokens.
+    counted_R = offset_R >= sample.index_WS.shape[1] // 2
+    n_fires, n_silent = int((fires_R & counted_R).sum()), int((~fires_R & counted_R).sum())
+    if n_fires == 0 or n_silent == 0 or sample.n_positive == len(sample.index_WS):
         return None
-    fires_RK = rows_RK[fires_R]
+    fires_RK = rows_RK[fires_R & counted_R]
     support = np.bincount(fires_RK.ravel(), minlength=none + 1)[:none]
     kept = np.flatnonzero(support >= max(3, LEAST_SUPPORT * n_fires))
     local = np.full(none + 1, len(kept), dtype=np.int64)
@@ -90,25 +94,26 @@ def _pose_problem(sample: Sample, candidates: Candidates) -> Problem | None:
     holds_RC = np.zeros((len(rows_RK), len(kept) + 1), dtype=np.float32)
     holds_RC[np.arange(len(rows_RK))[:, None], local[rows_RK]] = 1
     truth_W = sample.truth_W
-    token_R = np.where(fires_R, 1 / n_fires, -1 / (len(fires_R) - n_fires)).astype(np.float32)
+    token_R = (np.where(fires_R, 1 / n_fires, -1 / n_silent) * counted_R).astype(np.float32)
     window_W = np.where(truth_W, 1 / truth_W.sum(), -1 / (~truth_W).sum()).astype(np.float32)
-    return Problem(holds_RC[:, :-1], window_R, token_R, window_W, kept)
+    holds_RC = np.ascontiguousarray(holds_RC[:, :-1])
+    return Problem(holds_RC, np.packbits(holds_RC > 0, axis=1), window_R, token_R, window_W, kept)
 
 
 def _worth_of_each(
     problem: Problem, within_R: BoolArray | None, token_R: FloatArray, window_W: FloatArray
 ) -> FloatArray:
     """Worth [C] of adding each condition to a clause that holds at `within_R` (None: everywhere)."""
-    if within_R is None:
-        holds_RC, window_R, worth_R = problem.holds_RC, problem.window_R, token_R
-    else:
+    holds_RC, packed_RB, window_R, worth_R = problem.holds_RC, problem.packed_RB, problem.window_R, token_R
+    size = holds_RC.shape[1]
+    if within_R is not None:
         rows = np.flatnonzero(within_R)
-        if len(rows) == 0:
-            return np.zeros(problem.holds_RC.shape[1], dtype=np.float32)
-        holds_RC, window_R, worth_R = problem.holds_RC[rows], problem.window_R[rows], token_R[rows]
+        holds_RC, packed_RB, window_R, worth_R = holds_RC[rows], packed_RB[rows], window_R[rows], worth_R[rows]
+    if len(window_R) == 0 or size == 0:
+        return np.zeros(size, dtype=np.float32)
     starts = np.flatnonzero(np.diff(window_R, prepend=-1))
-    hit_WC = np.maximum.reduceat(holds_RC, starts, axis=0)
-    worth: FloatArray = 0.5 * (worth_R @ holds_RC + window_W[window_R[starts]] @ hit_WC)
+    hit_WC = np.unpackbits(np.bitwise_or.reduceat(packed_RB, starts, axis=0), axis=1, count=size)
+    worth: FloatArray = 0.5 * (worth_R @ holds_RC + window_W[window_R[starts]] @ hit_WC.astype(np.float32))
     return worth
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorascope.explain.rules import Rule, Vocabulary, execute_rule
-from lorascope.explain.windows import Corpus, Sample, Windows, show_windows
+from lorascope.explain.windows import Corpus, Sample, Windows, show_windows, window_index
 
 BoolArray = NDArray[np.bool_]
 DRAWS = 2_000
@@ -80,21 +80,28 @@ def pose_detection(corpus: Corpus, sample: Sample) -> Quiz:
 
 
 def pose_fuzzing(corpus: Corpus, sample: Sample, rng: np.random.Generator) -> Quiz:
-    """The windows around firings, twice: with the firing tokens marked, and with as many other ordinary ones marked.
+    """Windows around firings with the firing tokens marked, and windows beside them with as many other tokens marked.
 
-    Where a window has fewer others than firing tokens, all of them are marked; where it has none, it is left out of
-    the negatives and counted.
+    The negative of a window has at its centre another ordinary token of that window on which the feature does not
+    fire; it and further such tokens around it are marked, as many as fire in the positive. So the place in the window
+    tells nothing: a marked token has as much text before it in positives as in negatives. Where there are fewer such
+    tokens, all are marked; a window without any has no negative, and is counted.
     """
     index_WS = sample.index_WS[: sample.n_positive]
     fires_WS = sample.fires_WS[: sample.n_positive]
-    other_WS = corpus.ordinary_T[index_WS] & (index_WS >= 0) & ~fires_WS
-    order_WS = np.where(other_WS, rng.random(other_WS.shape), np.inf).argsort(axis=1).argsort(axis=1)
-    wrong_WS = other_WS & (order_WS < fires_WS.sum(axis=1)[:, None])
-    usable = wrong_WS.any(axis=1)
-    windows = show_windows(
-        corpus, np.concatenate([index_WS, index_WS[usable]]), np.concatenate([fires_WS, wrong_WS[usable]])
-    )
-    return Quiz(windows, np.arange(len(windows)) < len(index_WS), {"missing_negatives": int((~usable).sum())})
+    radius = index_WS.shape[1] // 2
+    silent_T = corpus.ordinary_T & ~sample.fires_T
+    beside_WS = silent_T[index_WS] & (index_WS >= 0)
+    usable_W = beside_WS.any(axis=1)
+    choice_W = np.where(beside_WS, rng.random(beside_WS.shape), -1).argmax(axis=1)
+    centres = np.take_along_axis(index_WS, choice_W[:, None], axis=1)[usable_W, 0]
+    other_WS = window_index(corpus, centres, radius)
+    order_WS = np.where(silent_T[other_WS] & (other_WS >= 0), rng.random(other_WS.shape), 2.0)
+    order_WS[:, radius] = -1
+    rank_WS = order_WS.argsort(axis=1).argsort(axis=1)
+    marked_WS = (order_WS < 2) & (rank_WS < fires_WS[usable_W].sum(axis=1)[:, None])
+    windows = show_windows(corpus, np.concatenate([index_WS, other_WS]), np.concatenate([fires_WS, marked_WS]))
+    return Quiz(windows, np.arange(len(windows)) < len(index_WS), {"missing_negatives": int((~usable_W).sum())})
 
 
 def score_answers(

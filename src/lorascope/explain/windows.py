@@ -56,11 +56,14 @@ class Windows:
 class Sample:
     """Drawn windows of one feature: flat token numbers [W, S] (-1 = padding), firing tokens, and what was not possible.
 
+    `fires_T` is where it fires in the whole corpus.
+
     The first `n_positive` rows are around firing tokens; the feature fires nowhere in the others. `unmatched_token`
     counts negatives that should share a peak's token and could not, `unmatched_segment` those of another segment.
     """
 
     index_WS: IntArray
+    fires_T: BoolArray
     fires_WS: BoolArray
     n_positive: int
     unmatched_token: int
@@ -140,7 +143,7 @@ def draw_windows(
     negatives, unmatched_token, unmatched_segment = _draw_negatives(corpus, peaks, quiet_T, rng)
     index_WS = window_index(corpus, np.concatenate([peaks, negatives]), radius)
     fires_WS = fires_T[index_WS] & (index_WS >= 0)
-    return Sample(index_WS, fires_WS, len(peaks), unmatched_token, unmatched_segment)
+    return Sample(index_WS, fires_T, fires_WS, len(peaks), unmatched_token, unmatched_segment)
 
 
 def _quiet_tokens(corpus: Corpus, fires_T: BoolArray, radius: int) -> BoolArray:
