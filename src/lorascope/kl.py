@@ -8,7 +8,7 @@ Shapes: B batch, T tokens, D hidden width, V vocabulary, M scored positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -93,6 +93,18 @@ def reference_scores(
         ce.append(-logq.gather(1, targets_M[part].to(logq.device)[:, None])[:, 0].cpu())
         kl.append(_kl(logp_MV[part], logq).cpu())
     return torch.cat(kl), torch.cat(ce)
+
+
+def hidden_kls(
+    head: Callable[[Tensor], Tensor], hidden_p_MD: Tensor, hidden_q_QMD: Sequence[Tensor], *, chunk: int = CHUNK
+) -> Tensor:
+    """KL(p || q) of one run to each of Q others from their last hidden states, fp32 [Q, M] on the CPU."""
+    kls = torch.zeros(len(hidden_q_QMD), len(hidden_p_MD))
+    for part in _slices(len(hidden_p_MD), chunk):
+        logp = _log_probabilities(head(hidden_p_MD[part]))
+        for number, hidden_q_MD in enumerate(hidden_q_QMD):
+            kls[number, part] = _kl(logp, _log_probabilities(head(hidden_q_MD[part]))).cpu()
+    return kls
 
 
 def _log_probabilities(logits: Tensor) -> Tensor:

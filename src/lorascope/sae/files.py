@@ -51,7 +51,9 @@ def load_sae(folder: Path) -> tuple[SAE, dict[str, Any]]:
         raise MissingStage(f"{folder} holds no SAE; run first: lorascope sae {folder.parent}.")
     config = read_json(folder / CONFIG)
     if config.get("architecture") != "jumprelu" or config.get("apply_b_dec_to_input"):
-        raise BadInput(f"{folder} holds a {config.get('architecture')} SAE that lorascope did not write; train it anew.")
+        raise BadInput(
+            f"{folder} holds a {config.get('architecture')} SAE that lorascope did not write; train it anew."
+        )
     try:
         t = load_file(folder / WEIGHTS)
         sae = SAE(t["W_enc"], t["W_dec"], t["b_enc"], t["b_dec"], t["threshold"])

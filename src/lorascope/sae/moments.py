@@ -52,7 +52,9 @@ class Unit:
 
     def apply(self, z_TN: Floats) -> Floats:
         """Raw scalars in this unit, float32."""
-        return np.multiply(z_TN - self.offset_N.astype(np.float32), self.factor_N, dtype=np.float32, casting="same_kind")
+        return np.multiply(
+            z_TN - self.offset_N.astype(np.float32), self.factor_N, dtype=np.float32, casting="same_kind"
+        )
 
 
 def measure_moments(store: Store) -> Moments:

@@ -31,6 +31,8 @@ from lorascope.study import Study, write_json
 CALIBRATION_ROWS = 65_536
 """Training tokens on which the threshold is set (all, where there are fewer)."""
 INITIAL_NORM = 0.1
+DEAD_WINDOW = 1_000_000
+"""A latent that fires on none of so many training tokens (or of one epoch) is revived by the auxiliary loss."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ class SAEConfig:
     """Weight of the auxiliary loss that revives dead latents."""
     patched: bool = True
     """Also measure patched KL, which needs the model; --no-patched leaves it out."""
+    patched_tokens: int = 4096
+    """Most held-out tokens on which patched KL is measured, prompts included."""
 
 
 def train_sae(study: Study, config: SAEConfig, options: Options) -> dict[str, Any]:
@@ -70,7 +74,7 @@ def train_sae(study: Study, config: SAEConfig, options: Options) -> dict[str, An
     """
     check_config(config)
     source, heldout = (store_folder(study.path, name, "adapter") for name in (config.corpus, config.heldout))
-    inputs = [str(folder.relative_to(study.path)) for folder in (source, heldout)]
+    inputs = [f"{folder.relative_to(study.path)}/index.json" for folder in (source, heldout)]
 
     def work() -> dict[str, Any]:
         return fit_and_measure(study.path / "sae", Store.open(source), Store.open(heldout), config, options)
@@ -145,7 +149,7 @@ def run_steps(weights: Weights, rows: Rows, config: SAEConfig, rng: np.random.Ge
     size = min(config.batch, len(rows))
     total = (config.epochs * len(rows) if config.epochs else max(config.tokens, len(rows))) // size
     optimiser = torch.optim.Adam(weights.parameters(), lr=config.lr, fused=True)
-    device, window = weights.b_dec_N.device, min(1_000_000, len(rows))
+    device, window = weights.b_dec_N.device, min(DEAD_WINDOW, len(rows))
     idle_F = torch.zeros(len(weights.b_enc_F), dtype=torch.int64, device=device)
     floor, started = 0.0, time.perf_counter()
     batches = rows.batches(size, rng)
