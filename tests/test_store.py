@@ -108,12 +108,20 @@ def test_the_safetensors_library_reads_a_shard(tmp_path: Path) -> None:
 
 
 def test_small_and_large_scalars_keep_their_precision(tmp_path: Path) -> None:
-    z = np.float32([[1.0, 0.0, 5e7], [2e-6, 0.0, -70.0], [900.0, 0.0, 3e9]])
+    z = np.float32([[1.0, 0.0, 5e7], [2e-6, 0.0, -70.0], [900.0, 0.0, 1e9]])
     data = example_data([1, 1, 1]) | {"z": z}
     counts = record_all(tmp_path / "s", data, example_plan([1, 1, 1], 1))
     stored = np.concatenate([z for _, z in Store.open(tmp_path / "s").chunks()])
     np.testing.assert_allclose(stored, z, rtol=2**-10)
     assert counts["clipped"] == 0
+
+
+def test_every_half_precision_number_is_decoded(tmp_path: Path) -> None:
+    record_all(tmp_path / "s", example_data())
+    store = Store.open(tmp_path / "s")
+    half = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    half = half[np.isfinite(half)][:, None].repeat(3, axis=1)
+    np.testing.assert_array_equal(store.decode(half), half.astype(np.float32) * store.scale_N)
 
 
 def test_overflow_is_cut_and_counted(tmp_path: Path) -> None:

@@ -104,6 +104,19 @@ def read_json(path: Path) -> dict[str, Any]:
     return loaded
 
 
+def decode_half(half_TN: Array, scale_N: Floats) -> Floats:
+    """float32 of finite float16 numbers, times a scale of at most 2^15 per column.
+
+    Sign and magnitude are shifted to where float32 has them; several times as fast as numpy's own conversion.
+    """
+    bits_TN = np.asarray(half_TN).view(np.int16).astype(np.int32)
+    bits_TN <<= 13
+    bits_TN &= np.int32(~0x70000000)  # clears the copies of the sign that the wider integer brought
+    z_TN = bits_TN.view(np.float32)
+    z_TN *= scale_N * np.float32(2.0**112)  # the exponents' offsets differ by 112
+    return z_TN
+
+
 @dataclass(frozen=True)
 class Store:
     """A finished recording, opened for reading. Build it with `Store.open`."""
@@ -211,7 +224,7 @@ class Store:
 
     def decode(self, half_TN: Array) -> Floats:
         """Stored half-precision numbers as scalars in float32."""
-        return np.multiply(half_TN, self.scale_N, dtype=np.float32)
+        return decode_half(half_TN, self.scale_N)
 
     def chunks(self, rows: int | None = None) -> Iterator[tuple[int, Floats]]:
         """Yield (first token, z_TN float32) over the whole corpus in order; a chunk may cut a trace.
@@ -228,10 +241,11 @@ class Store:
         """Scalars of any tokens in any order, float32 [len(index), N]."""
         index = np.asarray(index, np.int64)
         half = np.empty((len(index), len(self.scale_N)), np.float16)
-        shard_of = np.searchsorted(self.starts, index, side="right") - 1
-        for number in np.unique(shard_of):
-            where = np.flatnonzero(shard_of == number)
-            half[where] = self.shards[number][index[where] - self.starts[number]]
+        order = np.argsort(index, kind="stable")  # neighbours are read together
+        bounds = np.searchsorted(index[order], self.starts)
+        for shard, start, first, stop in zip(self.shards, self.starts, bounds, bounds[1:], strict=False):
+            if first < stop:
+                half[order[first:stop]] = shard[index[order[first:stop]] - start]
         return self.decode(half)
 
     def trace(self, number: int) -> tuple[slice, Floats]:

@@ -204,7 +204,7 @@ class StoreWriter:
     def calibrate(self, largest_N: Floats) -> None:
         """Fix the scale of each direction from the largest |scalar| of the first batch; saved once."""
         exponent = np.ceil(np.log2(np.where(largest_N > 0, largest_N, 1.0))) - HEADROOM_BITS
-        exponent = np.maximum(exponent, -100)  # the scale itself stays a normal float32
+        exponent = np.clip(exponent, -100, 15)  # what the reader multiplies by stays a normal float32
         scale = np.where(largest_N > 0, np.exp2(exponent), 1.0)
         write_json_file(self.folder / CALIBRATION, {"scale": scale.tolist()})
         self.scale_N = scale.astype(np.float32)
