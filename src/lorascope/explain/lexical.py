@@ -38,8 +38,9 @@ LEAST_SUPPORT = 0.02
 class Problem:
     """What the search counts on: `holds_RC` (0/1), the window of each token, what hitting a token or window is worth.
 
-    `packed_RB` is `holds_RC` with eight conditions to a byte: "or" over a window's tokens is 25 times faster on it than a
-    maximum. `token_R` and `window_W` are +1/positives or -1/negatives, so that a rule's worth is a sum over what it hits.
+    `packed_RB` is `holds_RC` with eight conditions to a byte: "or" over a window's tokens is 25 times faster on it
+    than a maximum. `token_R` and `window_W` are +1/positives or -1/negatives, so that a rule's worth is a sum over
+    what it hits; `token_R` is 0 before the window's centre.
     """
 
     holds_RC: FloatArray
