@@ -45,7 +45,7 @@ class PatchConfig:
     corpus: str = "heldout"
     """Recorded corpus to measure on."""
     tokens: int = 4096
-    """Most tokens to run, prompts included; traces are drawn at random, each cut to an eighth of this."""
+    """Most tokens to run, prompts included; traces are drawn at random, each response cut to an eighth of this."""
     token_budget: int = 2048
     """Most tokens in a batch, padding included."""
 
@@ -125,22 +125,23 @@ def measure_patched(
 
 
 def draw_sequences(store: Store, tokens: int, rng: np.random.Generator) -> list[Sequence]:
-    """Random traces of a recording, each cut to an eighth of the budget, until it is spent."""
-    longest, left, chosen = max(2, tokens // 8), tokens, []
+    """Random traces of a recording, each response cut to an eighth of the budget, until it is spent."""
+    longest, left, chosen = max(1, tokens // 8), tokens, []
     for number in rng.permutation(store.n_traces).tolist():
-        first = int(store.offsets[number])
-        stop = min(int(store.offsets[number + 1]), first + longest)
-        start = int(store.response_start[number])
+        first, start = int(store.offsets[number]), int(store.response_start[number])
+        stop = min(int(store.offsets[number + 1]), first + max(start, 1) + longest)
         if stop - first <= max(start, 1):
-            continue  # nothing of the response is left, so it predicts nothing that counts
+            continue  # a trace without a response predicts nothing that counts
         if stop - first > left:
-            break
+            if chosen:
+                break
+            continue
         left -= stop - first
         part = slice(first, stop)
         ids = np.asarray(store.tokens[part], np.int64)
         chosen.append(Sequence(ids, store.ordinary[part], np.asarray(store.segments[part]), start))
     if not chosen:
-        raise BadInput("No recorded trace keeps any of its response within the token limit; raise --patched-tokens.")
+        raise BadInput("No recorded trace with a response fits the budget; raise --patched-tokens.")
     return chosen
 
 

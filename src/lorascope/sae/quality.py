@@ -5,7 +5,7 @@ Legend: T tokens, N directions, F latents, K components.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 COMPONENTS = 16
 
 
+@torch.no_grad()
 def measure_quality(
     sae: SAE, unit: Unit, moments: Moments, store: Store, heldout: Store, components: int = COMPONENTS
 ) -> dict[str, Any]:
@@ -31,12 +32,18 @@ def measure_quality(
     varies). `dead` is the share of latents that never fire on the training corpus.
     """
     fired = firing_counts(sae, store)
-    error, spread, tokens, codes = heldout_errors(sae.reconstruct, moments, heldout, sae)
+    tokens, codes = 0, 0
+    n = len(moments.mean_N)
+    error, pca_error, spread = np.zeros(n), np.zeros(n), np.zeros(n)
     read, write = fold_components(principal_components(moments, unit, components), unit)
-    mean = moments.mean_N.astype(np.float32)
-    pca_error, *_ = heldout_errors(
-        lambda z: torch.from_numpy(mean + (z.numpy() - mean) @ read @ write), moments, heldout, None
-    )
+    for rows in ordinary_chunks(heldout):
+        codes_TF = sae.encode(torch.from_numpy(rows))
+        deviation = rows - moments.mean_N
+        error += np.square(rows - sae.decode(codes_TF).double().numpy()).sum(0)
+        pca_error += np.square(deviation - deviation @ read @ write).sum(0)
+        spread += np.square(deviation).sum(0)
+        codes += int((codes_TF > 0).sum())
+        tokens += len(rows)
     sizes = {
         "unit": unit.factor_N,
         "effect": moments.effect_per_scalar_N,
@@ -86,24 +93,3 @@ def firing_counts(sae: SAE, store: Store) -> npt.NDArray[np.int64]:
     for rows in ordinary_chunks(store):
         counts += (sae.encode(torch.from_numpy(rows)) > 0).sum(0).numpy()
     return counts
-
-
-@torch.no_grad()
-def heldout_errors(
-    reconstruct: Callable[[torch.Tensor], torch.Tensor], moments: Moments, heldout: Store, sae: SAE | None
-) -> tuple[Doubles, Doubles, int, int]:
-    """Squared error and spread about the training mean per direction [N], number of tokens, number of codes."""
-    n = len(moments.mean_N)
-    error, spread, tokens, codes = np.zeros(n), np.zeros(n), 0, 0
-    for rows in ordinary_chunks(heldout):
-        z_TN = torch.from_numpy(rows)
-        if sae is not None:
-            codes_TF = sae.encode(z_TN)
-            codes += int((codes_TF > 0).sum())
-            output = sae.decode(codes_TF)
-        else:
-            output = reconstruct(z_TN)
-        error += np.square(rows.astype(np.float64) - output.numpy()).sum(0)
-        spread += np.square(rows - moments.mean_N).sum(0)
-        tokens += len(rows)
-    return error, spread, tokens, codes
