@@ -15,6 +15,7 @@ from lorascope.tasks import (
     algebra,
     arithmetic,
     automata,
+    catalogue,
     claims,
     knights,
     make_problems,
@@ -303,12 +304,17 @@ def test_difficulty_is_a_dial() -> None:
         ((["gcd"], 3, 0, 6), "from 1 to 5, not 6"),
         ((["gcd"], 3, 0, ()), "from 1 to 5"),
         ((["gcd"], 3, 0, 1, "test"), "train or heldout"),
-        ((["multiply"], 20000, 0, 1), "too few different problems"),
     ],
 )
 def test_bad_requests_say_what_to_do(arguments: tuple[object, ...], said: str) -> None:
     with pytest.raises(BadInput, match=re.escape(said)):
         make_problems(*arguments)  # type: ignore[arg-type]
+
+
+def test_an_exhausted_family_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalogue, "_PATIENCE", 5)
+    with pytest.raises(BadInput, match="gcd has too few different problems at this difficulty for 9000"):
+        make_problems(["gcd"], 9000, 0, 1)
 
 
 def test_a_problem_becomes_a_trace() -> None:

@@ -185,6 +185,21 @@ def test_states_are_texts_too() -> None:
 
 
 @pytest.mark.parametrize(
+    ("gold", "response", "right"),
+    [
+        ("Brasilia", "Answer: Brasília.", True),
+        ("Everest", "The answer is Mount Everest (Asia).", True),
+        ("Paris", "The answer is Paris or London.", False),
+        ("Paris", "The answer is not Paris.", False),
+        ("S1", "The answer is S1 then S2.", False),
+        ("New York", "The answer is York, New.", False),
+    ],
+)
+def test_texts_with_a_little_around_them(gold: str, response: str, right: bool) -> None:
+    assert score(problem(gold, "text"), response).correct == right
+
+
+@pytest.mark.parametrize(
     ("gold", "response"),
     [
         ("\\frac{1}{2}", "The answer is $\\dfrac{1}{2}$."),

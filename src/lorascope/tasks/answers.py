@@ -14,6 +14,7 @@ Nothing found is None: unparsed, counted as wrong and shown as such.
 from __future__ import annotations
 
 import re
+import unicodedata
 from fractions import Fraction
 
 from lorascope.tasks.gym import PREFIX, score_gym
@@ -280,7 +281,7 @@ _LOOSE_TEXT = re.compile(r"(?:\bis\b|\bare\b|:|=|->|→|\boutputs?\b|\bgives\b|\
 
 
 def _squeeze(text: str) -> str:
-    return re.sub(r"[\W_]+", "", plain(text)).casefold()
+    return re.sub(r"[\W_]+", "", _unaccented(plain(text))).casefold()
 
 
 def _without_fillers(text: str) -> str:
@@ -300,7 +301,26 @@ def _read_text(text: str, stated: str | None, finished: bool) -> str | None:
 
 
 def same_text(one: str, other: str) -> bool:
-    """Equal but for case, spaces, punctuation and words such as "the" or "state"."""
+    """Equal but for case, accents, spaces, punctuation, words such as "the" or "state", and a little around it.
+
+    "Mount Everest" is Everest: a gold answer of three letters or more may stand among at most three more words,
+    unless the answer hedges with "or" or "not".
+    """
     if _squeeze(one) == _squeeze(other):
         return True
-    return bool(_squeeze(other)) and _squeeze(_without_fillers(one)) == _squeeze(_without_fillers(other))
+    if not _squeeze(other):
+        return False
+    if _squeeze(_without_fillers(one)) == _squeeze(_without_fillers(other)):
+        return True
+    said, gold = _words(one), _words(other)
+    if len("".join(gold)) < 3 or len(said) > len(gold) + 3 or {"or", "not"} & set(said):
+        return False
+    return any(said[i : i + len(gold)] == gold for i in range(len(said)))
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[^\W_]+", _unaccented(plain(text)).casefold())
+
+
+def _unaccented(text: str) -> str:
+    return "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))

@@ -49,19 +49,21 @@ def _place_values(number: int) -> list[int]:
     return [int(d) * 10 ** (len(digits) - 1 - i) for i, d in enumerate(digits) if d != "0"]
 
 
+def _draw_easy_factors(rng: random.Random) -> tuple[int, int]:
+    """Mostly two parts: two digits, or three with a zero, times one digit or a round number."""
+    digit, form = rng.randint(2, 9), rng.random()
+    if form < 0.7:
+        return rng.randint(11, 99), digit * (1 if form < 0.57 else 10 if form < 0.67 else 100)
+    if form < 0.97:
+        gap = rng.choice((1, 10))
+        return 100 * rng.randint(1, 9) + gap * rng.randint(1, 9), digit * (1 if form < 0.88 else 10)
+    return rng.randint(101, 999), rng.randint(2, 5)
+
+
 def _draw_factors(rng: random.Random, difficulty: int) -> tuple[int, int]:
     match difficulty:
         case 1:
-            form = rng.random()
-            if form < 0.5:
-                return rng.randint(11, 99), rng.randint(2, 9)
-            if form < 0.7:
-                return rng.randint(11, 99), 10 * rng.randint(2, 9)
-            if form < 0.83:
-                return 100 * rng.randint(1, 9) + rng.randint(1, 9), rng.randint(2, 9)
-            if form < 0.95:
-                return 100 * rng.randint(1, 9) + 10 * rng.randint(1, 9), rng.randint(2, 9)
-            return rng.randint(101, 999), rng.randint(2, 5)
+            return _draw_easy_factors(rng)
         case 2:
             return rng.randint(101, 999), rng.randint(2, 9)
         case 3:
