@@ -126,7 +126,8 @@ def measure_patched(
 
 def draw_sequences(store: Store, tokens: int, rng: np.random.Generator) -> list[Sequence]:
     """Random traces of a recording, each response cut to an eighth of the budget, until it is spent."""
-    longest, left, chosen = max(1, tokens // 8), tokens, []
+    chosen: list[Sequence] = []
+    longest, left = max(1, tokens // 8), tokens
     for number in rng.permutation(store.n_traces).tolist():
         first, start = int(store.offsets[number]), int(store.response_start[number])
         stop = min(int(store.offsets[number + 1]), first + max(start, 1) + longest)
