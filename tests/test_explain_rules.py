@@ -124,5 +124,8 @@ def test_descriptions_are_short_english() -> None:
     assert describe_rule(rule) == "fires on ' is' after ' answer' in the answer"
     rule = ((Condition("segment", name="think"), Condition("at", 0, name="number")), (at(1, "\n"),))
     assert describe_rule(rule) == "fires on a number while thinking; or on any token after '\\n'"
-    rule = ((Condition("at", 0, name="letter"), Condition("within", 8, ("Wait", ","))),)
-    assert describe_rule(rule) == "fires on a single letter within 8 tokens after 'Wait' or ','"
+    rule = ((Condition("at", 0, name="letter"), Condition("within", 8, ("Wait", ",")), Condition("within", 8, ("7",))),)
+    assert describe_rule(rule) == "fires on a single letter with 'Wait' or ',' and '7' among the 8 tokens before"
+    rule = ((at(2, " x"), Condition("at", 1, name="operator")),)
+    assert describe_rule(rule) == "fires on any token after an operator and 2 tokens after ' x'"
+    assert describe_rule(()) == "no rule found"

@@ -185,11 +185,17 @@ def test_rows_of_other_explainers_stay(tmp_path: Path) -> None:
 
 def test_the_two_polarities_are_one_cluster() -> None:
     def row(feature: str, own: float) -> dict[str, Any]:
-        scored = {"detection": {"value": own}, "detection_wrong": {"value": 0.5}, "fuzzing": None}
+        scored = {
+            "detection": {"value": own, "n": 4, "unparsed": 1, "counts": {"unmatched_token": 2}},
+            "detection_wrong": {"value": 0.5},
+            "fuzzing": None,
+        }
         return {"feature": feature, "rule": {}, "reason": None, "scored": scored}
 
     both = [row(f"L{k}.gate{sign}", 0.5 + 0.1 * (k % 4)) for k in range(20) for sign in "+-"]
     lone = [row(f"sae.{k}", 0.5 + 0.1 * (k % 4)) for k in range(40)]
+    counts = {"n": 160, "unparsed": 40, "unmatched_token": 80}
+    assert summarise_rows(both, np.random.default_rng(0))["detection_counts"] == counts
     wide = summarise_rows(both, np.random.default_rng(0))["detection"]
     narrow = summarise_rows(lone, np.random.default_rng(0))["detection"]
     assert wide["mean"] == narrow["mean"]

@@ -155,18 +155,18 @@ def describe_rule(rule: Rule) -> str:
 
 
 def _describe_clause(clause: Clause) -> str:
-    order = {"at": 0, "within": 1, "segment": 2}
-    parts = sorted(clause, key=lambda c: (order[c.kind], c.back))
-    here = [c for c in parts if c.kind == "at" and c.back == 0]
-    words = " that is also ".join(_describe_text(c) for c in here) or "any token"
-    before = [c for c in parts if c.kind == "at" and c.back > 0]
-    for place, condition in enumerate(before):
-        words += (" after " if place == 0 else " and ") + _describe_text(condition)
-        if condition.back > 1:
-            words += f" {condition.back} tokens before"
-    for condition in parts:
-        if condition.kind == "within":
-            words += f" within {condition.back} tokens after {_describe_text(condition)}"
+    here = [_describe_text(c) for c in clause if c.kind == "at" and c.back == 0]
+    before = [c for c in clause if c.kind == "at" and c.back > 0]
+    within = [c for c in clause if c.kind == "within"]
+    words = " that is also ".join(here) or "any token"
+    for place, condition in enumerate(sorted(before, key=lambda c: c.back)):
+        distance = "" if condition.back == 1 else f"{condition.back} tokens "
+        words += f"{' and' if place else ''} {distance}after {_describe_text(condition)}"
+    for place, condition in enumerate(within):
+        words += f" and {_describe_text(condition)}" if place else f" with {_describe_text(condition)}"
+    if within:
+        words += f" among the {within[0].back} tokens before"
+    for condition in clause:
         if condition.kind == "segment":
             words += {"think": " while thinking"}.get(condition.name, f" in the {condition.name}")
     return words

@@ -30,6 +30,7 @@ from lorascope.explain.summary import cluster_of, summarise_rows
 from lorascope.explain.windows import draw_windows
 from lorascope.features import FeatureSet, load_features
 from lorascope.progress import progress
+from lorascope.store import INDEX
 from lorascope.study import Study, digest, read_json
 from lorascope.token_text import open_tokenizer, vocabulary_texts
 
@@ -105,13 +106,13 @@ def explain_features(study: Study, config: ExplainConfig, options: Options) -> d
     levels_file = study.require("examples/levels.json", "lorascope examples STUDY")
     study.require("tokenizer/tokenizer.json", "lorascope record STUDY")
     sides = {kind: (load_features(study, TRAIN, kind), load_features(study, config.corpus, kind)) for kind in kinds}
-    folders = {f.store.folder.relative_to(study.path).as_posix() for pair in sides.values() for f in pair}
+    folders = {f.store.folder.relative_to(study.path) for pair in sides.values() for f in pair}
     result = study.run(
         "explain",
         config,
         options,
         inputs=[
-            *sorted(folders),
+            *sorted((folder / INDEX).as_posix() for folder in folders),
             "examples/levels.json",
             "tokenizer/tokenizer.json",
             *(["sae/sae_weights.safetensors"] if "latent" in kinds else []),

@@ -36,6 +36,9 @@ def summarise_rows(rows: Sequence[Row], rng: np.random.Generator) -> dict[str, A
         own = np.array([p[0] for p in pairs])
         wrong = np.array([p[1] for p in pairs])
         out[f"n_{task}"] = len(pairs)
+        out[f"{task}_counts"] = _add_counts(
+            [row["scored"][task] for row in rows if row["scored"] and row["scored"][task]]
+        )
         for name, values in (("", own), ("_wrong", wrong), ("_gain", own - wrong)):
             out[task + name] = _mean(values, [p[2] for p in pairs], rng)
     return out
@@ -46,3 +49,12 @@ def _mean(values: NDArray[np.float64], clusters: Sequence[str], rng: np.random.G
         return None
     interval = bootstrap_mean(values, rng=rng, clusters=clusters)
     return {name: round(value, 4) for name, value in interval.as_dict("mean").items()}
+
+
+def _add_counts(scores: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """Windows asked about, answers that could not be read, and windows that could not be drawn as they should."""
+    total = {"n": 0, "unparsed": 0}
+    for score in scores:
+        for name, count in ({"n": score["n"], "unparsed": score["unparsed"]} | score["counts"]).items():
+            total[name] = total.get(name, 0) + count
+    return total
