@@ -61,7 +61,7 @@ def _worker() -> tuple[subprocess.Popen[str], SimpleQueue[str]]:
     if _running is not None and _running[0].poll() is None:
         return _running
     process = subprocess.Popen(
-        [sys.executable, "-I", str(_WORKER)],
+        [sys.executable, "-P", str(_WORKER)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
