@@ -1,0 +1,70 @@
+"""Ablation: what switching directions off does, by direction, layer, type and group."""
+
+from typing import Any
+
+from lorascope.study import Study
+from lorascope.views.reading import Json, interval, json_file, missing, ready, table_rows
+
+WAYS = ("direction", "layer", "type", "group")
+COMMAND = "lorascope ablate STUDY --by {}"
+
+
+def ablation(study: Study) -> Json:
+    """All ablation tables of a study.
+
+    Returns:
+        `{"available", "floor": number or None, "floor_runs": {name: kl}, "by": {way: table}}` for each way of
+        `WAYS`, where a table is that of `ablation_table`.
+    """
+    tables = {way: ablation_table(study, way) for way in WAYS}
+    floor = json_file(study, "ablation/floor.json") or {}
+    if not any(table["available"] for table in tables.values()):
+        return missing(study, "ablation tables", COMMAND.format("direction")) | {"by": tables}
+    runs = ready(floor.get("runs") or {})
+    return {"available": True, "floor": ready(floor.get("kl")), "floor_runs": runs, "by": tables}
+
+
+def ablation_table(study: Study, way: str) -> Json:
+    """One table, strongest first; what lies under the noise floor comes last, in the order of the adapter.
+
+    Returns:
+        `{"available", "rows": [{"target", "tokens", "kl": {"value", "low", "high"}, "ce_change": {..} or None,
+        "under_floor", "segments": {"think": {"kl", "ce_change", "tokens", "under_floor"}, ..}}]}`. KL is
+        KL(adapted ‖ edited) in nats per predicted assistant token, cross-entropy change in the same unit.
+    """
+    rows = table_rows(study, f"ablation/exact-{way}.parquet")
+    if rows is None:
+        return missing(study, f"ablation by {way}", COMMAND.format(way))
+    by_target: dict[str, dict[str, Json]] = {}
+    for row in rows:
+        by_target.setdefault(str(row["target"]), {})[str(row["segment"])] = numbers(row)
+    shown = [
+        {"target": target} | (parts.get("all") or {}) | {"segments": {k: v for k, v in parts.items() if k != "all"}}
+        for target, parts in by_target.items()
+        if parts.get("all")
+    ]
+    shown.sort(key=strength)
+    return {"available": True, "rows": shown}
+
+
+def numbers(row: Json) -> Json:
+    """The measured numbers of one row."""
+    change = {"value": row.get("ce_change"), "low": row.get("ce_low"), "high": row.get("ce_high")}
+    return {
+        "kl": interval(row, "kl"),
+        "ce_change": interval(change),
+        "tokens": ready(row.get("tokens")),
+        "under_floor": bool(row.get("under_floor")),
+    }
+
+
+def strength(row: Json) -> tuple[bool, float]:
+    """Sort key: by falling KL, rows under the floor (which are not ranked) after all others."""
+    under = row["under_floor"] or row["kl"] is None
+    return (under, 0.0 if under else -row["kl"]["value"])
+
+
+def direction_kl(study: Study) -> dict[str, Any]:
+    """KL rows by direction's address, empty when directions were not ablated."""
+    table = ablation_table(study, "direction")
+    return {row["target"]: row for row in table["rows"]} if table["available"] else {}

@@ -1,0 +1,61 @@
+"""Statistics of every direction's effect on a corpus: one reading of the store, kept for the next view.
+
+Shape legend: T tokens, N directions.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lorascope.store import INDEX, Store, store_folder
+from lorascope.study import Study, digest, read_json, write_json
+
+CACHE = ".views"
+"""Folder in the study for what can be computed again; names with a dot are no stage's input."""
+
+
+def direction_effects(study: Study, corpus: str, source: str = "adapter") -> dict[str, list[Any]]:
+    """Per direction, over ordinary tokens: `{"address", "rms", "mean", "participation"}`, lists of N.
+
+    `rms` and `mean` are of the effect s·‖b‖·z. `participation` is (E|e|)² / E[e²]: 1 when |e| is the same on every
+    token, 2/π = 0.64 for a Gaussian, near 0 when few tokens carry everything; None for a direction that is always 0.
+
+    Raises:
+        MissingStage: the corpus is not recorded.
+    """
+    store = Store.open(store_folder(study.path, corpus, source))
+    stamp = digest(read_json(store.folder / INDEX))
+    cache = study.path / CACHE / f"effects-{corpus}-{source}.json"
+    if cache.is_file():
+        kept = read_json(cache)
+        if kept.get("of") == stamp:
+            return kept["columns"]  # type: ignore[no-any-return]
+    columns = measure_effects(store)
+    write_json(cache, {"of": stamp, "columns": columns})
+    return columns
+
+
+def measure_effects(store: Store) -> dict[str, list[Any]]:
+    """The statistics of `direction_effects`, computed."""
+    n = len(store.addresses)
+    total_N, absolute_N, square_N = np.zeros(n), np.zeros(n), np.zeros(n)
+    ordinary_T = store.ordinary
+    count = int(ordinary_T.sum())
+    for start, z_TN in store.chunks():
+        effect_TN = z_TN[ordinary_T[start : start + len(z_TN)]].astype(np.float64) * store.effect_per_scalar
+        total_N += effect_TN.sum(0)
+        absolute_N += np.abs(effect_TN).sum(0)
+        square_N += np.square(effect_TN).sum(0)
+    size = max(count, 1)
+    return {
+        "address": list(store.addresses),
+        "rms": np.sqrt(square_N / size).tolist(),
+        "mean": (total_N / size).tolist(),
+        "participation": participation(absolute_N / size, square_N / size),
+    }
+
+
+def participation(absolute_N: npt.NDArray[np.float64], square_N: npt.NDArray[np.float64]) -> list[float | None]:
+    """(E|e|)² / E[e²] of each direction."""
+    return [float(a * a / s) if s > 0 else None for a, s in zip(absolute_N, square_N, strict=True)]

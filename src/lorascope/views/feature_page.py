@@ -1,0 +1,217 @@
+"""One feature's page: examples with the activation of every token around them, statistics, explanation, scores.
+
+Shape legend: T tokens of a window, F features, N directions.
+"""
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+from lorascope.errors import BadInput, MissingStage
+from lorascope.features import FeatureSet, load_features
+from lorascope.store import INDEX, store_folder
+from lorascope.study import Study
+from lorascope.token_text import open_tokenizer, token_texts
+from lorascope.traces import SEGMENT_NAMES
+from lorascope.views.ablation_tables import direction_kl
+from lorascope.views.feature_table import TOO_FEW, decoder_effects, feature_kind, feature_place
+from lorascope.views.maps import signed_map
+from lorascope.views.reading import Json, feature_rows, json_lines, missing, ready, stamp
+
+WINDOW = 24
+"""Tokens shown on either side of an example."""
+MARGIN = 8
+"""Tokens decoded before a window, so that a character spread over several tokens stays whole."""
+NEIGHBOURS = 6
+
+
+def feature_page(
+    study: Study, feature: str, corpus: str = "train", *, window: int = WINDOW, top: int = 50, per_quantile: int = 10
+) -> Json:
+    """Everything about one feature on one corpus.
+
+    Returns:
+        `{"available", "id", "kind", "address", "layer", "type", "polarity", "corpus", "unit", "latent", "stats":
+        {level, density, n_firing, max, p99, mean, too_few} or None, "histogram": {"edges", "counts"}, "shares":
+        {"prompt", "think", "answer"}, "kl": row or None, "explanation": {...} or None, "examples": {"top": [example],
+        "q0": [..], ..}, "decoder": signed map or None, "neighbours": [{"id", "cosine"}], "missing_stages": [..]}`.
+        An example is `{"trace", "trace_id", "position", "activation", "segment", "start", "peak", "tokens", "values",
+        "segments", "more_before", "more_after"}`: `peak` is the place of the example in `tokens`, `start` the
+        position of `tokens[0]` in its trace.
+
+    Raises:
+        BadInput: there is no such feature.
+    """
+    kind = feature_kind(feature)
+    try:
+        features = open_features(study, corpus, kind)
+    except MissingStage as error:
+        return missing(study, f"the feature {feature} on {corpus}", command_in(error, corpus)) | {"id": feature}
+    column = column_of(features, feature)
+    if column is None:
+        raise BadInput(f"There is no feature {feature!r} of kind {kind} in {study.path}.")
+    page = {"available": True, "id": feature, "kind": kind, "corpus": corpus, "unit": features.unit}
+    page |= {"latent": features.latent} | feature_place(feature)
+    gone: list[Json] = []
+    stats = feature_rows(study, f"examples/{corpus}/{kind}-stats.parquet", feature)
+    rows = feature_rows(study, f"examples/{corpus}/{kind}-examples.parquet", feature)
+    if stats is None or rows is None:
+        command = f"lorascope examples STUDY --corpus {corpus} --kinds {kind}"
+        gone.append(missing(study, f"examples of {kind}s on {corpus}", command)["missing"])
+    page |= statistics((stats or [None])[0])
+    page["examples"] = shown_examples(study, features, column, rows or [], window, top, per_quantile)
+    page["kl"] = direction_kl(study).get(str(page["address"])) if kind == "direction" else None
+    page["explanation"] = explanation_of(study, kind, feature)
+    if page["explanation"] is None:
+        gone.append(missing(study, f"the explanation of {feature}", "lorascope explain STUDY")["missing"])
+    page |= {"decoder": None, "neighbours": []}
+    if kind == "latent":
+        page |= decoder_of(study, column)
+    return dict(ready(page | {"missing_stages": gone}))
+
+
+def command_in(error: MissingStage, corpus: str) -> str:
+    """The command that a MissingStage names."""
+    text = str(error).rstrip(".")
+    return "lorascope " + text.split("lorascope ", 1)[1] if "lorascope " in text else f"lorascope record STUDY --corpus {corpus}"
+
+
+def open_features(study: Study, corpus: str, kind: str) -> FeatureSet:
+    """`load_features`, kept open until the store or the SAE changes.
+
+    Raises:
+        MissingStage: the corpus is not recorded or the SAE not trained.
+    """
+    folder = store_folder(study.path, corpus, "base" if kind == "base" else "adapter")
+    files = [folder / INDEX, *([study.path / "sae" / "sae_weights.safetensors"] if kind == "latent" else [])]
+    if not all(path.is_file() for path in files):
+        return load_features(study, corpus, kind)
+    return kept_features(study, corpus, kind, tuple(stamp(path) for path in files))
+
+
+@lru_cache(maxsize=6)
+def kept_features(study: Study, corpus: str, kind: str, state: tuple[tuple[int, int], ...]) -> FeatureSet:
+    """`load_features` of one state of its files."""
+    return load_features(study, corpus, kind)
+
+
+@lru_cache(maxsize=16)
+def numbered(ids: tuple[str, ...]) -> dict[str, int]:
+    """The column of each id."""
+    return {name: i for i, name in enumerate(ids)}
+
+
+def column_of(features: FeatureSet, feature: str) -> int | None:
+    """The column of a feature in its set, None when it is not there."""
+    return numbered(tuple(features.ids)).get(feature)
+
+
+def tokenizer_of(study: Study) -> Tokenizer:
+    """The study's tokenizer, read once.
+
+    Raises:
+        BadInput: the study has none.
+    """
+    path = study.path / "tokenizer" / "tokenizer.json"
+    return kept_tokenizer(path, *(stamp(path) if path.is_file() else (0, 0)))
+
+
+@lru_cache(maxsize=2)
+def kept_tokenizer(path: Path, size: int, modified: int) -> Tokenizer:
+    """The tokenizer of one state of its file."""
+    return open_tokenizer(path)
+
+
+def statistics(row: Json | None) -> Json:
+    """A row of the statistics table as the page's parts."""
+    if row is None:
+        return {"stats": None, "histogram": {"edges": [], "counts": []}, "shares": None}
+    keys = ("level", "density", "n_firing", "max", "p99", "mean")
+    return {
+        "stats": {key: row[key] for key in keys} | {"too_few": row["n_firing"] < TOO_FEW},
+        "histogram": {"edges": row["hist_edges"], "counts": row["hist_counts"]},
+        "shares": {name: row[f"share_{name}"] for name in SEGMENT_NAMES if f"share_{name}" in row},
+    }
+
+
+def shown_examples(
+    study: Study, features: FeatureSet, column: int, rows: list[Json], window: int, top: int, per_quantile: int
+) -> dict[str, list[Json]]:
+    """Examples by where they come from (`top`, `q0`, ...), each with its window."""
+    shown: dict[str, list[Json]] = {}
+    for row in sorted(rows, key=lambda r: (r["where"] != "top", r["where"], r["rank"])):
+        group = shown.setdefault(row["where"], [])
+        if len(group) < (top if row["where"] == "top" else per_quantile):
+            group.append(example_window(study, features, column, row, window))
+    return shown
+
+
+def example_window(study: Study, features: FeatureSet, column: int, row: Json, window: int) -> Json:
+    """One example with the tokens around it."""
+    store, trace, position = features.store, int(row["trace"]), int(row["position"])
+    length = int(store.offsets[trace + 1] - store.offsets[trace])
+    start, stop = max(0, position - window), min(length, position + window + 1)
+    part = token_part(study, features, trace, start, stop)
+    values = activations(features, column, trace, start, stop)
+    return {
+        "trace": trace,
+        "trace_id": store.trace_ids[trace],
+        "position": position,
+        "activation": float(row["activation"]),
+        "segment": SEGMENT_NAMES[part["segments"][position - start]],
+        "start": start,
+        "peak": position - start,
+        "values": values,
+        "more_before": start > 0,
+        "more_after": stop < length,
+    } | part
+
+
+def token_part(study: Study, features: FeatureSet, trace: int, start: int, stop: int) -> Json:
+    """Texts and segment codes of the tokens [start, stop) of a trace."""
+    first = int(features.store.offsets[trace])
+    before = max(0, start - MARGIN)
+    ids = features.store.tokens[first + before : first + stop].tolist()
+    texts = token_texts(tokenizer_of(study), ids)[start - before :]
+    return {"tokens": texts, "segments": features.store.segments[first + start : first + stop].tolist()}
+
+
+def activations(features: FeatureSet, column: int, trace: int, start: int, stop: int) -> npt.NDArray[np.float32]:
+    """One feature's activation on the tokens [start, stop) of a trace, float32 [T]."""
+    first = int(features.store.offsets[trace])
+    z_TN = features.store.rows(np.arange(first + start, first + stop))
+    return features.encode(z_TN, np.array([column], np.intp))[:, 0]
+
+
+def explanation_of(study: Study, kind: str, feature: str) -> Json | None:
+    """The explanation's row as `{"explainer", "text", "rule", "reason", "scores": {"detection": {"own", "wrong"}, ..},
+    "wrong_from"}`."""
+    for row in json_lines(study, f"explanations/{kind}.jsonl"):
+        if row["feature"] == feature:
+            scored = row.get("scored") or {}
+            scores: dict[str, Any] = {
+                name: {"own": scored.get(name), "wrong": scored.get(f"{name}_wrong")} for name in ("detection", "fuzzing")
+            }
+            kept = {key: row.get(key) for key in ("explainer", "text", "rule", "reason")}
+            return kept | {"scores": scores, "wrong_from": scored.get("wrong_from")}
+    return None
+
+
+def decoder_of(study: Study, latent: int) -> Json:
+    """Where a latent writes, in effect units, and the latents whose decoder rows are closest by cosine."""
+    decoder = decoder_effects(study)
+    if decoder is None:
+        return {}
+    addresses, weights_FN = decoder
+    norms_F = np.linalg.norm(weights_FN, axis=1)
+    cosine_F = weights_FN @ weights_FN[latent] / np.maximum(norms_F * norms_F[latent], 1e-12)
+    cosine_F[latent] = -np.inf
+    near = np.argsort(-cosine_F)[:NEIGHBOURS]
+    return {
+        "decoder": signed_map(addresses, weights_FN[latent].tolist()),
+        "neighbours": [{"id": f"sae.{i}", "cosine": float(cosine_F[i])} for i in near if np.isfinite(cosine_F[i])],
+    }

@@ -1,0 +1,154 @@
+"""One table for every kind of feature: directions' polarities, latents, controls."""
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import load_file
+
+from lorascope.adapter import Adapter, direction_layer, direction_type
+from lorascope.features import KINDS
+from lorascope.study import Study, read_json
+from lorascope.views.ablation_tables import direction_kl
+from lorascope.views.reading import Json, json_lines, missing, ready, stamp, table_rows
+
+SHOWN_STATS = (
+    "feature",
+    "level",
+    "density",
+    "n_firing",
+    "max",
+    "p99",
+    "mean",
+    "share_prompt",
+    "share_think",
+    "share_answer",
+)
+TOO_FEW = 20
+"""A feature with fewer firings than this on a corpus is marked as having too few examples."""
+
+
+def feature_table(study: Study, corpus: str = "train") -> Json:
+    """Every feature of a corpus that examples were searched for.
+
+    Returns:
+        `{"available", "corpus", "kinds": {kind: number}, "rows": [row]}`; a row has `id, kind, layer, type, polarity,
+        level, density, n_firing, max, p99, mean, share_prompt, share_think, share_answer, too_few, kl (that of the
+        whole direction), kl_under_floor, strength, text, detection, detection_wrong, reason`. `strength` ranks
+        features of one kind: for latents the mean length of the effect they write per ordinary token, for
+        others the mean activation while firing.
+    """
+    rows: list[Json] = []
+    for kind in KINDS:
+        rows += kind_rows(study, corpus, kind)
+    if not rows:
+        return missing(study, f"the features of {corpus}", f"lorascope examples STUDY --corpus {corpus}")
+    counts = {kind: sum(row["kind"] == kind for row in rows) for kind in KINDS}
+    return {"available": True, "corpus": corpus, "kinds": counts, "rows": ready(rows)}
+
+
+def kind_rows(study: Study, corpus: str, kind: str) -> list[Json]:
+    """The rows of one kind; none when its examples were not searched for."""
+    stats = table_rows(study, f"examples/{corpus}/{kind}-stats.parquet", SHOWN_STATS)
+    if not stats:
+        return []
+    kls = direction_kl(study) if kind == "direction" else {}
+    norms = decoder_norms(study) if kind == "latent" else {}
+    explained = {row["feature"]: row for row in json_lines(study, f"explanations/{kind}.jsonl")}
+    rows: list[Json] = []
+    for stat in stats:
+        feature = stat.pop("feature")
+        where = feature_place(feature)
+        kl = kls.get(str(where["address"]))
+        weight = norms.get(feature, 1.0) * (stat["density"] if norms else 1.0)
+        row = {"id": feature, "kind": kind} | where | stat
+        row["too_few"] = stat["n_firing"] < TOO_FEW
+        row["kl"] = kl["kl"]["value"] if kl and kl["kl"] else None
+        row["kl_under_floor"] = bool(kl and kl["under_floor"])
+        row["strength"] = stat["mean"] * weight
+        rows.append(row | short_scores(explained.get(feature)))
+    return rows
+
+
+def feature_kind(feature: str) -> str:
+    """The kind that an id belongs to: `sae.17` latent, `base.L3.q+` base, `L3.q+` direction."""
+    head = "latent" if feature.startswith("sae.") else feature.split(".")[0]
+    return head if head in KINDS else "direction"
+
+
+def feature_place(feature: str) -> Json:
+    """`{"address", "layer", "type", "polarity"}` of a direction's polarity (or its control); None each for a latent."""
+    kind = feature_kind(feature)
+    if kind == "latent":
+        return {"address": None, "layer": None, "type": None, "polarity": None}
+    address = feature.removeprefix(f"{kind}.").rstrip("+-")
+    return {
+        "address": address,
+        "layer": direction_layer(address),
+        "type": direction_type(address),
+        "polarity": feature[-1],
+    }
+
+
+def short_scores(row: Json | None) -> Json:
+    """Text and detection scores of an explanation's row, for a table."""
+    scored = (row or {}).get("scored") or {}
+    own, wrong = scored.get("detection"), scored.get("detection_wrong")
+    return {
+        "text": (row or {}).get("text"),
+        "explainer": (row or {}).get("explainer"),
+        "detection": own["value"] if own else None,
+        "detection_wrong": wrong["value"] if wrong else None,
+        "reason": (row or {}).get("reason"),
+    }
+
+
+def decoder_norms(study: Study) -> dict[str, float]:
+    """Length of what each latent writes per unit of activation, in effect units."""
+    decoder = decoder_effects(study)
+    if decoder is None:
+        return {}
+    lengths = np.linalg.norm(decoder[1], axis=1)
+    return {f"sae.{i}": float(length) for i, length in enumerate(lengths)}
+
+
+def decoder_effects(study: Study) -> tuple[list[str], npt.NDArray[np.float32]] | None:
+    """Addresses [N] and the SAE's decoder [F, N] in effect units (W_dec · s·‖b‖); None without SAE or adapter."""
+    weights, adapter = study.path / "sae" / "sae_weights.safetensors", study.path / "adapter"
+    if not weights.is_file() or not (adapter / "adapter_config.json").is_file():
+        return None
+    return read_decoder(weights, adapter, *stamp(weights))
+
+
+@lru_cache(maxsize=2)
+def read_decoder(
+    weights: Path, adapter: Path, size: int, modified: int
+) -> tuple[list[str], npt.NDArray[np.float32]]:
+    """`decoder_effects` of one state of the SAE's file."""
+    loaded = Adapter.load(adapter)
+    decoder: npt.NDArray[Any] = load_file(weights)["W_dec"]
+    return loaded.addresses, (decoder * loaded.effect_per_scalar).astype(np.float32)
+
+
+def sae_config(study: Study) -> Json:
+    """The SAE's `cfg.json`, empty without one."""
+    path = study.path / "sae" / "cfg.json"
+    return dict(read_json(path)) if path.is_file() else {}
+
+
+def strongest_directions(rows: list[Json], count: int) -> list[str]:
+    """Addresses of the strongest directions: by KL above the floor where there is one, then by mean activation."""
+    best: dict[str, tuple[float, float]] = {}
+    for row in rows:
+        if row["kind"] == "direction":
+            kl = row["kl"] if row["kl"] is not None and not row["kl_under_floor"] else -1.0
+            best[row["address"]] = max(best.get(row["address"], (-1.0, 0.0)), (kl, row["strength"] or 0.0))
+    return sorted(best, key=lambda address: best[address], reverse=True)[:count]
+
+
+def strongest_latents(rows: list[Json], count: int) -> list[str]:
+    """Ids of the latents that write most per ordinary token, those with too few examples left out."""
+    latents = [row for row in rows if row["kind"] == "latent" and not row["too_few"]]
+    return [row["id"] for row in sorted(latents, key=lambda row: -(row["strength"] or 0.0))[:count]]

@@ -1,0 +1,151 @@
+"""The layer × type maps: what the adapter is, does, causes, and how sparsely.
+
+A cell is one adapted matrix. At rank r it holds r directions; a map then shows the largest of them (the norm map the
+norm of the whole matrix's change), and says so.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lorascope.adapter import TYPE_ORDER, Adapter, direction_layer, direction_type
+from lorascope.store import store_folder
+from lorascope.study import Study
+from lorascope.views.ablation_tables import COMMAND, direction_kl
+from lorascope.views.effects import direction_effects
+from lorascope.views.reading import Json, json_file, missing, ready
+
+OUTSIDE = "-"
+"""The column of modules that are in no numbered layer."""
+ABOUT = {
+    "norm": {
+        "label": "Weight change",
+        "unit": "Frobenius norm ‖s·b·aᵀ‖",
+        "scale": "linear",
+        "caption": "How large the adapter's change of each matrix is: s·‖a‖·‖b‖. It says nothing of how often or how "
+        "strongly the direction is driven.",
+    },
+    "effect": {
+        "label": "Effect",
+        "unit": "rms of s·‖b‖·z",
+        "scale": "log",
+        "caption": "Root mean square, over ordinary tokens, of the length that the direction writes. Matrix types "
+        "write into different spaces, so compare along a row; for comparisons across types use KL.",
+    },
+    "kl": {
+        "label": "KL when off",
+        "unit": "nats per predicted token",
+        "scale": "log",
+        "caption": "KL(adapted ‖ that one direction off), exact, pooled over the assistant tokens of held-out traces. "
+        "Hatched cells lie under the noise floor: they cannot be told from a re-run and are not ranked.",
+    },
+    "density": {
+        "label": "Density",
+        "unit": "participation (E|e|)² / E[e²]",
+        "scale": "linear",
+        "caption": "How evenly the effect e is spread over ordinary tokens: 1 if |e| is the same on every token, 0.64 "
+        "for a Gaussian, near 0 if a few tokens carry everything. It needs no threshold, so it can be compared "
+        "among directions.",
+    },
+}
+
+
+def direction_map(study: Study, corpus: str = "train") -> Json:
+    """All layer × type maps.
+
+    Returns:
+        `{"available", "rank", "layers": [0, 1, ..], "types": ["q", ..], "grids": [grid]}`; a grid is
+        `{"key", "label", "unit", "scale", "caption", "available", "values": [types][layers] of number or None,
+        "under_floor": the same of bool, "floor", "address": the same of the shown direction}` or, when its stage has
+        not run, `{"key", "label", "available": False, "missing"}`.
+    """
+    folder = study.path / "adapter"
+    if not (folder / "adapter_config.json").is_file():
+        return missing(study, "the layer × type map", "lorascope train STUDY")
+    adapter = Adapter.load(folder)
+    addresses = adapter.addresses
+    layers, types = axes(addresses)
+    place = Places(addresses, layers, types)
+    norms = [float(np.linalg.norm(factor_product(m.a_RI.numpy(), m.b_OR.numpy())) * m.scale) for m in adapter.modules]
+    per_direction = [norm for norm, m in zip(norms, adapter.modules, strict=True) for _ in range(m.rank)]
+    grids = [place.grid("norm", per_direction)]
+    if store_folder(study.path, corpus, "adapter").is_dir():
+        effects = direction_effects(study, corpus)
+        grids += [place.grid("effect", effects["rms"]), place.grid("density", effects["participation"])]
+    else:
+        command = f"lorascope record STUDY --corpus {corpus}"
+        grids += [absent(study, "effect", command), absent(study, "density", command)]
+    grids.insert(2, kl_grid(study, place))
+    rank = max(m.rank for m in adapter.modules)
+    shown = {"available": True, "rank": rank, "corpus": corpus, "layers": layers, "types": types, "grids": grids}
+    return dict(ready(shown))
+
+
+def factor_product(a_RI: npt.NDArray[Any], b_OR: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """A small matrix [R, R] with the Frobenius norm of b·a, without forming b·a."""
+    _, ra = np.linalg.qr(a_RI.T.astype(np.float64))
+    _, rb = np.linalg.qr(b_OR.astype(np.float64))
+    return np.asarray(rb @ ra.T)
+
+
+def axes(addresses: Sequence[str]) -> tuple[list[Any], list[str]]:
+    """Layers (0 to the last, then `OUTSIDE` if needed) and types in column order."""
+    numbers = [n for n in map(direction_layer, addresses) if n is not None]
+    layers: list[Any] = list(range(max(numbers) + 1)) if numbers else []
+    if len(numbers) < len(addresses):
+        layers.append(OUTSIDE)
+    types = sorted({direction_type(a) for a in addresses}, key=lambda t: (TYPE_ORDER.get(t, len(TYPE_ORDER)), t))
+    return layers, types
+
+
+class Places:
+    """Where each direction stands in a layer × type grid."""
+
+    def __init__(self, addresses: Sequence[str], layers: list[Any], types: list[str]) -> None:
+        self.addresses, self.layers, self.types = addresses, layers, types
+        columns = [direction_layer(a) for a in addresses]
+        self.columns = [layers.index(OUTSIDE if n is None else n) for n in columns]
+        self.rows = [types.index(direction_type(a)) for a in addresses]
+
+    def grid(self, key: str, values: Sequence[float | None], under: Sequence[bool] | None = None) -> Json:
+        """A grid of the largest (by absolute value) of each cell's directions."""
+        cells, names, marks = self.blank(None), self.blank(None), self.blank(False)
+        for i, value in enumerate(values):
+            row, column = self.rows[i], self.columns[i]
+            old = cells[row][column]
+            if value is not None and (old is None or abs(value) > abs(old)):
+                cells[row][column], names[row][column] = value, self.addresses[i]
+                marks[row][column] = bool(under[i]) if under else False
+        about = ABOUT.get(key, {})
+        return about | {"key": key, "available": True, "values": cells, "address": names, "under_floor": marks}
+
+    def blank(self, fill: Any) -> list[list[Any]]:
+        """A grid [types][layers] of one value."""
+        return [[fill] * len(self.layers) for _ in self.types]
+
+
+def kl_grid(study: Study, place: Places) -> Json:
+    """The KL map with its floor, or what to run."""
+    rows = direction_kl(study)
+    if not rows:
+        return absent(study, "kl", COMMAND.format("direction"))
+    found = [rows.get(address) for address in place.addresses]
+    values = [row["kl"]["value"] if row and row["kl"] else None for row in found]
+    under = [bool(row and row["under_floor"]) for row in found]
+    floor = (json_file(study, "ablation/floor.json") or {}).get("kl")
+    bounds = {a: [r["kl"]["low"], r["kl"]["high"]] for a, r in rows.items() if r["kl"]}
+    return place.grid("kl", values, under) | {"floor": floor, "intervals": bounds}
+
+
+def absent(study: Study, key: str, command: str) -> Json:
+    """A grid whose stage has not run."""
+    return {"key": key, "label": ABOUT[key]["label"]} | missing(study, f"the map of {ABOUT[key]['label']}", command)
+
+
+def signed_map(addresses: Sequence[str], values: Sequence[float]) -> Json:
+    """A signed number per direction as a layer × type map: `{"layers", "types", "values", "address"}`."""
+    layers, types = axes(addresses)
+    grid = Places(addresses, layers, types).grid("", list(values))
+    return {"layers": layers, "types": types, "values": grid["values"], "address": grid["address"]}

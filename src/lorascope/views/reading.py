@@ -1,0 +1,139 @@
+"""What every view needs: files of a study read gently, and numbers that are ready for JSON.
+
+A view never fails because a stage has not run: it carries `"available": False` and a `"missing"` entry
+`{"what", "run"}` that names the command. Numbers that are not finite become None.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lorascope.errors import RunFailed
+from lorascope.study import Study, read_json
+
+Json = dict[str, Any]
+
+
+def ready(value: Any) -> Any:
+    """A copy that JSON can hold: NumPy values as Python's, paths as text, NaN and infinities as None."""
+    if isinstance(value, Mapping):
+        return {str(key): ready(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return ready(value.tolist())
+    if isinstance(value, np.generic):
+        return ready(value.item())
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [ready(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return str(value) if isinstance(value, Path) else value
+
+
+def missing(study: Study, what: str, command: str) -> Json:
+    """A view of something that has not been made: what it would show and the command that makes it."""
+    return {"available": False, "missing": {"what": what, "run": command.replace("STUDY", str(study.path))}}
+
+
+def json_file(study: Study, relative: str) -> Any:
+    """A JSON file of the study, or None when it does not exist."""
+    path = study.path / relative
+    return read_json(path) if path.is_file() else None
+
+
+def json_lines(study: Study, relative: str) -> tuple[Json, ...]:
+    """Rows of a JSON Lines file, none when it does not exist; a last line cut off by an interruption is left out.
+
+    Rows are shared between callers: do not change them.
+
+    Raises:
+        RunFailed: a line before the last is not JSON.
+    """
+    path = study.path / relative
+    return parsed_lines(path, *stamp(path)) if path.is_file() else ()
+
+
+def stamp(path: Path) -> tuple[int, int]:
+    """Size and modification time: a cached reading is good while both stay."""
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+@lru_cache(maxsize=8)
+def parsed_lines(path: Path, size: int, modified: int) -> tuple[Json, ...]:
+    """`json_lines` of one state of a file."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    rows: list[Json] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise RunFailed(f"Line {number} of {path} is damaged ({error}); remove it or restore the file.") from error
+    return tuple(rows)
+
+
+def table_rows(study: Study, relative: str, columns: tuple[str, ...] | None = None) -> list[Json] | None:
+    """Rows of a Parquet file as dicts (of some columns), or None when it does not exist.
+
+    Raises:
+        RunFailed: the file is damaged.
+    """
+    path = study.path / relative
+    if not path.is_file():
+        return None
+    table = read_table(path, *stamp(path))[0]
+    rows: list[Json] = (table.select(list(columns)) if columns else table).to_pylist()
+    return rows
+
+
+def feature_rows(study: Study, relative: str, feature: str) -> list[Json] | None:
+    """The rows of one feature (column `feature`), in file order; None when the file does not exist."""
+    path = study.path / relative
+    if not path.is_file():
+        return None
+    table, places = read_table(path, *stamp(path))
+    rows: list[Json] = table.take(pa.array(places.get(feature, []), pa.int64())).to_pylist()
+    return rows
+
+
+@lru_cache(maxsize=16)
+def read_table(path: Path, size: int, modified: int) -> tuple[pa.Table, dict[str, list[int]]]:
+    """One state of a Parquet file, and the row numbers of each feature."""
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise RunFailed(f"{path} is damaged ({error}); remove it and run its stage again.") from error
+    places: dict[str, list[int]] = {}
+    if "feature" in table.column_names:
+        for number, feature in enumerate(table.column("feature").to_pylist()):
+            places.setdefault(feature, []).append(number)
+    return table, places
+
+
+def interval(row: Mapping[str, Any], value: str = "value") -> Json | None:
+    """`{"value", "low", "high"}` from a row whose value may have another name; None without a value."""
+    number = ready(row.get(value))
+    if number is None:
+        return None
+    return {"value": number, "low": ready(row.get("low")), "high": ready(row.get("high"))}
+
+
+def stage_records(study: Study, stage: str) -> dict[str, Json]:
+    """Records of a stage in all its variants (`record`, `record:heldout:base`), by full name."""
+    stages: dict[str, Json] = study.manifest["stages"]
+    return {name: record for name, record in stages.items() if name.split(":")[0] == stage}
+
+
+def finite(values: Iterable[float | None]) -> list[float]:
+    """The values that are numbers."""
+    return [float(v) for v in values if v is not None and math.isfinite(v)]
