@@ -91,10 +91,14 @@ def test_an_sae_of_another_adapter_is_refused(tmp_path: Path) -> None:
         load_features(study, "train", "latent")
 
 
-@pytest.mark.parametrize("kept_bytes", [1, 1 << 28], ids=["one feature at a time", "all at once"])
-def test_firing_levels_are_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept_bytes: int) -> None:
+@pytest.mark.parametrize("group_bytes", [1, 1 << 28], ids=["one feature at a time", "all at once"])
+@pytest.mark.parametrize("sample", [7, 100, 5000])  # a bound from a few tokens misleads, and is noticed
+def test_firing_levels_are_exact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group_bytes: int, sample: int
+) -> None:
     rng = np.random.default_rng(1)
-    monkeypatch.setattr(features, "LEVEL_BYTES", kept_bytes)
+    monkeypatch.setattr(features, "LEVEL_BYTES", group_bytes)
+    monkeypatch.setattr(features, "SAMPLE_ROWS", sample)
     monkeypatch.setattr(features, "CHUNK_ACTIVATIONS", 100)
     z = rng.standard_normal((1000, 4)).astype(np.float16).astype(np.float32)
     z[:, 1] = 0  # never fires

@@ -6,6 +6,7 @@ H bins of a histogram.
 
 import os
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,13 @@ from lorascope.config import Options
 from lorascope.errors import BadInput, RunFailed
 from lorascope.features import KINDS, FeatureSet, available_kinds, firing_levels, load_features
 from lorascope.progress import progress
-from lorascope.selection import Candidates, Ints, Selection, random_keys, rank_in_runs
+from lorascope.selection import Candidates, Ints, Selection, activation_keys, random_keys, rank_in_runs
 from lorascope.store import Floats, Store
 from lorascope.study import Study, read_json, write_json
 from lorascope.traces import SEGMENT_NAMES
 
 LEVELS = "examples/levels.json"
 POOL = 4  # the sample of firings is so many times larger than what is kept per quantile
-FIRST_ROWS = 256
-DENSE = 0.05  # share of candidates above which a block of rows is not made larger
-
 BINS_PER_OCTAVE = 64
 LOWEST, OCTAVES = -30, 48  # firings from 2^-30 to 2^18; others are counted in the outermost bins
 SHOWN_BINS = 40
@@ -164,48 +162,57 @@ def search(features: FeatureSet, level_F: Floats, config: ExamplesConfig, seed: 
     histogram_FH = np.zeros((count, OCTAVES * BINS_PER_OCTAVE), np.uint32)
     total_F = np.zeros(count)
     segments_F4 = np.zeros((count, len(SEGMENT_NAMES)), np.int64)
-    rows = FIRST_ROWS
     what = f"examples {features.kind}"
     for start, acts_TF in progress(features.chunks(), features.n_chunks, what, "chunk"):
-        first = 0
-        while first < len(acts_TF):
-            block_TF = acts_TF[first : first + rows]
-            hits = candidates_in(block_TF, start + first, store, top, level_F)
-            first += len(block_TF)
-            top.add(hits)
-            if len(hits.key) > DENSE * block_TF.size:
-                top.merge()  # raises the bounds
-            else:
-                rows *= 2
-            firing = hits.take(hits.value > level_F[hits.feature])
-            np.add.at(histogram_FH.reshape(-1), firing.feature * histogram_FH.shape[1] + bins_of(firing.value), 1)
-            total_F += np.bincount(firing.feature, firing.key, count)
-            place = firing.feature * len(SEGMENT_NAMES) + store.segments[firing.position]
-            segments_F4 += np.bincount(place, minlength=segments_F4.size).reshape(segments_F4.shape)
-            sample.add(replace(firing, key=random_keys(seed, firing.feature, firing.position)))
+        acts_TF[~store.ordinary[start : start + len(acts_TF)]] = 0
+        firing = candidates_above(acts_TF, level_F, start, store)
+        if (top.bound_F < activation_keys(level_F)).any():
+            for first, stop in trace_pieces(store, start, start + len(acts_TF)):
+                piece_TF = acts_TF[first - start : stop - start]
+                top.add(candidates_above(piece_TF, piece_bound(piece_TF, top), first, store))
+            top.merge()  # raises the bounds
+        else:
+            top.add(firing)
+        slots = firing.feature * histogram_FH.shape[1] + bins_of(firing.value)
+        np.add.at(histogram_FH.reshape(-1), slots, 1)
+        total_F += np.bincount(firing.feature, firing.value, count)
+        place = firing.feature * len(SEGMENT_NAMES) + store.segments[firing.position]
+        segments_F4 += np.bincount(place, minlength=segments_F4.size).reshape(segments_F4.shape)
+        sample.add(replace(firing, key=random_keys(seed, firing.feature, firing.position)))
     n_ordinary = int(store.ordinary.sum())
     return Found(top.merge(), sample.merge(), n_ordinary, histogram_FH, total_F, segments_F4)
 
 
-def candidates_in(acts_TF: Floats, start: int, store: Store, top: Selection, level_F: Floats) -> Candidates:
-    """All activations of a block of rows that fire or may belong to the top k, by rising position."""
-    low_F = np.minimum(level_F, top.bound_F).astype(np.float32)
-    inside = 0  # rows that continue the trace of the last merge must also beat that trace's own examples
-    if top.open_trace >= 0:
-        inside = int(np.clip(store.offsets[top.open_trace + 1] - start, 0, len(acts_TF)))
-    open_F = np.minimum(level_F, np.maximum(top.bound_F, top.open_bound_F)).astype(np.float32)
-    flat = np.concatenate(
-        [
-            np.flatnonzero(acts_TF[:inside] > open_F),
-            np.flatnonzero(acts_TF[inside:] > low_F) + inside * acts_TF.shape[1],
-        ]
-    )
+def candidates_above(acts_TF: Floats, low_F: Floats, start: int, store: Store) -> Candidates:
+    """All activations above `low_F` in a block of rows, by rising position."""
+    flat = np.flatnonzero(acts_TF > low_F)
     row, feature = np.divmod(flat, acts_TF.shape[1])
-    position = row + start
-    keep = store.ordinary[position]
-    feature, position, value = feature[keep], position[keep], acts_TF.reshape(-1)[flat[keep]]
-    trace = store.token_traces(position).astype(np.int64)
-    return Candidates(feature, value.astype(np.float64), position, trace, value)
+    value = acts_TF.reshape(-1)[flat]
+    trace_T = store.token_traces(np.arange(start, start + len(acts_TF)))
+    return Candidates(feature, activation_keys(value), row + start, trace_T[row].astype(np.int64), value)
+
+
+def trace_pieces(store: Store, start: int, stop: int) -> list[tuple[int, int]]:
+    """The range [start, stop) of tokens, cut where a trace begins."""
+    first, last = np.searchsorted(store.offsets, [start + 1, stop])
+    cuts = [start, *store.offsets[first:last].tolist(), stop]
+    return list(pairwise(cuts))
+
+
+def piece_bound(piece_TF: Floats, top: Selection) -> Floats:
+    """What an activation in this piece of a trace must exceed to matter for the top k, [F].
+
+    Of the largest activations of many parts of the piece, `per_trace` are at least the bound: whatever is
+    smaller has that many better ones in its trace. This spares long traces' rows at the start of a corpus.
+    """
+    bound_F = top.bound_F.view(np.float32)
+    parts = 4 * top.per_trace
+    rows = len(piece_TF) // parts
+    if rows < 2:
+        return bound_F
+    largest_PF = piece_TF[: rows * parts].reshape(parts, rows, -1).max(axis=1)
+    last_F = np.partition(largest_PF, parts - top.per_trace, axis=0)[parts - top.per_trace]
+    return np.maximum(bound_F, np.nextafter(last_F, np.float32(0)))
 
 
 def bins_of(value_M: Floats) -> Ints:
@@ -252,7 +259,7 @@ def example_table(features: FeatureSet, found: Found, config: ExamplesConfig) ->
     """Rows (feature, where, rank, trace, position, activation): the top k, then the sample of each quantile."""
     quantile_M = quantile_of(found, found.sample, config.quantiles)
     # by feature and quantile, in the random order of the sample
-    order = np.lexsort((-found.sample.key, quantile_M, found.sample.feature))
+    order = np.lexsort((~found.sample.key, quantile_M, found.sample.feature))
     order = order[rank_in_runs(found.sample.feature[order], quantile_M[order]) < config.per_quantile]
     # then by falling activation within a quantile
     value, position = found.sample.value, found.sample.position

@@ -20,9 +20,12 @@ from lorascope.study import Study
 Encode = Callable[[Floats, npt.NDArray[np.intp] | None], Floats]
 """Scalars z_TN, and the features wanted (None: all), to activations [T, features]."""
 
-CHUNK_ACTIVATIONS = 1 << 21  # 8 MB of float32
+CHUNK_ACTIVATIONS = 1 << 20  # 4 MB of float32
 LEVEL = 0.01
 """A feature that is no latent fires where its activation is above the level that 1% of ordinary tokens exceed."""
+LIKELY = 0.02
+"""Share of tokens looked at to find that level: those above the 2% level of a sample of `SAMPLE_ROWS`."""
+SAMPLE_ROWS = 1 << 14
 LEVEL_BYTES = 1 << 28
 """Memory for one group of features while their levels are found."""
 
@@ -85,10 +88,10 @@ def polarity_codes(z_TN: Floats, wanted: npt.NDArray[np.intp] | None, *, effect_
         signed_F = effect_N[wanted // 2] * np.where(wanted % 2, np.float32(-1), np.float32(1))
         signed_TF = z_TN[:, wanted // 2] * signed_F
         return np.maximum(signed_TF, 0, out=signed_TF)
-    effect_TN = z_TN * effect_N
     acts_TNP = np.empty((*z_TN.shape, 2), np.float32)
-    np.maximum(effect_TN, 0, out=acts_TNP[..., 0])
-    np.maximum(-effect_TN, 0, out=acts_TNP[..., 1])
+    np.multiply(z_TN, effect_N, out=acts_TNP[..., 0])
+    np.negative(acts_TNP[..., 0], out=acts_TNP[..., 1])
+    np.maximum(acts_TNP, 0, out=acts_TNP)
     return acts_TNP.reshape(len(z_TN), 2 * z_TN.shape[1])
 
 
@@ -153,11 +156,6 @@ def available_kinds(study: Study, corpus: str) -> list[str]:
     return kinds
 
 
-def level_rank(n: int) -> int:
-    """How many of n ordinary tokens lie above a firing level (when there are no ties): 1%, rounded down."""
-    return int(n * LEVEL)
-
-
 def firing_levels(features: FeatureSet) -> Floats:
     """The firing level of each feature, float32 [F], exact.
 
@@ -170,37 +168,46 @@ def firing_levels(features: FeatureSet) -> Floats:
     n = int(ordinary_T.sum())
     if features.latent or n == 0:
         return levels_F
-    kept = level_rank(n) + 1
-    size = max(1, LEVEL_BYTES // (4 * 4 * kept))  # a group's buffer has room for three times what is kept
+    rank = int(n * LEVEL)  # so many tokens lie above the level
+    size = max(1, int(LEVEL_BYTES / (32 * LIKELY * n + 1)))
     for first in range(0, len(levels_F), size):
         group = np.arange(first, min(first + size, len(levels_F)))
-        levels_F[group] = largest_values(features, group, ordinary_T, kept).min(axis=0)
+        low_G = likely_bound(features, group, ordinary_T)
+        counts_G, levels_F[group] = ranked_values(features, group, low_G, rank)
+        again = group[(counts_G <= rank) & (low_G > 0)]  # the sample misled: their level is below its bound
+        if len(again):
+            levels_F[again] = ranked_values(features, again, np.zeros(len(again), np.float32), rank)[1]
     return levels_F
 
 
-def largest_values(
-    features: FeatureSet, group: npt.NDArray[np.intp], ordinary_T: npt.NDArray[np.bool_], kept: int
-) -> Floats:
-    """The `kept` largest activations of each feature of a group on ordinary tokens, [kept, len(group)], unsorted.
+def likely_bound(features: FeatureSet, group: npt.NDArray[np.intp], ordinary_T: npt.NDArray[np.bool_]) -> Floats:
+    """A bound that about 2% of the ordinary tokens exceed, from evenly spaced ones, float32 [len(group)]."""
+    positions = np.flatnonzero(ordinary_T)
+    z_TN = features.store.rows(positions[:: -(-len(positions) // SAMPLE_ROWS)])
+    acts_TG = features.encode(z_TN, group)
+    rank = int(len(acts_TG) * (1 - LIKELY))
+    bound_G: Floats = np.partition(acts_TG, rank, axis=0)[rank]
+    return bound_G
 
-    New rows gather behind the largest so far until the buffer is full, then all but the largest are dropped.
-    """
+
+def ranked_values(
+    features: FeatureSet, group: npt.NDArray[np.intp], low_G: Floats, rank: int
+) -> tuple[npt.NDArray[np.int64], Floats]:
+    """How many ordinary tokens are above `low_G`, and the activation with `rank` larger ones (0 if too few)."""
     whole = len(group) == len(features.ids)
-    rows = max(1, CHUNK_ACTIVATIONS // len(group))
-    buffer = np.empty((3 * kept + rows, len(group)), np.float32)
-    filled = 0
-    for start, z_TN in features.store.chunks(rows):
-        z_TN = z_TN[ordinary_T[start : start + len(z_TN)]]
-        acts_TG = features.encode(z_TN, None if whole else group)
-        if filled + len(acts_TG) > len(buffer):
-            filled = drop_small(buffer[:filled], kept)
-        buffer[filled : filled + len(acts_TG)] = acts_TG
-        filled += len(acts_TG)
-    return buffer[: drop_small(buffer[:filled], kept)]
-
-
-def drop_small(rows_MG: Floats, kept: int) -> int:
-    """Move the `kept` largest of each column to the top, in place; returns how many rows those are."""
-    if len(rows_MG) > kept:
-        rows_MG[:kept] = np.partition(rows_MG, len(rows_MG) - kept, axis=0)[len(rows_MG) - kept :]
-    return min(kept, len(rows_MG))
+    parts: list[npt.NDArray[np.uint64]] = []
+    store = features.store
+    for start, z_TN in store.chunks(max(1, CHUNK_ACTIVATIONS // len(group))):
+        acts_TG = features.encode(z_TN[store.ordinary[start : start + len(z_TN)]], None if whole else group)
+        flat = np.flatnonzero(acts_TG > low_G)
+        # a number that sorts by feature, then by falling activation, whose bits are in the order of its values
+        bits = np.uint32(0xFFFFFFFF) - acts_TG.reshape(-1)[flat].view(np.uint32)
+        parts.append(((flat % len(group)).astype(np.uint64) << np.uint64(32)) | bits)
+    found = np.sort(np.concatenate(parts))
+    bounds = np.searchsorted(found, np.arange(len(group) + 1, dtype=np.uint64) << np.uint64(32))
+    counts_G = np.diff(bounds)
+    enough = counts_G > rank
+    values_G = np.zeros(len(group), np.float32)
+    chosen = found[bounds[:-1][enough] + rank].astype(np.uint32)  # the low half
+    values_G[enough] = (np.uint32(0xFFFFFFFF) - chosen).view(np.float32)
+    return counts_G, values_G
