@@ -2,3 +2,29 @@
 
 The report embeds what they give; each says what to run when its stage has not been.
 """
+
+from lorascope.views.ablation_tables import ablation
+from lorascope.views.curves import training_curves
+from lorascope.views.feature_list import feature_table
+from lorascope.views.front import overview
+from lorascope.views.gains import recovery_view
+from lorascope.views.latents import sae_page
+from lorascope.views.losses import dropped
+from lorascope.views.making import provenance
+from lorascope.views.maps import direction_map
+from lorascope.views.one_feature import feature_page
+from lorascope.views.one_trace import trace_page
+
+__all__ = [
+    "ablation",
+    "direction_map",
+    "dropped",
+    "feature_page",
+    "feature_table",
+    "overview",
+    "provenance",
+    "recovery_view",
+    "sae_page",
+    "trace_page",
+    "training_curves",
+]

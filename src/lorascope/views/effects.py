@@ -3,6 +3,7 @@
 Shape legend: T tokens, N directions.
 """
 
+import contextlib
 from typing import Any
 
 import numpy as np
@@ -30,9 +31,10 @@ def direction_effects(study: Study, corpus: str, source: str = "adapter") -> dic
     if cache.is_file():
         kept = read_json(cache)
         if kept.get("of") == stamp:
-            return kept["columns"]  # type: ignore[no-any-return]
+            return dict(kept["columns"])
     columns = measure_effects(store)
-    write_json(cache, {"of": stamp, "columns": columns})
+    with contextlib.suppress(OSError):  # a study that cannot be written to can still be looked at
+        write_json(cache, {"of": stamp, "columns": columns})
     return columns
 
 

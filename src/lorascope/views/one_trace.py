@@ -7,14 +7,14 @@ import numpy as np
 from lorascope.errors import BadInput, MissingStage
 from lorascope.study import Study
 from lorascope.traces import SEGMENT_NAMES
-from lorascope.views.feature_page import (
+from lorascope.views.feature_list import feature_kind
+from lorascope.views.one_feature import (
     activations,
     column_of,
     command_in,
     open_features,
     token_part,
 )
-from lorascope.views.feature_table import feature_kind
 from lorascope.views.reading import Json, json_file, missing, ready
 
 
@@ -65,7 +65,13 @@ def trace_feature(study: Study, corpus: str, index: int, feature: str, stop: int
     values = activations(features, column, index, 0, stop)
     levels: dict[str, Any] = (json_file(study, "examples/levels.json") or {}).get(kind, {})
     level = 0.0 if features.latent else levels.get(feature)
-    return {"id": feature, "unit": features.unit, "values": values, "level": level, "max": float(np.max(values, initial=0))}
+    return {
+        "id": feature,
+        "unit": features.unit,
+        "values": values,
+        "level": level,
+        "max": float(np.max(values, initial=0)),
+    }
 
 
 def trace_features(study: Study, corpus: str, index: int, wanted: list[str], stop: int) -> np.ndarray[Any, Any]:

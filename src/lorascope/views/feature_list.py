@@ -123,9 +123,7 @@ def decoder_effects(study: Study) -> tuple[list[str], npt.NDArray[np.float32]] |
 
 
 @lru_cache(maxsize=2)
-def read_decoder(
-    weights: Path, adapter: Path, size: int, modified: int
-) -> tuple[list[str], npt.NDArray[np.float32]]:
+def read_decoder(weights: Path, adapter: Path, size: int, modified: int) -> tuple[list[str], npt.NDArray[np.float32]]:
     """`decoder_effects` of one state of the SAE's file."""
     loaded = Adapter.load(adapter)
     decoder: npt.NDArray[Any] = load_file(weights)["W_dec"]

@@ -18,7 +18,7 @@ from lorascope.study import Study
 from lorascope.token_text import open_tokenizer, token_texts
 from lorascope.traces import SEGMENT_NAMES
 from lorascope.views.ablation_tables import direction_kl
-from lorascope.views.feature_table import TOO_FEW, decoder_effects, feature_kind, feature_place
+from lorascope.views.feature_list import TOO_FEW, decoder_effects, feature_kind, feature_place
 from lorascope.views.maps import signed_map
 from lorascope.views.reading import Json, feature_rows, json_lines, missing, ready, stamp
 
@@ -62,7 +62,7 @@ def feature_page(
     if stats is None or rows is None:
         command = f"lorascope examples STUDY --corpus {corpus} --kinds {kind}"
         gone.append(missing(study, f"examples of {kind}s on {corpus}", command)["missing"])
-    page |= statistics((stats or [None])[0])
+    page |= statistics(stats[0] if stats else None)
     page["examples"] = shown_examples(study, features, column, rows or [], window, top, per_quantile)
     page["kl"] = direction_kl(study).get(str(page["address"])) if kind == "direction" else None
     page["explanation"] = explanation_of(study, kind, feature)
@@ -76,8 +76,8 @@ def feature_page(
 
 def command_in(error: MissingStage, corpus: str) -> str:
     """The command that a MissingStage names."""
-    text = str(error).rstrip(".")
-    return "lorascope " + text.split("lorascope ", 1)[1] if "lorascope " in text else f"lorascope record STUDY --corpus {corpus}"
+    _, named, command = str(error).rstrip(".").partition("lorascope ")
+    return named + command if named else f"lorascope record STUDY --corpus {corpus}"
 
 
 def open_features(study: Study, corpus: str, kind: str) -> FeatureSet:
@@ -194,7 +194,8 @@ def explanation_of(study: Study, kind: str, feature: str) -> Json | None:
         if row["feature"] == feature:
             scored = row.get("scored") or {}
             scores: dict[str, Any] = {
-                name: {"own": scored.get(name), "wrong": scored.get(f"{name}_wrong")} for name in ("detection", "fuzzing")
+                name: {"own": scored.get(name), "wrong": scored.get(f"{name}_wrong")}
+                for name in ("detection", "fuzzing")
             }
             kept = {key: row.get(key) for key in ("explainer", "text", "rule", "reason")}
             return kept | {"scores": scores, "wrong_from": scored.get("wrong_from")}

@@ -1,0 +1,92 @@
+"""The first page: what the study is, its headline numbers, and what stands out."""
+
+import json
+from typing import Any
+
+from lorascope.adapter import Adapter
+from lorascope.study import Study
+from lorascope.views.ablation_tables import ablation_table
+from lorascope.views.feature_list import feature_table
+from lorascope.views.gains import recovery_view
+from lorascope.views.reading import Json, json_file, missing, ready
+
+
+def overview(study: Study) -> Json:
+    """What the study is and found.
+
+    Returns:
+        `{"available": True, "study", "model", "system", "markup", "adapter": {directions, rank, layers, types,
+        parameters, basis_dependent} or missing, "corpora": [{"name", "traces", "tokens", "ordinary", "sinks",
+        "recorded": [source, ..]}], "summary": summary.json, "recovery": that of `recovery_view`, "stand_out":
+        [{"text", "feature" or None}]}`.
+    """
+    manifest = study.manifest
+    shown = {
+        "available": True,
+        "study": study.path.resolve().name,
+        "model": manifest["model"],
+        "system": manifest.get("system"),
+        "markup": manifest.get("markup"),
+        "adapter": adapter_facts(study),
+        "corpora": [corpus_facts(study, name) for name in study.corpora()],
+        "summary": study.summary,
+        "recovery": recovery_view(study),
+        "stand_out": stand_out(study),
+    }
+    return dict(ready(shown))
+
+
+def adapter_facts(study: Study) -> Json:
+    """Size and shape of the adapter."""
+    folder = study.path / "adapter"
+    if not (folder / "adapter_config.json").is_file():
+        return missing(study, "the adapter", "lorascope train STUDY")
+    adapter = Adapter.load(folder)
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    return {
+        "available": True,
+        "directions": len(adapter.addresses),
+        "matrices": len(adapter.modules),
+        "rank": max(m.rank for m in adapter.modules),
+        "alpha": config.get("lora_alpha"),
+        "layers": len({m.layer for m in adapter.modules if m.layer is not None}),
+        "types": list(dict.fromkeys(m.type for m in adapter.modules)),
+        "parameters": sum(m.a_RI.numel() + m.b_OR.numel() for m in adapter.modules),
+        "basis_dependent": adapter.basis_dependent,
+    }
+
+
+def corpus_facts(study: Study, name: str) -> Json:
+    """Size of a corpus, from its recordings where there are any."""
+    entry = study.manifest["corpora"][name]
+    facts: Json = {"name": name, "source": entry.get("source"), "traces": entry.get("traces"), "recorded": []}
+    facts |= {"tokens": entry.get("tokens"), "ordinary": None, "sinks": None}
+    for index in sorted((study.path / "scalars" / name).glob("*/index.json")):
+        counts: dict[str, Any] = (json_file(study, str(index.relative_to(study.path))) or {}).get("counts") or {}
+        facts["recorded"].append(index.parent.name)
+        facts |= {key: counts[key] for key in ("traces", "tokens", "ordinary", "sinks") if key in counts}
+    return facts
+
+
+def stand_out(study: Study) -> list[Json]:
+    """A few facts that a reader should look at first, each made from numbers of the study."""
+    found: list[Json] = []
+    for way, words in (("type", "Matrix type"), ("layer", "Layer"), ("direction", "Direction")):
+        table = ablation_table(study, way)
+        rows = [row for row in table.get("rows", []) if row["kl"] and not row["under_floor"]]
+        if rows:
+            kl = rows[0]["kl"]
+            text = f"{words} whose absence changes the model most: {rows[0]['target']}"
+            text += f", KL {kl['value']:.3g} nats per token"
+            found.append({"text": text, "feature": f"{rows[0]['target']}+" if way == "direction" else None})
+        elif table["available"]:
+            found.append({"text": f"No {way} has a KL above the noise floor", "feature": None})
+    table = feature_table(study)
+    rows = [r for r in table.get("rows", []) if r["detection"] is not None and r["detection_wrong"] is not None]
+    rows.sort(key=lambda row: row["detection_wrong"] - row["detection"])
+    if rows:
+        best = rows[0]
+        text = f"Explanation furthest above its control: {best['id']} ({best['text']}), detection "
+        text += f"{best['detection']:.2f} against {best['detection_wrong']:.2f}"
+        found.append({"text": text, "feature": best["id"]})
+    return found

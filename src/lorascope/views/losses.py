@@ -1,0 +1,142 @@
+"""Everything that was cut, filtered, not read, dead or too rare: nothing is lost in silence."""
+
+from typing import Any
+
+from lorascope.study import Study
+from lorascope.views.ablation_tables import WAYS, ablation_table
+from lorascope.views.gains import label_of
+from lorascope.views.reading import Json, json_file, json_lines, ready, stage_records
+
+
+def dropped(study: Study) -> Json:
+    """Counts of everything that did not go in, with the rule.
+
+    Returns:
+        `{"available": True, "rows": [{"stage", "what", "count", "of": number or None, "rule"}]}`; zeros are listed
+        too. A stage that has not run has no rows.
+    """
+    parts = (corpus_losses, recording_losses, evaluation_losses, ablation_losses, sae_losses, example_losses)
+    rows = [row for part in parts for row in part(study)] + explanation_losses(study)
+    return {"available": True, "rows": ready(rows)}
+
+
+def entry(stage: str, what: str, count: Any, of: Any, rule: str = "") -> Json:
+    """One row of the account."""
+    return {"stage": stage, "what": what, "count": count, "of": of, "rule": rule}
+
+
+def length_rows(stage: str, counts: Json, rule: str) -> list[Json]:
+    """What the length rule did."""
+    total = counts.get("kept", 0) + counts.get("truncated", 0) + counts.get("dropped", 0)
+    cut = counts.get("truncated_tokens", 0)
+    return [
+        entry(stage, "traces truncated", counts.get("truncated", 0), total, f"{rule}; {cut:,} tokens cut in all"),
+        entry(stage, "traces dropped", counts.get("dropped", 0), total, rule),
+    ]
+
+
+def corpus_losses(study: Study) -> list[Json]:
+    """Traces that the study's length rule changed."""
+    manifest = study.manifest
+    limit = manifest.get("max_tokens")
+    rule = f"longer than {limit:,} tokens: {manifest.get('too_long')}" if limit else "no limit on length"
+    rows: list[Json] = []
+    for name, corpus in manifest.get("corpora", {}).items():
+        rows += length_rows(f"traces of {name}", corpus.get("length_rule") or {}, rule)
+    return rows
+
+
+def recording_losses(study: Study) -> list[Json]:
+    """Tokens that are stored but not ordinary, and numbers that did not fit."""
+    rows: list[Json] = []
+    for index in sorted((study.path / "scalars").glob("*/*/index.json")):
+        stored = json_file(study, str(index.relative_to(study.path)))
+        counts, about = stored.get("counts") or {}, stored.get("about") or {}
+        stage = f"record {index.parent.parent.name}, {index.parent.name}"
+        tokens, sinks = counts.get("tokens"), counts.get("sinks")
+        sink = about.get("sink_rule") or {}
+        rule = f"hidden state entering layer {sink.get('layer')} over {sink.get('ratio')} times the trace's median norm"
+        if tokens is not None and counts.get("ordinary") is not None and sinks is not None:
+            special = tokens - counts["ordinary"] - sinks
+            rows.append(entry(stage, "template and markup tokens", special, tokens, "special; never an example"))
+        rows.append(entry(stage, "attention sinks", sinks, tokens, rule if sink else ""))
+        rows.append(entry(stage, "scalars clipped", counts.get("clipped"), None, "beyond half precision after scaling"))
+    return [row for row in rows if row["count"] is not None]
+
+
+def evaluation_losses(study: Study) -> list[Json]:
+    """Responses without a readable answer, and those cut at the limit."""
+    details = json_file(study, "eval/details.json") or {}
+    limit = (details.get("settings") or {}).get("max_new_tokens")
+    rows: list[Json] = []
+    for model in details.get("models", []):
+        n, stage = model["n"], f"evaluate, {label_of(model['model'])}"
+        rows.append(entry(stage, "answers not read", round(model["unparsed"] * n), n, "counted as wrong"))
+        cut = f"cut at {limit} tokens; right only if an answer could be read"
+        rows.append(entry(stage, "responses not finished", round(model["unfinished"] * n), n, cut))
+    return rows
+
+
+def ablation_losses(study: Study) -> list[Json]:
+    """Tokens cut, and targets whose KL is no more than noise."""
+    rows: list[Json] = []
+    for record in stage_records(study, "ablate").values():
+        result = record.get("result") or {}
+        if result.get("cut_tokens") is not None:
+            tokens = result.get("tokens", 0) + result["cut_tokens"]
+            rows.append(entry("ablate", "tokens cut", result["cut_tokens"], tokens, "beyond --max-tokens of a trace"))
+    for way in WAYS:
+        table = ablation_table(study, way)
+        if table["available"]:
+            under = sum(row["under_floor"] for row in table["rows"])
+            rows.append(entry(f"ablate by {way}", "under the noise floor", under, len(table["rows"]), "not ranked"))
+    return rows
+
+
+def sae_losses(study: Study) -> list[Json]:
+    """Latents that never fire on the training corpus."""
+    quality = json_file(study, "sae/metrics.json") or {}
+    if "dead_latents" not in quality:
+        return []
+    rule = "never fires on the training corpus"
+    return [entry("sae", "dead latents", quality["dead_latents"], quality.get("latents"), rule)]
+
+
+def example_losses(study: Study) -> list[Json]:
+    """Features that never fire on a corpus or have too few examples."""
+    rows: list[Json] = []
+    for name, record in stage_records(study, "examples").items():
+        result, config = record.get("result") or {}, record.get("config") or {}
+        if "features" not in result:
+            continue
+        stage = " ".join(name.split(":"))
+        rule = f"fires on fewer than {config.get('enough', 20)} ordinary tokens, those that never fire included"
+        rows.append(entry(stage, "features that never fire", result.get("never_fire"), result["features"]))
+        rows.append(entry(stage, "features with too few examples", result.get("too_few"), result["features"], rule))
+    return rows
+
+
+def explanation_losses(study: Study) -> list[Json]:
+    """Features without an explanation or without a score, by reason."""
+    rows: list[Json] = []
+    for path in sorted((study.path / "explanations").glob("*.jsonl")):
+        if path.stem == "superseded":
+            continue
+        explained = json_lines(study, f"explanations/{path.name}")
+        reasons: dict[str, int] = {}
+        for row in explained:
+            if row.get("reason"):
+                plain = " ".join("n" if word.isdigit() else word for word in str(row["reason"]).split())
+                reasons[plain] = reasons.get(plain, 0) + 1
+        stage = f"explain {path.stem}s"
+        unread = sum(unparsed(row) for row in explained)
+        rows.append(entry(stage, "judge's answers not read", unread, None, "counted as wrong"))
+        for reason, count in sorted(reasons.items(), key=lambda item: -item[1]):
+            rows.append(entry(stage, "without a score", count, len(explained), reason))
+    return rows
+
+
+def unparsed(row: Json) -> int:
+    """Answers about one feature that could not be read."""
+    scored = row.get("scored") or {}
+    return sum(int((scored.get(name) or {}).get("unparsed") or 0) for name in ("detection", "fuzzing"))
