@@ -1,7 +1,7 @@
 """The built-in explainer: a short executable rule per feature, found by counting, without any model.
 
 The search learns on windows of the training corpus drawn like the scorer's (`windows.draw_windows`). A rule is
-worth the mean of two balanced accuracies, each minus its chance: does it pick the windows in which the feature
+worth a weighted mean of two balanced accuracies, each minus its chance: does it pick the windows in which the feature
 fires, and the tokens on which it does? Clauses are grown by a small beam search, joined greedily, and pay for their
 length. Counting is exact and nothing is random but the windows.
 
@@ -24,6 +24,9 @@ FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
 
+WINDOW_WEIGHT = 0.65
+"""Share of a rule's worth that is about windows, the rest about tokens: of 0.5, 0.65 and 0.8 the sum of held-out
+detection and fuzzing was largest here, on random directions and neurons of SmolLM2 and on a trained adapter."""
 BEAM = 4
 MAX_CLAUSES = 4
 MAX_CONDITIONS = 3
@@ -114,7 +117,8 @@ def _worth_of_each(
         return np.zeros(size, dtype=np.float32)
     starts = np.flatnonzero(np.diff(window_R, prepend=-1))
     hit_WC = np.unpackbits(np.bitwise_or.reduceat(packed_RB, starts, axis=0), axis=1, count=size)
-    worth: FloatArray = 0.5 * (worth_R @ holds_RC + window_W[window_R[starts]] @ hit_WC.astype(np.float32))
+    of_windows = window_W[window_R[starts]] @ hit_WC.astype(np.float32)
+    worth: FloatArray = WINDOW_WEIGHT * of_windows + (1 - WINDOW_WEIGHT) * (worth_R @ holds_RC)
     return worth
 
 

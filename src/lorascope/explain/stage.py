@@ -198,8 +198,8 @@ def _feature_rng(seed: int, purpose: str, feature: str) -> np.random.Generator:
 
 
 def _explain_kind(study: Study, job: Job) -> dict[str, Row]:
-    """The lexical explanation (or the reason why there is none) of each feature, kept in `KIND-explained.jsonl`."""
-    path = study.path / "explanations" / f"{job.kind}-explained.jsonl"
+    """The lexical explanation (or the reason why there is none) of each feature, kept in `unscored/KIND.jsonl`."""
+    path = study.path / "explanations" / "unscored" / f"{job.kind}.jsonl"
     settings = [METHOD, job.config.learn, job.config.window, job.seed, len(job.vocabulary)]
     keys = {
         feature: digest([feature, "lexical", settings, _hash_firings(job.training, number)])[:32]
