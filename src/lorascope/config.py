@@ -8,7 +8,6 @@ import ast
 import dataclasses
 import inspect
 import itertools
-import sys
 import textwrap
 import types
 import typing
@@ -72,8 +71,8 @@ def add_fields(parser: argparse.ArgumentParser, cls: type, title: str) -> None:
     for field in dataclasses.fields(cls):
         flag = "--" + field.name.replace("_", "-")
         kind = plain_type(hints[field.name])
-        required = field.default is dataclasses.MISSING
-        shown = "" if required or field.default in (None, "", False) else f" (default: {field.default})"
+        hidden = (dataclasses.MISSING, None, "", False)
+        shown = "" if field.default in hidden else f" (default: {field.default})"
         text = (docs[field.name] + shown).replace("%", "%%")
         if kind is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
@@ -84,7 +83,6 @@ def add_fields(parser: argparse.ArgumentParser, cls: type, title: str) -> None:
                 default=argparse.SUPPRESS,
                 help=text,
                 metavar=field.name.upper(),
-                required=required,
             )
 
 
@@ -93,7 +91,7 @@ def build_parser(command: str, cls: type, *, study_required: bool = True) -> Par
     parser = Parser(prog=f"lorascope {command}", description=inspect.getdoc(cls), allow_abbrev=False, add_help=True)
     default = {} if study_required else {"nargs": "?", "default": "demo-study" if command == "demo" else None}
     parser.add_argument("study", metavar="STUDY", help="Folder of the study.", **default)  # type: ignore[arg-type]
-    add_fields(parser, cls, "options")
+    add_fields(parser, cls, "options of this command")
     add_fields(parser, Options, "options of every command")
     parser.add_argument("--config", metavar="FILE.yaml", help="Read options from a YAML file; flags stand over it.")
     return parser
@@ -151,11 +149,12 @@ def checked_value(file: Path, key: str, value: Any, kind: type) -> Any:
 
 
 def make_config(cls: type[Config], values: dict[str, Any]) -> Config:
-    """An instance of the dataclass from those of the values that are its fields."""
-    names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    return cls(**{name: values[name] for name in names if name in values})
+    """An instance of the dataclass from those of the values that are its fields.
 
-
-def warn(text: str) -> None:
-    """One line to stderr."""
-    print(text, file=sys.stderr)
+    Raises:
+        BadInput: a field without a default has no value.
+    """
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    if missing := [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in values]:
+        raise BadInput(f"--{missing[0].replace('_', '-')} is required; see --help.")
+    return cls(**{f.name: values[f.name] for f in fields if f.name in values})

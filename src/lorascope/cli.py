@@ -1,0 +1,192 @@
+"""The command line: `lorascope COMMAND STUDY [options]`. Each command is a stage's config and function.
+
+Exit codes: 0 done, 1 a run failed or damage was found, 2 bad input or a missing earlier stage, 130 interrupted.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from lorascope import __version__
+from lorascope.config import Options, parse_arguments
+from lorascope.errors import BadInput, RunFailed
+
+
+@dataclass(frozen=True)
+class Command:
+    """Where a command's config and function are, and what it takes as STUDY."""
+
+    module: str
+    config: str
+    function: str
+    help: str
+    takes: str = "study"
+    """`study` (an existing one), `path` (a folder), or `optional` (a folder or nothing)."""
+
+
+COMMANDS = {
+    "demo": Command("demo", "DemoConfig", "run_demo", "the whole pipeline on the embedded default", "optional"),
+    "new": Command("creation", "NewConfig", "create_study", "make a study from a model and traces", "path"),
+    "status": Command("status", "StatusConfig", "show_status", "what was run, what is stale"),
+    "doctor": Command("status", "DoctorConfig", "examine", "check the installation, or a study for damage", "optional"),
+    "train": Command("training", "TrainConfig", "train", "train an adapter, or the full finetune"),
+    "evaluate": Command("evaluation", "EvaluateConfig", "evaluate", "accuracy and recovery on problems"),
+    "ablate": Command("ablation", "AblateConfig", "ablate", "KL of switching directions off"),
+    "record": Command("recording", "RecordConfig", "record", "every scalar on every token"),
+    "examples": Command("example_search", "ExamplesConfig", "examples", "what each feature responds to most"),
+    "sae": Command("sae", "SAEConfig", "decompose", "a sparse autoencoder on the whole state"),
+    "explain": Command("explain", "ExplainConfig", "explain_features", "explain features and score it"),
+    "report": Command("report", "ReportConfig", "write_report", "one HTML file of everything"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    verbose = "--verbose" in given
+    try:
+        return dispatch(given)
+    except BadInput as error:
+        return fail(str(error), 2, verbose)
+    except RunFailed as error:
+        return fail(str(error), 1, verbose)
+    except KeyboardInterrupt:
+        return fail("Interrupted; what was finished is kept, and the same command continues.", 130, verbose)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            return fail(
+                f"No space left on the disk ({error.filename or 'writing'}); free some and run again.", 1, verbose
+            )
+        return unexpected(error, given, verbose)
+    except Exception as error:
+        return unexpected(error, given, verbose)
+
+
+def dispatch(given: list[str]) -> int:
+    """Find the command, parse its options, run it, print its result."""
+    if not given or given[0] in ("-h", "--help"):
+        print(overview())
+        return 0 if given else 2
+    if given[0] == "--version":
+        print(f"lorascope {__version__}")
+        return 0
+    name, rest = given[0], given[1:]
+    if name not in COMMANDS:
+        raise BadInput(f"There is no command {name!r}; commands are {', '.join(COMMANDS)}.")
+    if "--version" in rest:
+        print(f"lorascope {__version__}")
+        return 0
+    command = COMMANDS[name]
+    limit_threads(rest)
+    quieten()
+    module = import_module(f"lorascope.{command.module}")
+    config_class = getattr(module, command.config)
+    try:
+        path, config, options = parse_arguments(name, config_class, rest, study_required=command.takes != "optional")
+    except SystemExit:  # --help was printed
+        return 0
+    # Whatever a library prints belongs to stderr: with --json, stdout holds one document and nothing else.
+    with contextlib.redirect_stdout(sys.stderr):
+        result = getattr(module, command.function)(subject(command, path), config, options)
+    print(json.dumps(result, ensure_ascii=False, allow_nan=False, indent=2) if options.json else readable(result))
+    return 1 if result.get("damaged") else 0
+
+
+def subject(command: Command, path: str | None) -> Any:
+    """What the command works on: an opened study, or a folder."""
+    from lorascope.study import Study
+
+    if command.takes == "study":
+        return Study.open(str(path))
+    return Path(path) if path is not None else None
+
+
+def limit_threads(rest: list[str]) -> None:
+    """Apply --threads before any library with threads of its own is loaded."""
+    flags = [text for i, text in enumerate(rest) if i and rest[i - 1] == "--threads"]
+    flags += [text.partition("=")[2] for text in rest if text.startswith("--threads=")]
+    if flags and flags[-1].isdigit():
+        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+            os.environ[name] = flags[-1]
+
+
+def quieten() -> None:
+    """Keep the libraries' own bars, advice and telemetry out of the output."""
+    for name, value in (
+        ("TRANSFORMERS_VERBOSITY", "error"),
+        ("TOKENIZERS_PARALLELISM", "false"),
+        ("HF_HUB_DISABLE_TELEMETRY", "1"),
+        ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
+    ):
+        os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore", module=r"(torch|transformers|accelerate|huggingface_hub)\.")
+
+
+def overview() -> str:
+    """The help of `lorascope` itself."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: lorascope COMMAND STUDY [options]",
+            "",
+            "What a finetune taught a language model, read from the scalars of a rank-1 LoRA adapter.",
+            "",
+            *lines,
+            "",
+            "lorascope COMMAND --help shows a command's options. Every command has --seed --threads --device --dtype",
+            "--json --verbose --config FILE.yaml --version.",
+        ]
+    )
+
+
+def readable(value: Any, indent: int = 0) -> str:
+    """A result as indented `name: value` lines, numbers rounded; lists of dicts as blocks."""
+    pad = "  " * indent
+    if isinstance(value, dict):
+        lines = []
+        for key, inner in value.items():
+            nested = isinstance(inner, dict | list) and inner and not flat(inner)
+            lines.append(f"{pad}{key}:\n{readable(inner, indent + 1)}" if nested else f"{pad}{key}: {readable(inner)}")
+        return "\n".join(lines)
+    if isinstance(value, list):
+        if flat(value):
+            return ", ".join(readable(item) for item in value)
+        return "\n".join(f"{pad}-\n{readable(item, indent + 1)}" for item in value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def flat(value: Any) -> bool:
+    """Whether a list holds only plain values."""
+    return isinstance(value, list) and not any(isinstance(item, dict | list) for item in value)
+
+
+def fail(text: str, code: int, verbose: bool) -> int:
+    """One line to stderr."""
+    if verbose:
+        traceback.print_exc()
+    print(f"lorascope: {text}", file=sys.stderr)
+    return code
+
+
+def unexpected(error: Exception, given: list[str], verbose: bool) -> int:
+    """An error that lorascope did not foresee: one line, and the traceback where it can be found."""
+    text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    folder = Path(given[1]) if len(given) > 1 else Path()
+    if (folder / "study.json").is_file():
+        with (folder / "log.txt").open("a", encoding="utf-8") as file:
+            file.write(traceback.format_exc())
+        return fail(f"{text} (the traceback is in {folder / 'log.txt'}).", 1, verbose)
+    return fail(f"{text} (run again with --verbose for the traceback).", 1, verbose)
+
+
+__all__ = ["COMMANDS", "Options", "main"]

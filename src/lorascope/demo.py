@@ -1,0 +1,121 @@
+"""`lorascope demo`: the whole pipeline on the built-in model, from made traces to the report."""
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorascope.ablation import AblateConfig, ablate
+from lorascope.config import Options
+from lorascope.creation import NewConfig, create_study
+from lorascope.evaluation import EvaluateConfig, evaluate
+from lorascope.example_search import ExamplesConfig, examples
+from lorascope.explain import ExplainConfig, explain_features
+from lorascope.models import load_tokenizer
+from lorascope.recording import RecordConfig, record
+from lorascope.report import ReportConfig, write_report
+from lorascope.sae import SAEConfig, decompose
+from lorascope.study import Study
+from lorascope.training import TrainConfig, train
+
+MODEL = "smollm2-135m-instruct"
+TASKS = "multiply,chain,linear,letters"
+# Chosen by measurement on 2 cores (docs/log.md): what fits into the demo's time and shows a clear gain.
+STEPS = 48
+BATCH = 16
+PROBLEMS = 160
+ABLATION_TRACES = 12
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Run the whole pipeline on SmolLM2-135M-Instruct and tasks made on the spot; ends with report.html."""
+
+    quick: bool = False
+    """Leave out the full finetune, and halve the problems and the ablation's tokens."""
+
+
+def run_demo(path: Path | None, config: DemoConfig, options: Options) -> dict[str, Any]:
+    """Run every stage in turn (those already done are skipped) and return the headline figures.
+
+    Raises:
+        BadInput: the folder is there but is not a study.
+    """
+    path = path or Path("demo-study")
+    started = time.perf_counter()
+    half = 2 if config.quick else 1
+
+    def new() -> None:
+        load_tokenizer(MODEL)  # fetches and converts the model, the first time
+        if not (path / "study.json").exists():
+            n = STEPS * BATCH
+            made = NewConfig(MODEL, f"tasks:{TASKS}", train_problems=n, heldout=PROBLEMS, system="")
+            create_study(path, made, options)
+
+    stages = plan(lambda: Study.open(path), config, options, half)
+    stages.insert(0, ("fetch the model, make traces", new))
+    for number, (title, stage) in enumerate(stages, 1):
+        begun = time.perf_counter()
+        say(f"[{number}/{len(stages)}] {title} ...")
+        stage()
+        say(f"[{number}/{len(stages)}] {title}: {time.perf_counter() - begun:.0f} s")
+    return headline(Study.open(path), time.perf_counter() - started)
+
+
+def plan(
+    study: Callable[[], Study], config: DemoConfig, options: Options, half: int
+) -> list[tuple[str, Callable[[], object]]]:
+    """The demo's stages with their titles, in order."""
+    training = {"epochs": 1.0, "batch": BATCH, "eval_every": 16, "eval_traces": 48}
+    test = EvaluateConfig(on=TASKS, n=PROBLEMS // half, off="attn,mlp", max_new_tokens=128)
+    stages: list[tuple[str, Callable[[], object]]] = [
+        ("train a rank-1 adapter", lambda: train(study(), TrainConfig(checkpoints="4,8,16,32", **training), options)),
+        ("train the full finetune", lambda: train(study(), TrainConfig(full=True, **training), options)),
+        ("evaluate on held-out problems", lambda: evaluate(study(), test, options)),
+        ("ablate", lambda: ablate(study(), AblateConfig(traces=ABLATION_TRACES // half), options)),
+        ("record the training traces", lambda: record(study(), RecordConfig(source="adapter,base"), options)),
+        (
+            "record the held-out traces",
+            lambda: record(study(), RecordConfig("heldout", source="adapter,base"), options),
+        ),
+        ("train the sparse autoencoder", lambda: decompose(study(), SAEConfig(), options)),
+        ("find examples", lambda: both_corpora(study(), options)),
+        ("explain and score", lambda: explain_features(study(), ExplainConfig(), options)),
+        ("write the report", lambda: write_report(study(), ReportConfig(), options)),
+    ]
+    return [stage for stage in stages if not (config.quick and "full" in stage[0])]
+
+
+def both_corpora(study: Study, options: Options) -> None:
+    """Examples on the training and on the held-out traces."""
+    for corpus in ("train", "heldout"):
+        examples(study, ExamplesConfig(corpus), options)
+
+
+def headline(study: Study, seconds: float) -> dict[str, Any]:
+    """The figures that the demo ends with."""
+    from lorascope.study import read_json
+
+    summary, row = study.summary, read_json(study.path / "eval" / "recovery.json")[0]
+    models = {name: row[name]["accuracy"] for name in ("base", "adapter", "full") if row[name]}
+    return {
+        "problems": row["n"],
+        "accuracy": models,
+        "adapter_gain": row["gains"]["adapter"],
+        "recovery": row["recovery"],
+        "recovery_reason": row["recovery_reason"],
+        **{key: value for key, value in summary.items() if key != "stages"},
+        "peak_rss_gib": round(max(s["peak_rss"] for s in summary["stages"].values()) / 2**30, 2),
+        "minutes": round(seconds / 60, 1),
+        "report": str((study.path / "report.html").resolve()),
+    }
+
+
+def say(text: str) -> None:
+    """A line of progress to stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+__all__ = ["DemoConfig", "run_demo"]

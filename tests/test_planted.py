@@ -1,0 +1,134 @@
+"""Planted truth: a tiny model whose directions have known triggers goes through every stage, by the command line."""
+
+import json
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from lorascope.cli import main
+from lorascope.features import load_features
+from lorascope.study import Study
+from lorascope.token_text import open_tokenizer
+from planted_model import EVERY, TRIGGERS, planted_traces, save_planted
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    folder = tmp_path_factory.mktemp("planted")
+    model, adapter = save_planted(folder)
+    traces, path = planted_traces(folder / "traces.jsonl"), folder / "study"
+    new = [
+        "--model",
+        str(model),
+        "--traces",
+        str(traces),
+        "--adapter",
+        str(adapter),
+        "--heldout",
+        "0.4",
+        "--system",
+        "",
+    ]
+    commands = [
+        ["new", *new],
+        ["record"],
+        ["record", "--corpus", "heldout"],
+        ["ablate", "--traces", "8"],
+        ["sae", "--k", "3", "--expansion", "2", "--tokens", "600000", "--patched-tokens", "1500"],
+        ["examples"],
+        ["examples", "--corpus", "heldout"],
+        ["explain"],
+        ["report"],
+    ]
+    for name, *rest in commands:
+        assert main([name, str(path), *rest]) == 0, name
+    return Study.open(path)
+
+
+def token_strings(study: Study, corpus: str) -> list[str]:
+    store = load_features(study, corpus, "direction").store
+    tokenizer = open_tokenizer(study.path / "tokenizer")
+    return [tokenizer.decode([int(i)], skip_special_tokens=False) for i in store.tokens]
+
+
+def test_recorded_scalars_are_large_exactly_on_the_triggers(study: Study) -> None:
+    features = load_features(study, "heldout", "direction")
+    texts = np.array(token_strings(study, "heldout"))
+    for feature, trigger in TRIGGERS.items():
+        acts = features.columns([features.ids.index(feature)])[:, 0]
+        hits = (texts == trigger) & features.store.ordinary
+        others = features.store.ordinary & ~hits & np.isin(texts, EVERY)
+        assert hits.sum() > 20
+        assert acts[hits].min() > 5 * acts[others].max()
+
+
+def test_top_examples_are_the_triggers_of_the_right_polarity(study: Study) -> None:
+    store = load_features(study, "train", "direction").store
+    texts = token_strings(study, "train")
+    rows = pq.read_table(study.path / "examples" / "train" / "direction-examples.parquet").to_pylist()
+    for feature, trigger in TRIGGERS.items():
+        top = [r for r in rows if r["feature"] == feature and r["where"] == "top"]
+        assert len(top) == 50
+        assert {texts[int(store.offsets[r["trace"]]) + r["position"]] for r in top} == {trigger}
+
+
+def test_ablation_ranks_the_planted_directions_first(study: Study) -> None:
+    rows = pq.read_table(study.path / "ablation" / "exact-direction.parquet").to_pylist()
+    ranked = sorted((r for r in rows if r["segment"] == "all"), key=lambda r: -r["kl"])
+    assert {r["target"] for r in ranked[:3]} == {feature[:-1] for feature in TRIGGERS}
+    assert not any(r["under_floor"] for r in ranked[:3])
+
+
+def test_the_autoencoder_gives_each_trigger_a_latent_of_its_own(study: Study) -> None:
+    latents = load_features(study, "heldout", "latent")
+    ordinary = latents.store.ordinary
+    codes = latents.columns(list(range(len(latents.ids))))[ordinary]
+    texts = np.array(token_strings(study, "heldout"))[ordinary]
+    for trigger in TRIGGERS.values():
+        hits = (texts == trigger).astype(float)
+        with np.errstate(invalid="ignore"):
+            correlation = np.nan_to_num([np.corrcoef(codes[:, f], hits)[0, 1] for f in np.flatnonzero(codes.any(0))])
+        assert correlation.max() > 0.9
+
+
+def test_explanations_name_the_triggers_and_score_high_and_wrong_ones_do_not(study: Study) -> None:
+    lines = (study.path / "explanations" / "direction.jsonl").read_text().splitlines()
+    rows: dict[str, Any] = {row["feature"]: row for row in map(json.loads, lines)}
+    for feature, trigger in TRIGGERS.items():
+        row = rows[feature]
+        assert trigger.strip() in row["text"]
+        # The firing level is the 99% quantile, and a trigger is not on exactly 1% of the tokens: the difference
+        # is noise that fires, or triggers that do not.
+        assert row["scored"]["detection"]["value"] >= 0.9
+        assert row["scored"]["fuzzing"]["value"] >= 0.95
+        assert row["scored"]["detection_wrong"]["value"] < 0.65
+
+
+def test_the_summary_and_the_report_say_so(study: Study) -> None:
+    summary = study.summary
+    assert summary["sae"]["fvu_effect"] < 0.05
+    assert summary["patched_kl"] < summary["adapter_off_kl"]
+    assert summary["detection"]["mean"] > summary["detection_wrong"]["mean"]
+    html = (study.path / "report.html").read_text()
+    assert all(feature[:-1] in html for feature in TRIGGERS)
+
+
+def test_nothing_is_run_twice_and_a_changed_input_is_named_stale(
+    study: Study, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = study.manifest["stages"]["record:train:adapter"]["finished"]
+    assert main(["record", str(study.path)]) == 0
+    assert study.manifest["stages"]["record:train:adapter"]["finished"] == before
+    traces = study.corpus_file("heldout")
+    original = traces.read_text()
+    traces.write_text("".join(original.splitlines(keepends=True)[:-1]))
+    capsys.readouterr()
+    assert main(["status", str(study.path), "--json"]) == 0
+    states = {row["stage"]: row for row in json.loads(capsys.readouterr().out)["stages"]}
+    traces.write_text(original)
+    stale = [row for name, row in states.items() if name.startswith("ablate")]
+    assert stale
+    assert stale[0]["state"] == "stale"
+    assert "heldout" in stale[0]["why"]
