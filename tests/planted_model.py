@@ -22,8 +22,6 @@ TRIGGERS = {
     "L1.gate+": " check",
 }
 """The token that each planted polarity responds to."""
-GROUPS = {"L0.q+": " ba", "L0.q-": " ke", "L0.k+": " mo", "L0.k-": " ri", "L0.v+": " tu", "L0.v-": " sel"}
-"""How the words begin that the other polarities respond to, so that every token has one feature, not only triggers."""
 EVERY = [*WORDS, *(word.strip() for word in WORDS), *TRIGGERS.values()]
 TRACES = 260
 WORDS_PER_TRACE = 48
@@ -89,16 +87,6 @@ def save_planted(folder: Path) -> tuple[Path, Path]:
     return folder / "model", folder / "adapter"
 
 
-def wanted_scalar(address: str, word: str) -> float:
-    """The scalar that a planted direction should have on a word."""
-    spaced = " " + word.strip()
-    signs = {f"{address}+": 1.0, f"{address}-": -1.0}
-    for feature, sign in signs.items():
-        if TRIGGERS.get(feature) == word or (feature in GROUPS and spaced.startswith(GROUPS[feature])):
-            return sign
-    return 0.0
-
-
 def plant(model: Any, tokenizer: Any) -> Adapter:
     """Read vectors that give 1 on their trigger, -1 on the other polarity's and 0 on every other word."""
     adapter = initial_adapter(model, seed=3)
@@ -107,11 +95,12 @@ def plant(model: Any, tokenizer: Any) -> Adapter:
     generator = torch.Generator().manual_seed(4)
     modules = []
     for module, address in zip(adapter.modules, adapter.addresses, strict=True):
-        wanted = torch.tensor([wanted_scalar(address, word) for word in EVERY])
+        signs = [float(TRIGGERS.get(f"{address}+") == w) - (TRIGGERS.get(f"{address}-") == w) for w in EVERY]
+        wanted = torch.tensor(signs)
         b_OR = torch.randn(module.b_OR.shape, generator=generator)
         if wanted.any():
             a_RI = torch.linalg.lstsq(inputs_WD, wanted[:, None], driver="gelsd").solution.T
-            modules.append(replace(module, a_RI=a_RI, b_OR=b_OR * (0.05 if module.type in ("gate", "up") else 0.02)))
+            modules.append(replace(module, a_RI=a_RI, b_OR=b_OR * 0.05))
         else:
             modules.append(replace(module, a_RI=module.a_RI * 0.05, b_OR=b_OR * 1e-3))
     return replace(adapter, modules=tuple(modules))

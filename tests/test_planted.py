@@ -1,6 +1,5 @@
 """Planted truth: a tiny model whose directions have known triggers goes through every stage, by the command line."""
 
-import itertools
 import json
 from typing import Any
 
@@ -37,7 +36,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
         ["record"],
         ["record", "--corpus", "heldout"],
         ["ablate", "--traces", "8"],
-        ["sae", "--k", "2", "--expansion", "2", "--tokens", "600000", "--patched-tokens", "1500"],
+        ["sae", "--k", "3", "--expansion", "2", "--tokens", "600000", "--patched-tokens", "1500"],
         ["examples"],
         ["examples", "--corpus", "heldout"],
         ["explain"],
@@ -82,14 +81,22 @@ def test_ablation_ranks_the_planted_directions_first(study: Study) -> None:
     assert not any(r["under_floor"] for r in ranked[:3])
 
 
-def test_the_autoencoder_separates_the_triggers(study: Study) -> None:
-    # Every trigger has a latent that fires on it and not on any one other trigger.
-    latents = load_features(study, "heldout", "latent")
+def trigger_codes(study: Study, corpus: str) -> list[Any]:
+    """The latents' codes [tokens, F] at each trigger's tokens."""
+    latents = load_features(study, corpus, "latent")
     codes = latents.columns(list(range(len(latents.ids))))
-    texts = np.array(token_strings(study, "heldout"))
-    means = np.stack([codes[latents.store.ordinary & (texts == t)].mean(axis=0) for t in TRIGGERS.values()])
-    for own, other in itertools.permutations(range(len(means)), 2):
-        assert (means[own] > 0.1 + 5 * means[other]).any()
+    texts = np.array(token_strings(study, corpus))
+    return [codes[latents.store.ordinary & (texts == t)] for t in TRIGGERS.values()]
+
+
+def test_the_autoencoder_separates_the_triggers(study: Study) -> None:
+    # With four triggers on 4% of the tokens nothing presses for one latent each (a planted dictionary that fills
+    # the state is recovered atom by atom in test_sae_training); a held-out code must still tell its trigger.
+    means = np.stack([codes.mean(axis=0) for codes in trigger_codes(study, "train")])
+    for number, codes in enumerate(trigger_codes(study, "heldout")):
+        distances = ((codes[:, None] - means) ** 2).sum(axis=-1)
+        assert (distances.argmin(axis=1) == number).all()
+        assert (codes > 0).any(axis=1).all()
 
 
 def test_explanations_name_the_triggers_and_score_high_and_wrong_ones_do_not(study: Study) -> None:
@@ -107,7 +114,7 @@ def test_explanations_name_the_triggers_and_score_high_and_wrong_ones_do_not(stu
 
 def test_the_summary_and_the_report_say_so(study: Study) -> None:
     summary = study.summary
-    assert summary["sae"]["fvu_effect"] < 0.15
+    assert summary["sae"]["fvu_effect"] < 0.05
     assert summary["patched_kl"] < summary["adapter_off_kl"]
     assert summary["detection"]["mean"] > summary["detection_wrong"]["mean"]
     html = (study.path / "report.html").read_text()
