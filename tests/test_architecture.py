@@ -97,9 +97,13 @@ def _from_targets(node: ast.ImportFrom, package: str) -> list[str]:
     if node.level:
         parents = package.split(".")
         base = ".".join(parents[: len(parents) - node.level + 1] + ([node.module] if node.module else []))
-    if base == "lorascope":  # `from lorascope import store` names modules
-        return [f"lorascope.{alias.name}" for alias in node.names]
-    return [base]
+    names = [f"{base}.{alias.name}" for alias in node.names]  # `from lorascope import store` names a module
+    return [name if name in all_modules() else base for name in names]
+
+
+@cache
+def all_modules() -> frozenset[str]:
+    return frozenset(module_name(file) for file in source_files())
 
 
 def import_cases() -> list[tuple[Path, Import]]:
