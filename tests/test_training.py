@@ -1,0 +1,193 @@
+"""Training: gradients equal plain autograd's, a run resumes to the same weights, batches and rates are as planned."""
+
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lorascope import training
+from lorascope.adapter import Adapter
+from lorascope.attached import attach
+from lorascope.config import Options
+from lorascope.creation import NewConfig, create_study, split_by_question, task_weights
+from lorascope.errors import BadInput
+from lorascope.models import load_model
+from lorascope.study import Study
+from lorascope.traces import Trace
+from lorascope.training import Learner, TrainConfig, batch_tensors, control_traces, plan_steps, rate_at, train
+from tiny_folder import save_tiny
+
+FAST: dict[str, Any] = {"epochs": 2.0, "batch": 4, "eval_every": 4, "save_every": 3, "eval_traces": 4}
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("model"))
+
+
+def make_study(folder: Path, model: Path) -> Study:
+    traces = [{"question": f"{i}+{i}?", "thinking": f"{i} twice.", "answer": str(2 * i)} for i in range(24)]
+    (folder / "t.jsonl").write_text("".join(json.dumps(t) + "\n" for t in traces))
+    config = NewConfig(str(model), str(folder / "t.jsonl"), heldout=4, system="")
+    create_study(folder / "study", config, Options())
+    return Study.open(folder / "study")
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    adapter = Adapter.load(folder)
+    return {f"{m.path}.{side}": t for m in adapter.modules for side, t in (("a", m.a_RI), ("b", m.b_OR))}
+
+
+def test_loss_and_gradients_equal_plain_autograd(tmp_path: Path, model_folder: Path) -> None:
+    study = make_study(tmp_path, model_folder)
+    model, tokenizer = load_model(str(model_folder))
+    traces, _ = study.renderer(tokenizer).render_all(study.traces("train")[:5])
+    adapter = training.trainable_adapter(model, TrainConfig(), 0, "")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for module in adapter.modules:
+            module.b_OR.copy_(torch.randn(module.b_OR.shape, generator=generator) * 0.05)
+    with attach(model, adapter) as attached:
+        loss = Learner(model, adapter)(*batch_tensors(traces, torch.device("cpu")))
+        loss.backward()
+        ours = [m.a_RI.grad.clone() for m in adapter.modules] + [m.b_OR.grad.clone() for m in adapter.modules]
+        for module in adapter.modules:
+            module.a_RI.grad = module.b_OR.grad = None
+        plain = torch.zeros(())
+        for trace in traces:  # one by one, whole logits, the assistant's tokens alone
+            ids = torch.from_numpy(trace.ids.astype(np.int64))
+            logits = attached.run(ids[None]).logits[0]
+            plain = plain + F.cross_entropy(
+                logits[trace.response_start - 1 : -1], ids[trace.response_start :], reduction="sum"
+            )
+        plain.backward()
+        theirs = [m.a_RI.grad for m in adapter.modules] + [m.b_OR.grad for m in adapter.modules]
+    assert float(loss.detach()) == pytest.approx(float(plain.detach()), rel=1e-5)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+        assert one.abs().max() > 0
+
+
+def test_an_interrupted_run_resumes_to_the_same_weights(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TrainConfig(learning_rate="1e-2", checkpoints="2", **FAST)
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    whole = make_study(tmp_path / "whole", model_folder)
+    result = train(whole, config, Options())
+    assert result["heldout_loss"] < result["heldout_loss_before"]
+    cut = make_study(tmp_path / "cut", model_folder)
+    real, count = training.Run.step, [0]
+
+    def interrupted(self: Any, *args: Any) -> dict[str, Any]:
+        count[0] += 1
+        if count[0] == 8:
+            raise KeyboardInterrupt
+        return real(self, *args)
+
+    monkeypatch.setattr(training.Run, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(cut, config, Options())
+    monkeypatch.setattr(training.Run, "step", real)
+    assert not (cut.path / "adapter").exists()
+    train(cut, config, Options())
+    ours, theirs = weights_of(cut.path / "adapter"), weights_of(whole.path / "adapter")
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    steps = [json.loads(line)["step"] for line in (cut.path / "train" / "adapter.jsonl").read_text().splitlines()]
+    assert steps == list(range(11))
+    assert (cut.path / "train" / "adapter-steps" / "2" / "adapter_model.safetensors").exists()
+
+
+def test_the_full_finetune_lowers_the_loss_and_loads(tmp_path: Path, model_folder: Path) -> None:
+    study = make_study(tmp_path, model_folder)
+    result = train(study, TrainConfig(full=True, learning_rate="1e-3,1e-5", **FAST), Options())
+    assert result["learning_rate"] == 1e-3
+    assert {row["learning_rate"] for row in result["tried"]} == {1e-3, 1e-5}
+    assert result["heldout_loss"] < result["heldout_loss_before"]
+    model, _ = load_model(str(study.path / "full"))
+    base, _ = load_model(str(model_folder))
+    assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), base.parameters(), strict=True))
+    assert sorted(p.name for p in study.path.glob("full*")) == ["full"]
+
+
+def test_subsets_and_ranks_train_only_what_was_asked_for(tmp_path: Path, model_folder: Path) -> None:
+    study = make_study(tmp_path, model_folder)
+    train(study, TrainConfig(rank=2, modules="mlp", layers="0-2:2", max_steps=2, **FAST), Options())
+    adapter = Adapter.load(study.path / "adapter")
+    assert adapter.addresses[:2] == ["L0.gate#0", "L0.gate#1"]
+    assert {m.layer for m in adapter.modules} == {0, 2}
+    assert {m.type for m in adapter.modules} == {"gate", "up", "down"}
+    assert adapter.modules[0].scale == pytest.approx(16 / math.sqrt(2))
+
+
+def test_every_trace_is_used_once_an_epoch_and_seeds_differ() -> None:
+    lengths = list(np.random.default_rng(0).integers(5, 90, 50))
+    config = TrainConfig(epochs=2.0, batch=8)
+    steps = plan_steps(lengths, config, 0)
+    per_epoch = math.ceil(50 / 8)
+    assert sorted(i for step in steps[:per_epoch] for i in step) == list(range(50))
+    assert steps == plan_steps(lengths, config, 0) != plan_steps(lengths, config, 1)
+
+
+def test_the_rate_rises_then_falls_to_zero() -> None:
+    rates = [rate_at(step, 100, 1.0, 0.05) for step in range(100)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert all(a >= b for a, b in itertools.pairwise(rates[5:]))
+    assert rates[-1] < 0.001
+
+
+def test_control_traces_are_answers_only_or_another_problems_thinking() -> None:
+    traces = [Trace(str(i), f"q{i}", f"t{i}", f"a{i}", family="xy"[i % 2]) for i in range(10)]
+    assert all(t.thinking == "" and t.answer for t in control_traces(traces, "answers", 0))
+    shuffled = control_traces(traces, "shuffled", 0)
+    assert all(s.thinking != t.thinking and s.answer == t.answer for s, t in zip(shuffled, traces, strict=True))
+    assert sorted(s.thinking for s in shuffled) == sorted(t.thinking for t in traces)
+    donors = {t.thinking: t.family for t in traces}
+    assert all(donors[s.thinking] == s.family for s in shuffled)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"control": "none"}, "answers or shuffled"),
+        ({"learning_rate": "fast"}, "must be a number"),
+        ({"learning_rate": "2"}, "between 0 and 1"),
+        ({"rank": 0}, "--rank"),
+        ({"modules": "conv"}, "matches no direction"),
+        ({"layers": "9"}, "there is no layer 9"),
+        ({"checkpoints": "a"}, "comma list of steps"),
+    ],
+)
+def test_bad_options_are_one_sentence(tmp_path: Path, model_folder: Path, change: dict[str, Any], words: str) -> None:
+    study = make_study(tmp_path, model_folder)
+    with pytest.raises(BadInput, match=words):
+        train(study, TrainConfig(max_steps=1, **(FAST | change)), Options())
+    assert not (study.path / "adapter").exists()
+
+
+def test_no_question_is_on_both_sides() -> None:
+    traces = [Trace(str(i), f"What  is {i // 2}?" if i % 2 else f"what is {i // 2}?", "t", "a") for i in range(40)]
+    train_side, heldout = split_by_question(traces, 0.25, 0)
+    assert len(train_side) + len(heldout) == 40
+    numbers = [{t.question.split()[-1] for t in side} for side in (train_side, heldout)]
+    assert not numbers[0] & numbers[1]
+    assert len(heldout) == 10
+
+
+def test_task_weights_are_read() -> None:
+    assert task_weights("multiply=2, chain") == {"multiply": 2.0, "chain": 1.0}
+    with pytest.raises(BadInput, match="not a task with a weight"):
+        task_weights("multiply=x")
+
+
+def test_a_study_that_cannot_be_made_leaves_nothing(tmp_path: Path, model_folder: Path) -> None:
+    with pytest.raises(BadInput):
+        create_study(tmp_path / "s", NewConfig(str(model_folder), str(tmp_path / "missing.jsonl")), Options())
+    assert not (tmp_path / "s").exists()
