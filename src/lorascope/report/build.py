@@ -1,0 +1,117 @@
+"""`lorascope report`: one self-contained HTML file. Style sheet and script are files of their own, put into it here.
+
+The page's Content-Security-Policy allows exactly that style sheet and that script (by their hashes) and no request.
+"""
+
+import base64
+import hashlib
+import json
+from importlib import resources
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from lorascope import __version__
+from lorascope.config import Options
+from lorascope.errors import RunFailed
+from lorascope.report import charts, figures_of, grids, marks, numbers, tokens
+from lorascope.report.gather import ReportConfig, gather
+from lorascope.study import Study, atomic_write_bytes
+
+LIMIT = 20 * 10**6
+"""Largest report in bytes."""
+INPUTS = (
+    "adapter",
+    "train",
+    "eval",
+    "ablation",
+    "examples",
+    "explanations",
+    "sae",
+    "scalars",
+    "tokenizer",
+    "study.json",
+)
+
+
+def write_report(study: Study, config: ReportConfig, options: Options) -> dict[str, Any]:
+    """Write `report.html`; the result is `{"report", "bytes", "directions", "latents", "traces", "missing"}`.
+
+    Raises:
+        BadInput: the config makes no sense.
+        RunFailed: the file would be over 20 MB.
+    """
+
+    def work() -> dict[str, Any]:
+        data = gather(study, config, options.seed)
+        html = render_html(data).encode("utf-8")
+        if len(html) > LIMIT:
+            raise RunFailed(
+                f"The report would have {len(html) / 1e6:.0f} MB; show less with --directions, --latents, --traces or "
+                "--trace-tokens."
+            )
+        atomic_write_bytes(study.path / "report.html", html)
+        return {
+            "report": str(study.path / "report.html"),
+            "bytes": len(html),
+            "directions": len(data["directions"]),
+            "latents": len(data["latents"]),
+            "traces": len(data["traces"]["pages"]),
+            "missing": missing_commands(data),
+        }
+
+    inputs = [name for name in INPUTS if name != "study.json" and (study.path / name).exists()]
+    return study.run("report", config, options, inputs=inputs, outputs=["report.html"], work=work)
+
+
+def missing_commands(data: dict[str, Any]) -> list[str]:
+    """The commands that would fill the sections that are empty."""
+    views = [data[name] for name in ("curves", "map", "ablation", "sae", "table", "traces")]
+    views += [data["overview"]["recovery"], data["sae"].get("patched", {})]
+    return list(dict.fromkeys(view["missing"]["run"] for view in views if "missing" in view))
+
+
+def render_html(data: dict[str, Any]) -> str:
+    """The whole page."""
+    loader = jinja2.PackageLoader("lorascope.report")
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    for module in (numbers, marks, grids, tokens, charts, figures_of):
+        for name in module.__all__ if hasattr(module, "__all__") else dir(module):
+            if not name.startswith("_") and callable(getattr(module, name)):
+                environment.globals[name] = getattr(module, name)
+    style, script = asset("report.css"), asset("report.js")
+    payload = data["traces"].get("data", {"features": [], "traces": []})
+    return environment.get_template("report.html.j2").render(
+        **data,
+        style=Markup(style),
+        script=Markup(script),
+        policy=policy(style, script),
+        payload=embedded_json(payload),
+        version=__version__,
+    )
+
+
+def asset(name: str) -> str:
+    """The text of a file that goes into the page."""
+    return (resources.files("lorascope.report") / name).read_text(encoding="utf-8")
+
+
+def policy(style: str, script: str) -> str:
+    """A Content-Security-Policy that allows this style sheet and this script and nothing else."""
+    return f"default-src 'none'; style-src {hash_source(style)}; script-src {hash_source(script)}; img-src data:; base-uri 'none'; form-action 'none'"
+
+
+def hash_source(text: str) -> str:
+    """A text's hash as the policy names it."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode('utf-8')).digest()).decode('ascii')}'"
+
+
+def embedded_json(value: Any) -> Markup:
+    """JSON that cannot end the element it is in, nor be read as markup."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return Markup(text)

@@ -1,0 +1,143 @@
+"""What the report shows, as one dict for its template: the views, and for each card its parts.
+
+Shape legend: F features, T tokens.
+"""
+
+import base64
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lorascope.errors import BadInput
+from lorascope.study import Study
+from lorascope.views import (
+    ablation,
+    direction_map,
+    dropped,
+    feature_page,
+    feature_table,
+    overview,
+    provenance,
+    sae_page,
+    trace_page,
+    training_curves,
+)
+from lorascope.views.feature_list import strongest_directions, strongest_latents
+from lorascope.views.one_trace import trace_features
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Write everything into one HTML file that works offline."""
+
+    corpus: str = "train"
+    """Corpus whose examples are shown."""
+    trace_corpus: str = "heldout"
+    """Corpus whose whole traces are shown (the other corpus when it is not recorded)."""
+    directions: int = 24
+    """Number of directions with a card: the strongest by KL, or by activation when nothing was ablated."""
+    latents: int = 24
+    """Number of latents with a card: those that write most."""
+    examples: int = 5
+    """Strongest examples per card and polarity."""
+    per_quantile: int = 1
+    """Examples per card, polarity and quantile of activation."""
+    window: int = 24
+    """Tokens shown on either side of an example."""
+    traces: int = 6
+    """Number of whole traces, drawn by seed."""
+    trace_tokens: int = 1200
+    """Most tokens shown of a whole trace."""
+
+
+def gather(study: Study, config: ReportConfig, seed: int) -> Json:
+    """All that the template needs.
+
+    Raises:
+        BadInput: a number below what makes sense.
+    """
+    if min(config.directions, config.latents, config.examples, config.per_quantile, config.traces) < 0:
+        raise BadInput("--directions, --latents, --examples, --per-quantile and --traces must not be negative.")
+    if config.window < 1 or config.trace_tokens < 1:
+        raise BadInput("--window and --trace-tokens must be at least 1.")
+    table = feature_table(study, config.corpus)
+    rows = table.get("rows", [])
+    by_id = {row["id"]: row for row in rows}
+    directions = [direction_card(study, config, a, by_id) for a in strongest_directions(rows, config.directions)]
+    latents = [card_page(study, config, name) for name in strongest_latents(rows, config.latents)]
+    shown = [side["id"] for card in directions for side in card["sides"]] + [page["id"] for page in latents]
+    return {
+        "overview": overview(study),
+        "curves": training_curves(study),
+        "map": direction_map(study, config.corpus),
+        "ablation": ablation(study),
+        "sae": sae_page(study),
+        "dropped": dropped(study),
+        "made": provenance(study),
+        "table": table,
+        "kinds": table.get("kinds", {}),
+        "directions": directions,
+        "latents": latents,
+        "traces": whole_traces(study, config, shown, by_id, seed),
+        "config": config,
+    }
+
+
+def card_page(study: Study, config: ReportConfig, feature: str) -> Json:
+    """A feature's page with as many examples as a card has room for."""
+    return feature_page(
+        study,
+        feature,
+        config.corpus,
+        window=config.window,
+        top=config.examples,
+        per_quantile=config.per_quantile,
+    )
+
+
+def direction_card(study: Study, config: ReportConfig, address: str, by_id: dict[str, Json]) -> Json:
+    """Both polarities of a direction, each a page of its own."""
+    sides = [card_page(study, config, f"{address}{sign}") for sign in "+-" if f"{address}{sign}" in by_id]
+    first = by_id[sides[0]["id"]]
+    return {"address": address, "layer": first["layer"], "type": first["type"], "kl": sides[0]["kl"], "sides": sides}
+
+
+def whole_traces(study: Study, config: ReportConfig, shown: list[str], by_id: dict[str, Json], seed: int) -> Json:
+    """Whole traces with the activations of all shown features, as bytes relative to each feature's largest.
+
+    Returns:
+        `{"available", "corpus", "pages": [trace page], "data": {"features": [{"id", "label", "max", "level",
+        "unit"}], "traces": [{"name", "codes": base64 of uint8 [F, T]}]}}`.
+    """
+    first = trace_page(study, config.trace_corpus, 0, limit=1)
+    corpus = config.trace_corpus if first["available"] else config.corpus
+    first = first if first["available"] else trace_page(study, corpus, 0, limit=1)
+    if not first["available"] or not shown or not config.traces:
+        return first | {"available": False, "pages": []}
+    order = np.random.default_rng(seed).permutation(first["n_traces"])[: config.traces]
+    chosen = sorted(int(i) for i in order)
+    pages = [trace_page(study, corpus, i, limit=config.trace_tokens) for i in chosen]
+    acts = [trace_features(study, corpus, page["index"], shown, len(page["tokens"])) for page in pages]
+    largest_F = np.array([by_id[name]["max"] or 0.0 for name in shown], np.float32)
+    # a held-out activation may exceed the largest of the corpus whose examples are shown
+    largest_F = np.max([largest_F, *(a_FT.max(axis=1, initial=0) for a_FT in acts)], axis=0)
+    features = [feature_entry(by_id[name], float(most)) for name, most in zip(shown, largest_F, strict=True)]
+    traces = [{"name": page["id"], "codes": quantised(a_FT, largest_F)} for page, a_FT in zip(pages, acts, strict=True)]
+    return {"available": True, "corpus": corpus, "pages": pages, "data": {"features": features, "traces": traces}}
+
+
+def feature_entry(row: Json, most: float) -> Json:
+    """One feature for the select box."""
+    label = row["id"].replace("-", "−") + (f" · {row['text']}" if row["text"] else "")
+    kind = "latent" if row["kind"] == "latent" else "plus" if row["polarity"] == "+" else "minus"
+    return {"id": row["id"], "label": label, "max": most, "level": row["level"] or 0.0, "kind": kind}
+
+
+def quantised(acts_FT: np.ndarray[Any, Any], largest_F: np.ndarray[Any, Any]) -> str:
+    """Activations as base64 of uint8 [F, T], 255 = the feature's largest; whatever is above 0 stays above 0."""
+    scale_F = np.where(largest_F > 0, largest_F, 1.0)[:, None]
+    codes = np.ceil(255 * acts_FT / scale_F).clip(0, 255).astype(np.uint8)
+    return base64.b64encode(codes.tobytes()).decode("ascii")

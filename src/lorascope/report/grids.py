@@ -1,0 +1,160 @@
+"""Layer × type maps: one row per matrix type, one column per layer."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup, escape
+
+from lorascope.report.numbers import figures
+
+STEPS = 12
+"""Shades of the sequential ramp: classes r0 to r11."""
+SIGNED_STEPS = 6
+"""Shades of either sign: classes n1 to n6 and p1 to p6."""
+CELL = 22
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """How values become shades: linear, or logarithmic from `low` on."""
+
+    low: float
+    high: float
+    log: bool
+
+    def step(self, value: float) -> int:
+        """The shade of a value, 0 to STEPS - 1."""
+        if self.log:
+            part = math.log(max(value, self.low) / self.low) / (math.log(self.high / self.low) or 1)
+        else:
+            part = (value - self.low) / (self.high - self.low or 1)
+        return min(STEPS - 1, max(0, int(part * STEPS)))
+
+
+def ramp_of(grid: Mapping[str, Any]) -> Ramp | None:
+    """The scale of a grid from its values (those under the floor do not count); None when it is empty."""
+    values = [v for row in grid["values"] for v in row if v is not None]
+    if not values:
+        return None
+    if grid.get("scale") == "log":
+        positive = [v for v in values if v > 0]
+        if not positive:
+            return None
+        floor = grid.get("floor")
+        low = max(min(positive), floor) if floor and floor < max(positive) else min(positive)
+        return Ramp(max(low, max(positive) * 1e-4), max(positive), True)
+    return Ramp(0.0, max(values), False)
+
+
+def layer_map(grid: Mapping[str, Any], layers: Sequence[Any], types: Sequence[str], cards: set[str]) -> Markup:
+    """One map with its axes and colour key. Cells carry their address and value for the read-out and for links."""
+    ramp = ramp_of(grid)
+    if ramp is None:
+        return Markup('<p class="empty">All values are 0.</p>')
+    cells = []
+    for row, _ in enumerate(types):
+        for column, _ in enumerate(layers):
+            value = grid["values"][row][column]
+            if value is None:
+                cells.append(cell(row, column, len(layers), "none", ""))
+                continue
+            address = str(grid["address"][row][column])
+            under = grid["under_floor"][row][column]
+            said = says(grid, address, value, under)
+            extra = f' data-a="{escape(address)}" data-s="{escape(said)}"' + (
+                ' data-card="1"' if address in cards else ""
+            )
+            cells.append(cell(row, column, len(layers), f"r{ramp.step(value)}", extra))
+            if under:
+                cells.append(cell(row, column, len(layers), "hatch", ""))
+    label = f"{grid['label']} by layer and matrix type, from {figures(ramp.low)} to {figures(ramp.high)} {grid['unit']}"
+    attributes = f'class="map" tabindex="0" role="application" aria-roledescription="map" aria-label="{escape(label)}"'
+    return frame_map("".join(cells), layers, types, attributes) + colour_key(grid, ramp)
+
+
+def says(grid: Mapping[str, Any], address: str, value: float, under: bool) -> str:
+    """The read-out of one cell."""
+    text = f"{figures(value)} {grid['unit']}"
+    bounds = (grid.get("intervals") or {}).get(address)
+    if bounds and bounds[0] is not None:
+        text += f", 95% interval {figures(bounds[0])} to {figures(bounds[1])}"
+    return text + (", under the noise floor" if under else "")
+
+
+def cell(row: int, column: int, columns: int, name: str, extra: str, size: int = CELL, gap: float = 1) -> str:
+    """One rectangle; positions along the layers are percentages."""
+    width = 100 / columns
+    return (
+        f'<rect class="{name}" x="{column * width + 0.03 * width:.3f}%" width="{0.94 * width:.3f}%" '
+        f'y="{row * size + gap / 2}" height="{size - gap}"{extra}/>'
+    )
+
+
+def frame_map(cells: str, layers: Sequence[Any], types: Sequence[str], attributes: str, size: int = CELL) -> Markup:
+    """Cells with type names on the left and layer numbers below."""
+    height = size * len(types)
+    names = "".join(
+        f'<text x="42" y="{size * (i + 0.5) + 4:.0f}" text-anchor="end">{escape(name)}</text>'
+        for i, name in enumerate(types)
+    )
+    every = 1 if len(layers) <= 12 else 5 if len(layers) <= 60 else 10
+    ticks = "".join(
+        f'<text x="{100 * (i + 0.5) / len(layers):.2f}%" y="{height + 15}" text-anchor="middle">{escape(layer)}</text>'
+        for i, layer in enumerate(layers)
+        if not isinstance(layer, int) or layer % every == 0
+    )
+    wide = " wide" if len(layers) > 40 else ""
+    return Markup(
+        f'<div class="chart mapframe{wide}"><svg class="yaxis" width="48" height="{height + 20}" aria-hidden="true">{names}</svg>'
+        f'<div class="scroll"><svg width="100%" height="{height + 20}" {attributes}>{cells}{ticks}</svg></div>'
+        f'<p class="xlabel">layer</p></div>'
+    )
+
+
+def colour_key(grid: Mapping[str, Any], ramp: Ramp) -> Markup:
+    """The ramp with its ends and unit."""
+    swatches = "".join(f'<rect class="r{i}" x="{i * 14}" width="14" y="0" height="10"/>' for i in range(STEPS))
+    floor = grid.get("floor")
+    note = (
+        '<li><svg width="18" height="10" aria-hidden="true"><rect class="r0" width="18" height="10"/>'
+        f'<rect class="hatch" width="18" height="10"/></svg>under the noise floor, {figures(floor)}</li>'
+        if floor is not None
+        else ""
+    )
+    scale = "logarithmic" if ramp.log else "linear"
+    return Markup(
+        f'<ul class="legend"><li>{figures(ramp.low)}<svg width="{14 * STEPS}" height="10" aria-hidden="true">{swatches}</svg>'
+        f"{figures(ramp.high)} {escape(grid['unit'])} ({scale})</li>{note}</ul>"
+    )
+
+
+def decoder_map(decoder: Mapping[str, Any], title: str) -> Markup:
+    """A latent's signed map: orange where it pushes a direction up, purple where down; tiny entries are left blank."""
+    values = decoder["values"]
+    most = max((abs(v) for row in values for v in row if v is not None), default=0.0)
+    if most == 0:
+        return Markup('<p class="empty">It writes nothing.</p>')
+    layers, types = decoder["layers"], decoder["types"]
+    size, cells = 12, [f'<rect class="blank" x="0" y="0" width="100%" height="{12 * len(types)}"/>']
+    for row, line in enumerate(values):
+        for column, value in enumerate(line):
+            if value is None or abs(value) < 0.04 * most:
+                continue
+            step = min(SIGNED_STEPS, 1 + int(abs(value) / most * SIGNED_STEPS))
+            name = f"{'p' if value > 0 else 'n'}{step}"
+            cells.append(cell(row, column, len(layers), name, "", size, 1))
+    attributes = f'class="map small" role="img" aria-label="{escape(title)}"'
+    return frame_map("".join(cells), layers, types, attributes, size)
+
+
+def strongest_writes(decoder: Mapping[str, Any], count: int = 6) -> list[tuple[str, str]]:
+    """(address, signed effect per unit of activation) of the largest entries."""
+    pairs = [
+        (abs(v), a, v)
+        for row, names in zip(decoder["values"], decoder["address"], strict=True)
+        for v, a in zip(row, names, strict=True)
+        if v
+    ]
+    return [(a, ("+" if v > 0 else "") + figures(v, 2)) for _, a, v in sorted(pairs, reverse=True)[:count]]

@@ -1,0 +1,111 @@
+"""Small marks that go into tables and cards: bars with intervals, shares per segment, pairs of scores."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup, escape
+
+from lorascope.report.numbers import figures, percent
+
+SEGMENTS = ("prompt", "think", "answer")
+ROW = 22
+"""Height of a bar's row in pixels."""
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One row of a bar table; `kind` is a class of the style sheet, `note` goes under the label."""
+
+    label: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+    kind: str = ""
+    note: str = ""
+    muted: bool = False
+
+
+def bar_mark(bar: Bar, high: float, floor: float | None, dot: bool) -> Markup:
+    """The drawing of one row: a bar from 0 (or a dot) with its interval, and the floor as a dashed line."""
+    middle = ROW / 2
+
+    def at(value: float) -> str:
+        return f"{100 * min(1.0, max(0.0, value / high)):.2f}%"
+
+    parts = [f'<line class="grid" x1="0" x2="100%" y1="{middle}" y2="{middle}"/>'] if dot else []
+    if not dot:
+        shape = f'x="0" y="4" width="{at(bar.value)}" height="{ROW - 8}"'
+        parts.append(f'<rect class="bar {bar.kind}{" muted" if bar.muted else ""}" {shape}/>')
+        if bar.muted:
+            parts.append(f'<rect class="hatch" {shape}/>')
+    if bar.low is not None and bar.high is not None:
+        ends = f'x1="{at(bar.low)}" x2="{at(bar.high)}" y1="{middle}" y2="{middle}"'
+        parts.append(f'<line class="whisker {bar.kind}{" thick" if dot else ""}" {ends}/>')
+    if dot:
+        parts.append(f'<circle class="dot {bar.kind}" cx="{at(bar.value)}" cy="{middle}" r="5"/>')
+    if floor is not None:
+        parts.append(f'<line class="floor" x1="{at(floor)}" x2="{at(floor)}" y1="0" y2="{ROW}"/>')
+    return Markup(f'<svg class="mark" width="100%" height="{ROW}" aria-hidden="true">{"".join(parts)}</svg>')
+
+
+def scale_top(bars: Sequence[Bar], floor: float | None = None) -> float:
+    """The right end of a common scale for bars and their intervals."""
+    return 1.02 * max([*(max(b.value, b.high or b.value) for b in bars), floor or 0.0, 1e-12])
+
+
+def share_bar(shares: Mapping[str, float | None] | None) -> Markup:
+    """Where firings are, as one bar of three parts with their shares in words."""
+    if not shares or not any(shares.values()):
+        return Markup("")
+    start, parts, words = 0.0, "", []
+    for name in SEGMENTS:
+        part = float(shares.get(name) or 0.0)
+        width = max(0.0, 100 * part - (0.6 if part < 0.99 else 0))
+        parts += f'<rect class="seg-{name}" x="{100 * start:.2f}%" width="{width:.2f}%" y="0" height="8"/>'
+        words.append(f'<span><i class="key seg-{name}"></i>{name} {percent(part)}</span>')
+        start += part
+    said = ", ".join(f"{name} {percent(float(shares.get(name) or 0.0))}" for name in SEGMENTS)
+    return Markup(
+        f'<div class="shares"><svg width="100%" height="8" role="img" aria-label="Firings by segment: {escape(said)}">'
+        f'{parts}</svg><p class="ends">{"".join(words)}</p></div>'
+    )
+
+
+def score_pair(name: str, pair: Mapping[str, Any] | None) -> Markup:
+    """An explanation's own score beside the wrong explanation's, on a scale from 0.3 to 1 with chance marked."""
+    own, wrong = (pair or {}).get("own"), (pair or {}).get("wrong")
+    if not own:
+        return Markup("")
+    low, high = 0.3, 1.0
+
+    def at(value: float) -> str:
+        return f"{100 * min(1.0, max(0.0, (value - low) / (high - low))):.2f}%"
+
+    parts = f'<line class="grid" x1="0" x2="100%" y1="11" y2="11"/><line class="chance" x1="{at(0.5)}" x2="{at(0.5)}" y1="2" y2="20"/>'
+    for score, kind in ((wrong, "wrong"), (own, "own")):
+        if score:
+            parts += (
+                f'<line class="whisker thick {kind}" x1="{at(score["low"])}" x2="{at(score["high"])}" y1="11" y2="11"/>'
+            )
+            shape = f'cx="{at(score["value"])}" cy="11"'
+            parts += f'<circle class="dot {kind}" {shape} r="{5 if kind == "own" else 4}"/>'
+    said = f"{name}: own {own['value']:.2f} ({own['low']:.2f} to {own['high']:.2f}, n = {own['n']})"
+    said += f", wrong explanation {wrong['value']:.2f} ({wrong['low']:.2f} to {wrong['high']:.2f})" if wrong else ""
+    against = (
+        f'<span class="muted">wrong {wrong["value"]:.2f}</span>' if wrong else '<span class="muted">no control</span>'
+    )
+    return Markup(
+        f'<div class="score" title="{escape(said)}"><span class="name">{escape(name)}</span>'
+        f'<svg width="100%" height="22" role="img" aria-label="{escape(said)}">{parts}</svg>'
+        f"<b>{own['value']:.2f}</b>{against}</div>"
+    )
+
+
+def interval_words(value: Mapping[str, Any] | None, as_percent: bool = False) -> str:
+    """`0.012 (0.010 to 0.015)`."""
+    if not value or value.get("value") is None:
+        return "–"
+    shown = percent if as_percent else figures
+    text = shown(value["value"])
+    return f"{text} ({shown(value['low'])} to {shown(value['high'])})" if value.get("low") is not None else text

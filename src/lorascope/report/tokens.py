@@ -1,0 +1,84 @@
+"""Token texts as HTML: escaped, white space visible, heat in ten steps, the peak and firings marked without colour."""
+
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from markupsafe import Markup, escape
+
+from lorascope.report.numbers import figures
+from lorascope.traces import SEGMENT_NAMES
+
+STEPS = 9
+"""Heat classes h1 to h9."""
+
+
+def shown_text(text: str) -> str:
+    """A token's text with what cannot be seen made visible: line breaks, lone spaces, control characters."""
+    if text == "":
+        return "◌"  # the first bytes of a character that a later token completes
+    if text.strip(" ") == "":
+        return "·" * len(text)
+    out = []
+    for character in text:
+        if character == "\n":
+            out.append("↵")
+        elif character == "\t":
+            out.append("⇥")
+        elif unicodedata.category(character) in ("Cc", "Cf", "Co", "Cs", "Zl", "Zp") and character != "\u200d":
+            out.append(f"⟨{ord(character):04X}⟩")
+        else:
+            out.append(character)
+    return "".join(out)
+
+
+def heat(value: float | None, most: float) -> int:
+    """The heat step of an activation, 0 to STEPS."""
+    if not value or value <= 0 or most <= 0:
+        return 0
+    return min(STEPS, 1 + int(STEPS * value / most * 0.9999))
+
+
+def segment_mark(code: int) -> str:
+    """A small label where a segment begins."""
+    return f'<i class="mark-seg">{SEGMENT_NAMES[code]}</i>'
+
+
+def heat_tokens(example: Mapping[str, Any], most: float, level: float) -> Markup:
+    """The tokens of one example: shade = activation, underlined = fires, bold and framed = the example's token."""
+    parts: list[str] = ["<span class=more>…</span>" if example["more_before"] else ""]
+    last = None
+    for i, (text, value, code) in enumerate(
+        zip(example["tokens"], example["values"], example["segments"], strict=True)
+    ):
+        if code != last and code != 0:
+            parts.append(segment_mark(code))
+        last = code if code != 0 else last
+        names = [f"h{step}"] if (step := heat(value, most)) else []
+        if value is not None and value > level and step:
+            names.append("f")
+        if i == example["peak"]:
+            names.append("peak")
+        if code == 0:
+            names.append("sp")
+        shown = escape(shown_text(text))
+        if names:
+            tip = f' data-v="{figures(value)}"' if step else ""
+            parts.append(f'<span class="{" ".join(names)}"{tip}>{shown}</span>')
+        else:
+            parts.append(str(shown))
+    parts.append("<span class=more>…</span>" if example["more_after"] else "")
+    return Markup("".join(parts))
+
+
+def plain_tokens(tokens: Sequence[str], segments: Sequence[int]) -> Markup:
+    """A whole trace, one element per token, line breaks kept; a script colours it."""
+    parts: list[str] = []
+    last = None
+    for text, code in zip(tokens, segments, strict=True):
+        if code != last and code != 0:
+            parts.append(segment_mark(code))
+            last = code
+        name = ' class="sp"' if code == 0 else ""
+        parts.append(f"<span{name}>{escape(shown_text(text))}</span>" + "<br>" * min(2, text.count("\n")))
+    return Markup("".join(parts))
