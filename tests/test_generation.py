@@ -1,0 +1,88 @@
+"""Generation: batches equal single greedy runs, stops and budgets hold, edits can wait for generated tokens."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from lorascope import edits
+from lorascope.attached import attach
+from lorascope.generation import Sampling, cut_at_end, generate, generate_batch, stop_ids
+from lorascope.models import load_model
+from lorascope.traces import Renderer
+from tiny_folder import save_tiny
+from tiny_models import random_adapter
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Renderer]:
+    model, tokenizer = load_model(str(save_tiny(tmp_path_factory.mktemp("tiny"))))
+    return model, Renderer(tokenizer, system="")
+
+
+PROMPTS = ["Hi", "What is 2+2?", "A much longer question, to pad the others."]
+
+
+def test_a_batch_equals_single_greedy_runs_by_hand(loaded: tuple[Any, Renderer]) -> None:
+    model, renderer = loaded
+    prompts = [renderer.prompt_ids(p) for p in PROMPTS]
+    with torch.no_grad(), attach(model, random_adapter(model)) as attached:
+        results = generate_batch(attached, renderer, prompts, Sampling(max_new_tokens=12, rows=2))
+        for prompt, result in zip(prompts, results, strict=True):
+            ids = list(prompt)
+            for _ in range(12):
+                ids.append(int(attached.run([ids]).logits[0, -1].argmax()))
+            assert cut_at_end(ids[len(prompt) :], stop_ids(model, renderer)) == result
+
+
+def test_sampling_follows_its_seed(loaded: tuple[Any, Renderer]) -> None:
+    model, renderer = loaded
+    prompts = [renderer.prompt_ids(p) for p in PROMPTS]
+
+    def sample(seed: int) -> list[Any]:
+        return generate_batch(model, renderer, prompts, Sampling(max_new_tokens=20, temperature=1.0, seed=seed))
+
+    state = torch.random.get_rng_state()
+    assert sample(1) == sample(1)
+    assert sample(1) != sample(2)
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_ends_are_cut_and_marked() -> None:
+    assert cut_at_end([5, 6, 2, 7], [2]).ids == [5, 6]
+    assert cut_at_end([5, 6, 2, 7], [2]).finished
+    assert not cut_at_end([5, 6], [2]).finished
+
+
+def test_a_thinking_budget_closes_the_thinking(loaded: tuple[Any, Renderer]) -> None:
+    model, renderer = loaded
+    prompt = renderer.prompt_ids("Hi")
+    free = generate_batch(model, renderer, [prompt], Sampling(max_new_tokens=30))[0]
+    assert not free.finished
+    forced = generate_batch(model, renderer, [prompt], Sampling(max_new_tokens=30, thinking_budget=10))[0]
+    text = renderer.tokenizer.decode(forced.ids)
+    assert forced.ids[:10] == free.ids[:10]
+    assert text.count("</think>") == 1
+
+
+def test_edits_on_generated_tokens_leave_the_prompt_alone(loaded: tuple[Any, Renderer]) -> None:
+    model, renderer = loaded
+    prompt = renderer.prompt_ids("What is 2+2?")
+    adapter = random_adapter(model)
+    with torch.no_grad(), attach(model, adapter) as attached:
+        with attached.tap() as plain:
+            generate_batch(attached, renderer, [prompt], Sampling(max_new_tokens=4))
+        with attached.edit(edits.off("*", to=7.0, where="generated")), attached.tap() as edited:
+            generate_batch(attached, renderer, [prompt], Sampling(max_new_tokens=4))
+    before, after = plain.scalars()[0], edited.scalars()[0]
+    torch.testing.assert_close(after[: len(prompt)], before[: len(prompt)])
+    assert bool((after[len(prompt) :] == 7.0).all())
+    assert len(after) == len(prompt) + 3
+
+
+def test_generate_takes_a_question(loaded: tuple[Any, Renderer]) -> None:
+    model, renderer = loaded
+    text = generate(model, renderer.tokenizer, "Hi", sampling=Sampling(max_new_tokens=5), system="")
+    prompt = renderer.prompt_ids("Hi")
+    ids = generate_batch(model, renderer, [prompt], Sampling(max_new_tokens=5))[0].ids
+    assert text == renderer.tokenizer.decode(ids)

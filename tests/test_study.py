@@ -1,0 +1,139 @@
+"""The study: stages run once, are stale when inputs change, lock, record what they took; writes are atomic."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+
+from lorascope.config import Options
+from lorascope.errors import BadInput, MissingStage
+from lorascope.study import Study, atomic_write_text, merged, write_json
+
+
+@dataclass(frozen=True)
+class Config:
+    """A config."""
+
+    k: int = 1
+    """A number."""
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Study:
+    study = Study.create(tmp_path / "s", model="m", system="Think.")
+    (study.path / "in.txt").write_text("1")
+    return study
+
+
+def run(study: Study, calls: list[int], config: Config = Config(), **options: Any) -> dict[str, Any]:
+    def work() -> dict[str, Any]:
+        calls.append(1)
+        (study.path / "out.txt").write_text("done")
+        return {"n": len(calls)}
+
+    return study.run("stage", config, Options(**options), inputs=["in.txt"], outputs=["out.txt"], work=work)
+
+
+def test_a_stage_runs_once_until_something_that_matters_changes(study: Study) -> None:
+    calls: list[int] = []
+    assert run(study, calls) == run(study, calls) == {"n": 1}
+    assert run(study, calls, threads=1, verbose=True) == {"n": 1}
+    assert run(study, calls, seed=1) == {"n": 2}
+    assert run(study, calls, Config(2), seed=1) == {"n": 3}
+    (study.path / "in.txt").write_text("2")
+    assert run(study, calls, Config(2), seed=1) == {"n": 4}
+    (study.path / "out.txt").unlink()
+    assert run(study, calls, Config(2), seed=1) == {"n": 5}
+
+
+def test_a_record_says_what_it_took(study: Study) -> None:
+    run(study, [])
+    record = study.manifest["stages"]["stage"]
+    assert record["config"] == {"k": 1}
+    assert record["options"]["seed"] == 0
+    assert record["seconds"] >= 0
+    assert record["peak_rss"] > 10_000_000
+    assert "torch" in record["versions"]
+    assert study.summary["stages"]["stage"]["peak_rss"] == record["peak_rss"]
+
+
+def test_status_names_what_is_stale_or_gone(study: Study) -> None:
+    run(study, [])
+    assert study.status()[0]["state"] == "done"
+    (study.path / "in.txt").write_text("other")
+    assert (study.status()[0]["state"], study.status()[0]["why"]) == ("stale", "in.txt changed")
+    (study.path / "out.txt").unlink()
+    assert (study.status()[0]["state"], study.status()[0]["why"]) == ("incomplete", "out.txt missing")
+
+
+def test_a_failed_stage_leaves_no_record(study: Study) -> None:
+    def work() -> dict[str, Any]:
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError):
+        study.run("stage", Config(), Options(), inputs=[], outputs=[], work=work)
+    assert study.manifest["stages"] == {}
+    assert "did not finish" in (study.path / "log.txt").read_text()
+    run(study, [])  # and the lock is free again
+
+
+def test_two_commands_on_one_study_do_not_mix(study: Study) -> None:
+    with FileLock(study.path / ".stage.lock"), pytest.raises(BadInput, match="wait for it to end"):
+        run(study, [])
+
+
+def test_folders_are_fingerprinted_by_names_and_contents(study: Study) -> None:
+    folder = study.path / "f"
+    folder.mkdir()
+    (folder / "a").write_text("1")
+    first = study.fingerprint("f")
+    (folder / "a").rename(folder / "b")
+    second = study.fingerprint("f")
+    (folder / ".hidden").write_text("x")
+    assert first != second == study.fingerprint("f")
+    assert study.fingerprint("nothing") is None
+
+
+def test_missing_stages_name_their_command(study: Study) -> None:
+    with pytest.raises(MissingStage, match=f"lorascope record {study.path}"):
+        study.require("scalars", "lorascope record STUDY")
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "", "a.b"])
+def test_corpus_names_cannot_leave_the_study(study: Study, name: str) -> None:
+    with pytest.raises(BadInput):
+        study.corpus_file(name)
+
+
+def test_existing_folders_newer_formats_and_damage_are_refused(study: Study, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="already exists"):
+        Study.create(study.path, model="m", system=None)
+    with pytest.raises(BadInput, match="is not a study"):
+        Study.open(tmp_path)
+    write_json(study.path / "study.json", study.manifest | {"format": 99})
+    with pytest.raises(BadInput, match="newer lorascope"):
+        Study.open(study.path)
+    (study.path / "study.json").write_text("{")
+    with pytest.raises(BadInput, match="damaged"):
+        Study.open(study.path)
+
+
+def test_writes_are_whole_or_not_at_all(tmp_path: Path) -> None:
+    file = tmp_path / "x.json"
+    write_json(file, {"a": 1})
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(file, {"a": float("nan")})
+    assert json.loads(file.read_text()) == {"a": 1}
+    atomic_write_text(file, "new")
+    assert file.read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_summaries_merge_by_key(study: Study) -> None:
+    assert merged({"a": {"b": 1, "c": 2}}, {"a": {"c": 3}, "d": 4}) == {"a": {"b": 1, "c": 3}, "d": 4}
+    study.summarise({"sae": {"l0": 16}})
+    study.summarise({"sae": {"dead": 0}})
+    assert study.summary["sae"] == {"l0": 16, "dead": 0}
