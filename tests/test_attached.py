@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from tiny_models import random_adapter, tiny_model
 from torch import Tensor
 
 from lorascope import edits
@@ -14,6 +13,7 @@ from lorascope.adapter import Adapter
 from lorascope.attached import attach
 from lorascope.errors import BadInput
 from lorascope.rank1 import adapted_forward
+from tiny_models import random_adapter, tiny_model
 
 TOKENS = [[5, 9, 2, 7, 11, 3], [8, 1, 4], [90, 13, 13, 13, 2]]
 CASES = [("llama", 1), ("llama", 4), ("qwen2", 1), ("qwen2", 4)]

@@ -345,7 +345,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise BadInput(f"{file} is not valid JSON ({error}).") from error
     refuse_unknown(config, folder)
-    return config  # type: ignore[no-any-return]
+    return config
 
 
 def refuse_unknown(config: dict[str, Any], folder: Path) -> None:
@@ -374,7 +374,7 @@ def refuse_unknown(config: dict[str, Any], folder: Path) -> None:
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(("pissa", "olora", "corda", "loftq")):
         raise BadInput(
-            f"{folder} was initialised by {start}, which changes the base weights; convert it to a plain LoRA with PEFT."
+            f"{folder} was initialised by {start}, which changes the base weights; convert it with PEFT to a plain LoRA."
         )
 
 

@@ -82,7 +82,7 @@ class Attached:
     @property
     def device(self) -> torch.device:
         """Where token ids go."""
-        return self.model.get_input_embeddings().weight.device  # type: ignore[no-any-return]
+        return self.model.get_input_embeddings().weight.device
 
     def run(self, tokens: Tensor | Sequence[Sequence[int]]) -> Run:
         """A full forward pass over right-padded sequences (values at padding mean nothing).

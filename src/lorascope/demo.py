@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +68,11 @@ def plan(
     study: Callable[[], Study], config: DemoConfig, options: Options, half: int
 ) -> list[tuple[str, Callable[[], object]]]:
     """The demo's stages with their titles, in order."""
-    training = {"epochs": 1.0, "batch": BATCH, "eval_every": 16, "eval_traces": 48}
+    rank1 = TrainConfig(epochs=1.0, batch=BATCH, token_budget=1024, eval_every=16, eval_traces=48)
     test = EvaluateConfig(on=TASKS, n=PROBLEMS // half, off="attn,mlp", max_new_tokens=128)
     stages: list[tuple[str, Callable[[], object]]] = [
-        ("train a rank-1 adapter", lambda: train(study(), TrainConfig(checkpoints="4,8,16,32", **training), options)),
-        ("train the full finetune", lambda: train(study(), TrainConfig(full=True, **training), options)),
+        ("train a rank-1 adapter", lambda: train(study(), replace(rank1, checkpoints="4,8,16,32"), options)),
+        ("train the full finetune", lambda: train(study(), replace(rank1, full=True), options)),
         ("evaluate on held-out problems", lambda: evaluate(study(), test, options)),
         ("ablate", lambda: ablate(study(), AblateConfig(traces=ABLATION_TRACES // half), options)),
         ("record the training traces", lambda: record(study(), RecordConfig(source="adapter,base"), options)),

@@ -162,7 +162,7 @@ class Study:
     @property
     def manifest(self) -> dict[str, Any]:
         """The content of `study.json`."""
-        return read_json(self.path / "study.json")  # type: ignore[no-any-return]
+        return read_json(self.path / "study.json")
 
     @property
     def model_name(self) -> str:
@@ -289,7 +289,7 @@ class Study:
         same = record and all(record[key] == value for key, value in json.loads(json.dumps(wanted)).items())
         if same and all((self.path / output).exists() for output in outputs):
             self.log(f"{stage}: up to date")
-            return record["result"]  # type: ignore[no-any-return]
+            return record["result"]
         with self._stage_lock(stage):
             self.log(f"{stage}: started")
             reset_peak_memory()

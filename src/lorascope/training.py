@@ -61,7 +61,7 @@ class TrainConfig:
     """Stop (and end the cosine) after so many steps."""
     batch: int = 16
     """Traces per step."""
-    token_budget: int = 4096
+    token_budget: int = 2048
     """Padded tokens per forward pass; a step's gradients are accumulated over as many passes as it takes."""
     warmup: float = 0.05
     """Share of the steps over which the learning rate rises."""
