@@ -6,6 +6,7 @@ The page's Content-Security-Policy allows exactly that style sheet and that scri
 import base64
 import hashlib
 import json
+from collections.abc import Callable
 from importlib import resources
 from typing import Any
 
@@ -15,24 +16,31 @@ from markupsafe import Markup
 from lorascope import __version__
 from lorascope.config import Options
 from lorascope.errors import RunFailed
-from lorascope.report import charts, figures_of, grids, marks, numbers, tokens
+from lorascope.report.charts import histogram
+from lorascope.report.figures_of import (
+    accuracy_bars,
+    card_names,
+    kl_bars,
+    layer_chart,
+    loss_chart,
+    patched_bars,
+    sae_chart,
+)
 from lorascope.report.gather import ReportConfig, gather
+from lorascope.report.grids import decoder_map, layer_map, strongest_writes
+from lorascope.report.marks import bar_mark, interval_words, scale_top, score_pair, share_bar
+from lorascope.report.numbers import duration, figures, memory, moment, percent, points, whole, whole_percent
+from lorascope.report.tokens import heat_tokens, plain_tokens
 from lorascope.study import Study, atomic_write_bytes
 
 LIMIT = 20 * 10**6
 """Largest report in bytes."""
-INPUTS = (
-    "adapter",
-    "train",
-    "eval",
-    "ablation",
-    "examples",
-    "explanations",
-    "sae",
-    "scalars",
-    "tokenizer",
-    "study.json",
-)
+INPUTS = ("adapter", "train", "eval", "ablation", "examples", "explanations", "sae", "scalars", "tokenizer")
+CHARTS = (accuracy_bars, card_names, kl_bars, layer_chart, loss_chart, patched_bars, sae_chart, histogram, layer_map)
+MARKS = (decoder_map, strongest_writes, bar_mark, interval_words, scale_top, score_pair, share_bar)
+TEXTS = (duration, figures, memory, moment, percent, points, whole, whole_percent, heat_tokens, plain_tokens)
+HELPERS: tuple[Callable[..., Any], ...] = (*CHARTS, *MARKS, *TEXTS)
+"""What templates may call."""
 
 
 def write_report(study: Study, config: ReportConfig, options: Options) -> dict[str, Any]:
@@ -61,7 +69,7 @@ def write_report(study: Study, config: ReportConfig, options: Options) -> dict[s
             "missing": missing_commands(data),
         }
 
-    inputs = [name for name in INPUTS if name != "study.json" and (study.path / name).exists()]
+    inputs = [name for name in INPUTS if (study.path / name).exists()]
     return study.run("report", config, options, inputs=inputs, outputs=["report.html"], work=work)
 
 
@@ -78,10 +86,7 @@ def render_html(data: dict[str, Any]) -> str:
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    for module in (numbers, marks, grids, tokens, charts, figures_of):
-        for name in module.__all__ if hasattr(module, "__all__") else dir(module):
-            if not name.startswith("_") and callable(getattr(module, name)):
-                environment.globals[name] = getattr(module, name)
+    environment.globals.update({helper.__name__: helper for helper in HELPERS})
     style, script = asset("report.css"), asset("report.js")
     payload = data["traces"].get("data", {"features": [], "traces": []})
     return environment.get_template("report.html.j2").render(
@@ -101,7 +106,8 @@ def asset(name: str) -> str:
 
 def policy(style: str, script: str) -> str:
     """A Content-Security-Policy that allows this style sheet and this script and nothing else."""
-    return f"default-src 'none'; style-src {hash_source(style)}; script-src {hash_source(script)}; img-src data:; base-uri 'none'; form-action 'none'"
+    own = f"style-src {hash_source(style)}; script-src {hash_source(script)}"
+    return f"default-src 'none'; {own}; base-uri 'none'; form-action 'none'"
 
 
 def hash_source(text: str) -> str:

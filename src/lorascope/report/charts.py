@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-from lorascope.report.numbers import figures, nice_ticks, whole
+from lorascope.report.numbers import figures, nice_ticks, tick, whole
 
 TOP, BOTTOM = 10, 26
 """Space above the plot, and below it for tick labels, in pixels."""
@@ -49,10 +49,10 @@ def grid_lines(y_ticks: Sequence[tuple[float, str]]) -> str:
 def x_axis(ticks: Sequence[float], low: float, high: float, base: float) -> str:
     """Tick labels under the plot; those at the ends are kept inside."""
     out = f'<line class="axis" x1="0" x2="100%" y1="{base}" y2="{base}"/>'
-    for tick in ticks:
-        part = (tick - low) / (high - low or 1)
+    for mark in ticks:
+        part = (mark - low) / (high - low or 1)
         anchor = "start" if part < 0.02 else "end" if part > 0.98 else "middle"
-        out += f'<text x="{100 * part:.2f}%" y="{base + 17}" text-anchor="{anchor}">{escape(figures(tick))}</text>'
+        out += f'<text x="{100 * part:.2f}%" y="{base + 17}" text-anchor="{anchor}">{escape(tick(mark))}</text>'
     return out
 
 
@@ -69,7 +69,7 @@ def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, title: s
     def y_of(value: float) -> float:
         return TOP + (base - TOP) * (1 - (value - y_low) / (y_high - y_low))
 
-    y_ticks = [(y_of(t), figures(t)) for t in nice_ticks(y_low, y_high, 5)]
+    y_ticks = [(y_of(t), tick(t)) for t in nice_ticks(y_low, y_high, 5)]
     plot = grid_lines(y_ticks) + x_axis(nice_ticks(x_low, x_high, 6), x_low, x_high, base)
     for one in series:
         if one.style == "dots":
@@ -81,7 +81,7 @@ def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, title: s
             line = " ".join(f"{1000 * (x - x_low) / (x_high - x_low or 1):.1f},{y_of(y):.1f}" for x, y in one.points)
             # a nested drawing that stretches; its strokes do not
             plot += (
-                f'<svg x="0" y="0" width="100%" height="{height}" viewBox="0 0 1000 {height}" preserveAspectRatio="none">'
+                f'<svg width="100%" height="{height}" viewBox="0 0 1000 {height}" preserveAspectRatio="none">'
                 f'<polyline class="line {one.style} {one.colour}" points="{line}"/></svg>'
             )
     legend = "".join(
@@ -127,7 +127,7 @@ def column_chart(
     def y_of(value: float) -> float:
         return TOP + (base - TOP) * (1 - max(0.0, value) / y_high)
 
-    y_ticks = [(y_of(t), figures(t)) for t in nice_ticks(0, y_high, 4)]
+    y_ticks = [(y_of(t), tick(t)) for t in nice_ticks(0, y_high, 4)]
     plot = grid_lines(y_ticks)
     every = 1 if n <= 12 else 5 if n <= 60 else 10
     for i, column in enumerate(columns):

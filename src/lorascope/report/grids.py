@@ -107,7 +107,8 @@ def frame_map(cells: str, layers: Sequence[Any], types: Sequence[str], attribute
     )
     wide = " wide" if len(layers) > 40 else ""
     return Markup(
-        f'<div class="chart mapframe{wide}"><svg class="yaxis" width="48" height="{height + 20}" aria-hidden="true">{names}</svg>'
+        f'<div class="chart mapframe{wide}">'
+        f'<svg class="yaxis" width="48" height="{height + 20}" aria-hidden="true">{names}</svg>'
         f'<div class="scroll"><svg width="100%" height="{height + 20}" {attributes}>{cells}{ticks}</svg></div>'
         f'<p class="xlabel">layer</p></div>'
     )
@@ -125,7 +126,8 @@ def colour_key(grid: Mapping[str, Any], ramp: Ramp) -> Markup:
     )
     scale = "logarithmic" if ramp.log else "linear"
     return Markup(
-        f'<ul class="legend"><li>{figures(ramp.low)}<svg width="{14 * STEPS}" height="10" aria-hidden="true">{swatches}</svg>'
+        f'<ul class="legend"><li>{figures(ramp.low)}'
+        f'<svg width="{14 * STEPS}" height="10" aria-hidden="true">{swatches}</svg>'
         f"{figures(ramp.high)} {escape(grid['unit'])} ({scale})</li>{note}</ul>"
     )
 

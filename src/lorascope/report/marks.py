@@ -73,16 +73,16 @@ def share_bar(shares: Mapping[str, float | None] | None) -> Markup:
 
 
 def score_pair(name: str, pair: Mapping[str, Any] | None) -> Markup:
-    """An explanation's own score beside the wrong explanation's, on a scale from 0.3 to 1 with chance marked."""
+    """An explanation's own score beside the wrong explanation's, from 0 to 1 with chance marked."""
     own, wrong = (pair or {}).get("own"), (pair or {}).get("wrong")
     if not own:
         return Markup("")
-    low, high = 0.3, 1.0
 
     def at(value: float) -> str:
-        return f"{100 * min(1.0, max(0.0, (value - low) / (high - low))):.2f}%"
+        return f"{100 * value:.2f}%"
 
-    parts = f'<line class="grid" x1="0" x2="100%" y1="11" y2="11"/><line class="chance" x1="{at(0.5)}" x2="{at(0.5)}" y1="2" y2="20"/>'
+    parts = '<line class="grid" x1="0" x2="100%" y1="11" y2="11"/>'
+    parts += '<line class="chance" x1="50%" x2="50%" y1="2" y2="20"/>'
     for score, kind in ((wrong, "wrong"), (own, "own")):
         if score:
             parts += (

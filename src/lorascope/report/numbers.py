@@ -25,6 +25,26 @@ def minus(text: str) -> str:
     return text.replace("-", "−")
 
 
+def tick(value: float) -> str:
+    """A round number without needless zeros, for axes."""
+    size = abs(value)
+    return (
+        figures(value, 2)
+        if 0 < size < 1e-3 or size >= 1e7
+        else minus(f"{value:,.6g}" if size < 1000 else f"{value:,.0f}")
+    )
+
+
+def whole_percent(value: float | None) -> str:
+    """A share as a whole percentage, for accuracies of some hundred problems."""
+    return "–" if value is None else minus(f"{100 * value:.0f}%")
+
+
+def moment(text: str | None) -> str:
+    """An ISO time as `2026-11-22 23:32 UTC`."""
+    return "–" if not text else text[:16].replace("T", " ") + (" UTC" if text.endswith("+00:00") else "")
+
+
 def percent(value: float | None) -> str:
     """A share as a percentage: whole from 10% on, else with one decimal."""
     if value is None:

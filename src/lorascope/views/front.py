@@ -86,7 +86,7 @@ def stand_out(study: Study) -> list[Json]:
     rows.sort(key=lambda row: row["detection_wrong"] - row["detection"])
     if rows:
         best = rows[0]
-        text = f"Explanation furthest above its control: {best['id']} ({best['text']}), detection "
-        text += f"{best['detection']:.2f} against {best['detection_wrong']:.2f}"
+        text = f"Of {len(rows)} scored explanations the furthest above its control: {best['id']} ({best['text']})"
+        text += f", detection {best['detection']:.2f} against {best['detection_wrong']:.2f}"
         found.append({"text": text, "feature": best["id"]})
     return found

@@ -79,9 +79,9 @@ def gain_sentence(label: str, gain: Json) -> str:
     """Whether a model answers more problems than base."""
     points = f"{signed(gain['value'])} points (95% interval {signed(gain['low'])} to {signed(gain['high'])})"
     if gain["low"] > 0:
-        return f"The {label} is better than the base model by {points}."
+        return f"The {label} answers more of them than the base model: {points}."
     if gain["high"] < 0:
-        return f"The {label} is worse than the base model: {points}."
+        return f"The {label} answers fewer of them than the base model: {points}."
     return f"The {label} differs from the base model by {points}; the interval includes 0, so no change is shown."
 
 
