@@ -374,7 +374,7 @@ def refuse_unknown(config: dict[str, Any], folder: Path) -> None:
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(("pissa", "olora", "corda", "loftq")):
         raise BadInput(
-            f"{folder} was initialised by {start}, which changes the base weights; convert it with PEFT to a plain LoRA."
+            f"{folder} was initialised by {start}, which changes the base weights; convert it to a plain LoRA."
         )
 
 
