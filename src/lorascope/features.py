@@ -26,7 +26,7 @@ LEVEL = 0.01
 LIKELY = 0.02
 """Share of tokens looked at to find that level: those above the 2% level of a sample of `SAMPLE_ROWS`."""
 SAMPLE_ROWS = 1 << 14
-LEVEL_BYTES = 1 << 28
+LEVEL_BYTES = 1 << 27
 """Memory for one group of features while their levels are found."""
 
 
@@ -164,15 +164,15 @@ def firing_levels(features: FeatureSet) -> Floats:
     taken in groups, with one reading of the store each.
     """
     levels_F = np.zeros(len(features.ids), np.float32)
-    ordinary_T = features.store.ordinary
-    n = int(ordinary_T.sum())
+    n = int(features.store.ordinary.sum())
     if features.latent or n == 0:
         return levels_F
     rank = int(n * LEVEL)  # so many tokens lie above the level
+    sample_SN = spaced_scalars(features.store, SAMPLE_ROWS)
     size = max(1, int(LEVEL_BYTES / (32 * LIKELY * n + 1)))
     for first in range(0, len(levels_F), size):
         group = np.arange(first, min(first + size, len(levels_F)))
-        low_G = likely_bound(features, group, ordinary_T)
+        low_G = likely_bounds(features.encode(sample_SN, group))
         counts_G, levels_F[group] = ranked_values(features, group, low_G, rank)
         again = group[(counts_G <= rank) & (low_G > 0)]  # the sample misled: their level is below its bound
         if len(again):
@@ -180,13 +180,21 @@ def firing_levels(features: FeatureSet) -> Floats:
     return levels_F
 
 
-def likely_bound(features: FeatureSet, group: npt.NDArray[np.intp], ordinary_T: npt.NDArray[np.bool_]) -> Floats:
-    """A bound that about 2% of the ordinary tokens exceed, from evenly spaced ones, float32 [len(group)]."""
-    positions = np.flatnonzero(ordinary_T)
-    z_TN = features.store.rows(positions[:: -(-len(positions) // SAMPLE_ROWS)])
-    acts_TG = features.encode(z_TN, group)
-    rank = int(len(acts_TG) * (1 - LIKELY))
-    bound_G: Floats = np.partition(acts_TG, rank, axis=0)[rank]
+def spaced_scalars(store: Store, most: int) -> Floats:
+    """Scalars of at most so many evenly spaced ordinary tokens, read in order so that memory stays small."""
+    positions = np.flatnonzero(store.ordinary)
+    positions = positions[:: -(-len(positions) // most)]
+    parts: list[Floats] = []
+    for start, z_TN in store.chunks():
+        first, stop = np.searchsorted(positions, [start, start + len(z_TN)])
+        parts.append(z_TN[positions[first:stop] - start])
+    return np.concatenate(parts)
+
+
+def likely_bounds(acts_SG: Floats) -> Floats:
+    """A bound for each column that about 2% of the tokens exceed, from a sample of their activations."""
+    rank = int(len(acts_SG) * (1 - LIKELY))
+    bound_G: Floats = np.partition(acts_SG, rank, axis=0)[rank]
     return bound_G
 
 

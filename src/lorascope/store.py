@@ -233,7 +233,9 @@ class Store:
             rows: most tokens per chunk (default: as fit the cache).
         """
         rows = rows or max(1, CHUNK_SCALARS // len(self.scale_N))
-        for start, half_TN in zip(self.starts, self.shards, strict=False):
+        for number, start in enumerate(self.starts[:-1]):
+            # a map of its own, dropped after its shard: pages that were read do not pile up in this process
+            half_TN = map_tensors(self.folder / shard_name(number))["z"]
             for first in range(0, len(half_TN), rows):
                 yield int(start) + first, self.decode(half_TN[first : first + rows])
 
