@@ -29,7 +29,7 @@ from lorascope.report.figures_of import (
 from lorascope.report.gather import ReportConfig, gather
 from lorascope.report.grids import decoder_map, layer_map, strongest_writes
 from lorascope.report.marks import bar_mark, interval_words, scale_top, score_pair, share_bar
-from lorascope.report.numbers import duration, figures, memory, moment, percent, points, whole, whole_percent
+from lorascope.report.numbers import duration, figures, memory, moment, percent, points, tick, whole, whole_percent
 from lorascope.report.tokens import heat_tokens, plain_tokens
 from lorascope.study import Study, atomic_write_bytes
 
@@ -38,7 +38,7 @@ LIMIT = 20 * 10**6
 INPUTS = ("adapter", "train", "eval", "ablation", "examples", "explanations", "sae", "scalars", "tokenizer")
 CHARTS = (accuracy_bars, card_names, kl_bars, layer_chart, loss_chart, patched_bars, sae_chart, histogram, layer_map)
 MARKS = (decoder_map, strongest_writes, bar_mark, interval_words, scale_top, score_pair, share_bar)
-TEXTS = (duration, figures, memory, moment, percent, points, whole, whole_percent, heat_tokens, plain_tokens)
+TEXTS = (duration, figures, tick, memory, moment, percent, points, whole, whole_percent, heat_tokens, plain_tokens)
 HELPERS: tuple[Callable[..., Any], ...] = (*CHARTS, *MARKS, *TEXTS)
 """What templates may call."""
 

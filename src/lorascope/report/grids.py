@@ -14,6 +14,7 @@ STEPS = 12
 SIGNED_STEPS = 6
 """Shades of either sign: classes n1 to n6 and p1 to p6."""
 CELL = 22
+SMALL_CELL = 14
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,8 @@ def decoder_map(decoder: Mapping[str, Any], title: str) -> Markup:
     if most == 0:
         return Markup('<p class="empty">It writes nothing.</p>')
     layers, types = decoder["layers"], decoder["types"]
-    size, cells = 12, [f'<rect class="blank" x="0" y="0" width="100%" height="{12 * len(types)}"/>']
+    size = SMALL_CELL
+    cells = [f'<rect class="blank" x="0" y="0" width="100%" height="{size * len(types)}"/>']
     for row, line in enumerate(values):
         for column, value in enumerate(line):
             if value is None or abs(value) < 0.04 * most:
