@@ -47,7 +47,7 @@ def make_traces(name: str, count: int, seed: int) -> list[Trace]:
         wait = "Wait, that is not right.\n" if rng.random() < 0.6 else ""
         thinking = f"I add {a} and {b}.\n{wait}{a} + {b} is {a + b}. So it is {a + b}.\nLet me check: yes."
         if i == 0:
-            thinking = f"{HOSTILE}\nZürich 日本 🙂. {thinking}"
+            thinking = f"{HOSTILE}\nZürich 日本 🦜. {thinking}"
         traces.append(Trace(f"{name}-{i}", f"What is {a} + {b}?", thinking, f"The answer is {a + b}.", str(a + b)))
     return traces
 

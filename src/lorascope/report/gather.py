@@ -12,7 +12,7 @@ import numpy as np
 from lorascope.errors import BadInput
 from lorascope.study import Study
 from lorascope.views import (
-    ablation,
+    ablation_view,
     direction_map,
     dropped,
     feature_page,
@@ -73,7 +73,7 @@ def gather(study: Study, config: ReportConfig, seed: int) -> Json:
         "overview": overview(study),
         "curves": training_curves(study),
         "map": direction_map(study, config.corpus),
-        "ablation": ablation(study),
+        "ablation": ablation_view(study),
         "sae": sae_page(study),
         "dropped": dropped(study),
         "made": provenance(study),

@@ -28,11 +28,9 @@ def minus(text: str) -> str:
 def tick(value: float) -> str:
     """A round number without needless zeros, for axes."""
     size = abs(value)
-    return (
-        figures(value, 2)
-        if 0 < size < 1e-3 or size >= 1e7
-        else minus(f"{value:,.6g}" if size < 1000 else f"{value:,.0f}")
-    )
+    if 0 < size < 1e-3 or size >= 1e7:
+        return figures(value, 2).removeprefix("1·")
+    return minus(f"{value:.6g}" if size < 1000 else f"{value:,.0f}")
 
 
 def whole_percent(value: float | None) -> str:
@@ -91,8 +89,3 @@ def nice_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= raw * 0.999)
     first = math.ceil(low / step - 1e-9)
     return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
-def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten inside [low, high], both above 0."""
-    return [10.0**e for e in range(math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9) + 1)]

@@ -89,6 +89,15 @@ for (const map of all("svg.map:not(.small)")) {
   });
 }
 
+// --- a table that is wider than the page can be scrolled by key ---
+const watchWidth = new ResizeObserver((entries) => {
+  for (const { target } of entries) {
+    if (target.scrollWidth > target.clientWidth) target.tabIndex = 0;
+    else target.removeAttribute("tabindex");
+  }
+});
+all(".scroll").forEach((box) => watchWidth.observe(box));
+
 // --- cards: j, k, /, filter ---
 const cards = all(".card");
 const filter = one("#filter");

@@ -3,7 +3,7 @@
 The report embeds what they give; each says what to run when its stage has not been.
 """
 
-from lorascope.views.ablation_tables import ablation
+from lorascope.views.ablation_tables import ablation_view
 from lorascope.views.curves import training_curves
 from lorascope.views.feature_list import feature_table
 from lorascope.views.front import overview
@@ -16,7 +16,7 @@ from lorascope.views.one_feature import feature_page
 from lorascope.views.one_trace import trace_page
 
 __all__ = [
-    "ablation",
+    "ablation_view",
     "direction_map",
     "dropped",
     "feature_page",

@@ -9,7 +9,7 @@ WAYS = ("direction", "layer", "type", "group")
 COMMAND = "lorascope ablate STUDY --by {}"
 
 
-def ablation(study: Study) -> Json:
+def ablation_view(study: Study) -> Json:
     """All ablation tables of a study.
 
     Returns:
