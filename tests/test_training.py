@@ -15,10 +15,11 @@ from lorascope import training
 from lorascope.adapter import Adapter
 from lorascope.attached import attach
 from lorascope.config import Options
-from lorascope.creation import NewConfig, create_study, split_by_question, task_weights
+from lorascope.creation import NewConfig, create_study, split_by_question
 from lorascope.errors import BadInput
 from lorascope.models import load_model
 from lorascope.study import Study
+from lorascope.tasks import read_weights
 from lorascope.traces import Trace
 from lorascope.training import Learner, TrainConfig, batch_tensors, control_traces, plan_steps, rate_at, train
 from tiny_folder import save_tiny
@@ -182,9 +183,9 @@ def test_no_question_is_on_both_sides() -> None:
 
 
 def test_task_weights_are_read() -> None:
-    assert task_weights("multiply=2, chain") == {"multiply": 2.0, "chain": 1.0}
+    assert read_weights("multiply=2, chain") == {"multiply": 2.0, "chain": 1.0}
     with pytest.raises(BadInput, match="not a task with a weight"):
-        task_weights("multiply=x")
+        read_weights("multiply=x")
 
 
 def test_a_study_that_cannot_be_made_leaves_nothing(tmp_path: Path, model_folder: Path) -> None:

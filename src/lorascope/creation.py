@@ -15,7 +15,7 @@ from lorascope.config import Options
 from lorascope.errors import BadInput
 from lorascope.models import load_tokenizer
 from lorascope.study import Study, write_json
-from lorascope.tasks import make_problems, to_trace
+from lorascope.tasks import make_problems, read_weights, to_trace
 from lorascope.traces import Trace, read_traces, write_traces
 
 
@@ -99,7 +99,7 @@ def fill_study(study: Study, config: NewConfig, options: Options) -> dict[str, A
 def split_source(config: NewConfig, seed: int) -> tuple[list[Trace], list[Trace]]:
     """(train, held-out) traces that share no question."""
     if config.traces.startswith("tasks:"):
-        families = task_weights(config.traces.removeprefix("tasks:"))
+        families = read_weights(config.traces.removeprefix("tasks:"))
         n_heldout = round(config.heldout if config.heldout > 1 else config.heldout * config.train_problems)
         level = config.difficulty
         train = make_problems(families, config.train_problems, seed, level, "train")
@@ -109,18 +109,6 @@ def split_source(config: NewConfig, seed: int) -> tuple[list[Trace], list[Trace]
     return split_by_question(
         read_traces(config.traces, limit=config.limit, response_template=template), config.heldout, seed
     )
-
-
-def task_weights(text: str) -> dict[str, float]:
-    """`{"multiply": 2.0, "chain": 1.0}` from `multiply=2,chain`."""
-    weights: dict[str, float] = {}
-    for part in text.split(","):
-        name, _, weight = part.strip().partition("=")
-        try:
-            weights[name] = float(weight or 1)
-        except ValueError as error:
-            raise BadInput(f"{part!r} is not a task with a weight, such as multiply=2.") from error
-    return weights
 
 
 def split_by_question(traces: Sequence[Trace], heldout: float, seed: int) -> tuple[list[Trace], list[Trace]]:

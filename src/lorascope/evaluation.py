@@ -23,7 +23,7 @@ from lorascope.generation import Sampling, generate_batch
 from lorascope.models import load_model
 from lorascope.recovery import recovery_rows
 from lorascope.study import Study, atomic_write_text, write_json
-from lorascope.tasks import FAMILIES, Problem, make_problems, read_questions, score
+from lorascope.tasks import FAMILIES, Problem, make_problems, read_questions, read_weights, score
 from lorascope.traces import MARKUPS, Renderer, Trace, pad_ids
 
 PLAIN_TEXT = Path(__file__).parent / "plain_text.txt"
@@ -34,7 +34,7 @@ class EvaluateConfig:
     """Measure accuracy of the base model, the adapter and the full finetune on the same problems."""
 
     on: str
-    """What to evaluate on: task families (multiply,chain), rg:NAME, or files of questions and answers."""
+    """What to evaluate on: task families (chain=2,letters), rg:NAME, or files of questions and answers."""
     n: int = 160
     """Problems in all from task families; at most so many from each file."""
     difficulty: int = 1
@@ -107,7 +107,7 @@ def gather_problems(config: EvaluateConfig, seed: int) -> list[Problem]:
     """The problems of all named tasks and files. Problems of families are from their held-out side."""
     names = [name.strip() for name in config.on.split(",") if name.strip()]
     files = [name for name in names if Path(name).suffix in (".jsonl", ".json", ".gz", ".parquet")]
-    families = [name for name in names if name not in files]
+    families = read_weights(",".join(name for name in names if name not in files)) if len(names) > len(files) else {}
     unknown = [name for name in families if name not in FAMILIES and not name.startswith("rg:")]
     if unknown or not names:
         raise BadInput(

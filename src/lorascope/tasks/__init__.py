@@ -1,7 +1,15 @@
 """Verifiable tasks with worked traces, question files, and the verifiers of both."""
 
 from lorascope.tasks.answers import score
-from lorascope.tasks.catalogue import DIFFICULTIES, FAMILIES, family_named, make_problems, split_of, to_trace
+from lorascope.tasks.catalogue import (
+    DIFFICULTIES,
+    FAMILIES,
+    family_named,
+    make_problems,
+    read_weights,
+    split_of,
+    to_trace,
+)
 from lorascope.tasks.problem import Family, Problem, Score, Slip
 from lorascope.tasks.questions import read_questions
 
@@ -15,6 +23,7 @@ __all__ = [
     "family_named",
     "make_problems",
     "read_questions",
+    "read_weights",
     "score",
     "split_of",
     "to_trace",

@@ -98,6 +98,21 @@ def make_problems(
     return problems
 
 
+def read_weights(text: str) -> dict[str, float]:
+    """`{"multiply": 2.0, "chain": 1.0}` from `multiply=2,chain`.
+
+    Raises BadInput for a weight that is not a number.
+    """
+    weights: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, weight = part.strip().partition("=")
+        try:
+            weights[name] = float(weight or 1)
+        except ValueError as error:
+            raise BadInput(f"{part!r} is not a task with a weight, such as multiply=2.") from error
+    return weights
+
+
 def to_trace(problem: Problem) -> Trace:
     """The worked trace of a problem, in the form that training and recording take."""
     return Trace(
