@@ -165,6 +165,6 @@ def histogram(edges: Sequence[float], counts: Sequence[int], *, level: float | N
     return Markup(
         f'<div class="histogram"><svg width="100%" height="{height}" role="img" aria-label="{escape(title)}">{bars}'
         f'<line class="axis" x1="0" x2="100%" y1="{height}" y2="{height}"/></svg>'
-        f'<p class="ends"><span>{figures(edges[0], 2)}</span><span>most in a bin: {whole(most)}</span>'
+        f'<p class="ends"><span>{figures(edges[0], 2)}</span><span>activation, log scale; tallest {whole(most)}</span>'
         f"<span>{figures(edges[-1], 2)}</span></p></div>"
     )
