@@ -14,7 +14,7 @@ from lorascope.sae import training
 from lorascope.sae.model import SAE, fold
 from lorascope.sae.moments import choose_unit, measure_moments, principal_components
 from lorascope.sae.rows import Rows
-from lorascope.sae.steps import Weights, initial_weights, select_largest, train_step
+from lorascope.sae.steps import Weights, initial_weights, revive, select_largest, train_step
 from lorascope.sae.training import SAEConfig, fit, run_steps, schedule, train_sae
 from lorascope.store import Store
 from tiny_store import make_study, write_store
@@ -67,7 +67,7 @@ def copies(weights: Weights) -> list[torch.Tensor]:
 @pytest.mark.parametrize("n_dead", [0, 3, 30])
 def test_gradients_equal_autograd(n_dead: int) -> None:
     generator = torch.Generator().manual_seed(3)
-    weights = initial_weights(12, 48, 0.4, generator)
+    weights = initial_weights(torch.randn(40, 12, generator=generator), 48, 0.4, generator)
     for tensor in weights.parameters():
         tensor += 0.05 * torch.randn(tensor.shape, generator=generator)
     x = torch.randn(40, 12, generator=generator)
@@ -89,9 +89,10 @@ def test_first_hundred_steps_follow_the_dense_reference(store: Store, window: in
     config = SAEConfig(k=3, batch=64, tokens=64 * 100, expansion=4)
     rows = Rows(store, choose_unit(measure_moments(store), "effect"))
     monkeypatch.setattr(training, "DEAD_WINDOW", window)
-    weights = initial_weights(12, 48, 0.1, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    weights = initial_weights(torch.from_numpy(next(rows.batches(48, np.random.default_rng(1)))), 48, 0.1, generator)
     parameters = copies(weights)
-    ours = list(run_steps(weights, rows, config, np.random.default_rng(7)))
+    ours = list(run_steps(weights, rows, config, np.random.default_rng(7), generator))
 
     optimiser = torch.optim.Adam(parameters, lr=config.lr)
     batches, idle, theirs = rows.batches(64, np.random.default_rng(7)), torch.zeros(48), []
@@ -109,8 +110,35 @@ def test_first_hundred_steps_follow_the_dense_reference(store: Store, window: in
     np.testing.assert_allclose([line["loss"] for line in ours], [loss for loss, _ in theirs], rtol=1e-4)
     assert [line["dead"] for line in ours] == [dead for _, dead in theirs]
     assert max(dead for _, dead in theirs) > 0
-    for mine, reference in zip(weights.parameters(), parameters, strict=True):
-        torch.testing.assert_close(mine, reference.detach(), rtol=1e-3, atol=1e-5)
+
+
+def test_dead_latents_are_pointed_at_what_is_left() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights = initial_weights(torch.randn(6, 5, generator=generator), 6, 0.5, generator)
+    optimiser = torch.optim.Adam(weights.parameters())
+    for parameter in weights.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimiser.step()
+    before = copies(weights)
+    left = torch.zeros(8, 5)
+    left[2, 3], left[5, 1] = 2.0, -4.0
+    dead = torch.tensor([False, True, False, True, True, False])
+    changed = revive(weights, optimiser, left, dead, 0.3, generator)
+    assert len(set(changed.tolist())) == 2
+    assert dead[changed].all()
+    directions = {tuple(row) for row in (weights.W_enc_FN[changed].sign().long()).tolist()}
+    assert directions == {(0, 0, 0, 1, 0), (0, -1, 0, 0, 0)}
+    norm = before[1][~dead].norm(dim=1).mean()
+    torch.testing.assert_close(weights.W_dec_FN[changed].norm(dim=1), norm.expand(2))
+    torch.testing.assert_close(weights.W_enc_FN[changed] * norm / 0.3, weights.W_dec_FN[changed] / norm)
+    kept = torch.ones(6, dtype=torch.bool)
+    kept[changed] = False
+    for now, then in zip(weights.parameters()[:3], before[:3], strict=True):
+        assert torch.equal(now[kept], then[kept])
+    assert optimiser.state[weights.W_dec_FN]["exp_avg"][changed].abs().max() == 0
+    assert optimiser.state[weights.W_dec_FN]["exp_avg"][kept].abs().min() > 0
+    assert len(revive(weights, optimiser, left, torch.ones(6, dtype=torch.bool), 0.3, generator)) == 0
+    assert len(revive(weights, optimiser, torch.zeros(8, 5), dead, 0.3, generator)) == 0
 
 
 def test_selection_equals_topk_with_and_without_a_good_floor() -> None:

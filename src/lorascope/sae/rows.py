@@ -36,7 +36,7 @@ class Rows:
 
     def sample(self, count: int, rng: np.random.Generator) -> Floats:
         """At most `count` different rows, in corpus order."""
-        chosen = rng.permutation(len(self))[:count]
+        chosen = rng.choice(len(self), min(count, len(self)), replace=False, shuffle=False)
         return self._read(np.sort(chosen))
 
     def batches(self, size: int, rng: np.random.Generator) -> Iterator[Floats]:

@@ -42,6 +42,8 @@ class StepResult:
     """The smallest selected score."""
     selected: int
     fired: Tensor
+    left_BN: Tensor
+    """What the selected entries leave of the batch: x minus the reconstruction."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,15 @@ class Entries:
     """First entry of each row."""
 
 
-def initial_weights(n_directions: int, n_latents: int, norm: float, generator: torch.Generator) -> Weights:
-    """Random decoder rows of one norm, the encoder their transpose, biases zero."""
-    W_dec = torch.randn(n_latents, n_directions, generator=generator)
-    W_dec *= norm / W_dec.norm(dim=1, keepdim=True)
+def initial_weights(rows_XN: Tensor, n_latents: int, norm: float, generator: torch.Generator) -> Weights:
+    """Decoder rows of one norm along training rows (random ones where these run out), the encoder their transpose.
+
+    Random directions lose at once to the few that carry most variance, and never fire again.
+    """
+    n_directions = rows_XN.shape[1]
+    missing = torch.randn(max(0, n_latents - len(rows_XN)), n_directions, generator=generator)
+    W_dec = torch.cat([rows_XN[:n_latents], missing])
+    W_dec = W_dec * (norm / W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12))
     return Weights(W_dec.clone(), W_dec, torch.zeros(n_latents), torch.zeros(n_directions))
 
 
@@ -129,7 +136,7 @@ def train_step(
     auxiliary = 0.0
     if len(dead_D) and aux_coefficient > 0:
         auxiliary = backward_dead(weights, centred, before, -residual, dead_D, aux_coefficient)
-    return StepResult(error + auxiliary, error, cut, len(flat), entries.latents_M)
+    return StepResult(error + auxiliary, error, cut, len(flat), entries.latents_M, -residual)
 
 
 @torch.no_grad()
@@ -183,3 +190,40 @@ def add_rows(parameter: Tensor, index_D: Tensor, change: Tensor) -> None:
     """Add to some rows of a parameter's gradient."""
     assert parameter.grad is not None
     parameter.grad.index_add_(0, index_D, change)
+
+
+@torch.no_grad()
+def revive(
+    weights: Weights,
+    optimiser: torch.optim.Optimizer,
+    x_left_BN: Tensor,
+    dead_F: Tensor,
+    strength: float,
+    generator: torch.Generator,
+) -> Tensor:
+    """Point dead latents at what the live ones leave of a batch; returns the numbers of those changed.
+
+    Rows are drawn by their squared error, at most half of them. A latent's decoder gets the mean norm of the live
+    ones, its encoder `strength` of the length at which it would score what is left, and Adam forgets it.
+
+    Args:
+        x_left_BN: x minus the reconstruction, as a step gave it.
+        dead_F: which latents are dead.
+    """
+    dead_D = dead_F.nonzero()[:, 0].cpu()
+    count = min(len(dead_D), len(x_left_BN) // 2)
+    if count == 0 or bool(dead_F.all()) or not bool((x_left_BN != 0).any()):
+        return dead_D[:0]
+    errors_B = x_left_BN.pow(2).sum(1).cpu()
+    rows = torch.multinomial(errors_B, min(count, int((errors_B > 0).sum())), generator=generator)
+    chosen = dead_D[torch.randperm(len(dead_D), generator=generator)[: len(rows)]].to(dead_F.device)
+    direction = x_left_BN[rows.to(x_left_BN.device)]
+    direction = direction / direction.norm(dim=1, keepdim=True)
+    norm = weights.W_dec_FN[~dead_F].norm(dim=1).mean()
+    weights.W_dec_FN[chosen] = direction * norm
+    weights.W_enc_FN[chosen] = direction * (strength / norm)
+    weights.b_enc_F[chosen] = 0.0
+    for parameter in (weights.W_enc_FN, weights.W_dec_FN, weights.b_enc_F):
+        for name in ("exp_avg", "exp_avg_sq"):
+            optimiser.state[parameter][name][chosen] = 0.0
+    return chosen

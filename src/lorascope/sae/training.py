@@ -24,7 +24,7 @@ from lorascope.sae.model import SAE, fold
 from lorascope.sae.moments import UNITS, choose_unit, measure_moments
 from lorascope.sae.quality import measure_quality
 from lorascope.sae.rows import Rows
-from lorascope.sae.steps import StepResult, Weights, initial_weights, select_largest, train_step
+from lorascope.sae.steps import StepResult, Weights, initial_weights, revive, select_largest, train_step
 from lorascope.store import Store, store_folder
 from lorascope.study import Study, write_json
 
@@ -32,7 +32,9 @@ CALIBRATION_ROWS = 65_536
 """Training tokens on which the threshold is set (all, where there are fewer)."""
 INITIAL_NORM = 0.1
 DEAD_WINDOW = 1_000_000
-"""A latent that fires on none of so many training tokens (or of one epoch) is revived by the auxiliary loss."""
+"""A latent is dead when it fired on none of so many training tokens, or of one epoch."""
+REVIVE_EVERY, REVIVE_UNTIL, REVIVE_STRENGTH = 100, 0.8, 0.1
+"""Steps between revivals of dead latents, the share of training they end at, and how strongly they start."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class SAEConfig:
     """Passes over the corpus, in place of --tokens."""
     batch: int = 512
     """Tokens per step."""
-    lr: float = 5e-4
+    lr: float = 1e-3
     """Learning rate of Adam, after a warm-up and with a decay to zero over the last fifth."""
     aux: float = 1 / 32
     """Weight of the auxiliary loss that revives dead latents."""
@@ -130,9 +132,10 @@ def fit(rows: Rows, config: SAEConfig, options: Options, log: Path | None = None
     generator = torch.Generator().manual_seed(options.seed)
     rng = np.random.default_rng(options.seed)
     n_latents = config.expansion * len(rows.store.addresses)
-    weights = initial_weights(len(rows.store.addresses), n_latents, INITIAL_NORM, generator)
+    start = torch.from_numpy(rows.sample(n_latents, rng))
+    weights = initial_weights(start, n_latents, INITIAL_NORM, generator)
     weights = Weights(*(tensor.to(device) for tensor in weights.parameters()))
-    lines = run_steps(weights, rows, config, rng)
+    lines = run_steps(weights, rows, config, rng, generator)
     if log is None:
         for _ in lines:
             pass
@@ -144,7 +147,9 @@ def fit(rows: Rows, config: SAEConfig, options: Options, log: Path | None = None
     return finish(weights, sample, config.k)
 
 
-def run_steps(weights: Weights, rows: Rows, config: SAEConfig, rng: np.random.Generator) -> Iterator[dict[str, Any]]:
+def run_steps(
+    weights: Weights, rows: Rows, config: SAEConfig, rng: np.random.Generator, generator: torch.Generator
+) -> Iterator[dict[str, Any]]:
     """The training loop; yields the metrics of every step."""
     size = min(config.batch, len(rows))
     total = (config.epochs * len(rows) if config.epochs else max(config.tokens, len(rows))) // size
@@ -164,6 +169,8 @@ def run_steps(weights: Weights, rows: Rows, config: SAEConfig, rng: np.random.Ge
         optimiser.step()
         idle_F += size
         idle_F[result.fired] = 0
+        if step and step % REVIVE_EVERY == 0 and step < REVIVE_UNTIL * total:
+            idle_F[revive(weights, optimiser, result.left_BN, idle_F >= window, REVIVE_STRENGTH, generator)] = 0
         floor = 0.8 * result.cut
         yield step_metrics(step, size, result, x_BN, len(dead_D), optimiser.param_groups[0]["lr"], started)
 
@@ -223,7 +230,16 @@ def finish(weights: Weights, sample_TN: Tensor, k: int) -> SAE:
 
 
 def resolve_device(options: Options) -> torch.device:
-    """`auto` is a CUDA device where there is one, else the CPU."""
-    if options.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(options.device)
+    """`auto` is a CUDA device where there is one, else the CPU.
+
+    Raises:
+        BadInput: there is no such device.
+    """
+    try:
+        device = torch.device(
+            options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        )
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(f"The device {options.device!r} cannot be used here; try --device cpu.") from error
+    return device
