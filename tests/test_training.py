@@ -15,13 +15,13 @@ from lorascope import training
 from lorascope.adapter import Adapter
 from lorascope.attached import attach
 from lorascope.config import Options
-from lorascope.creation import NewConfig, create_study, split_by_question
+from lorascope.creation import NewConfig, create_study
 from lorascope.errors import BadInput
 from lorascope.models import load_model
 from lorascope.study import Study
-from lorascope.tasks import read_weights
 from lorascope.traces import Trace
-from lorascope.training import Learner, TrainConfig, batch_tensors, control_traces, plan_steps, rate_at, train
+from lorascope.training import Learner, TrainConfig, train
+from lorascope.training_plan import batch_tensors, control_traces, plan_steps, rate_at
 from tiny_folder import save_tiny
 
 FAST: dict[str, Any] = {"epochs": 2.0, "batch": 4, "eval_every": 4, "save_every": 3, "eval_traces": 4}
@@ -130,11 +130,11 @@ def test_subsets_and_ranks_train_only_what_was_asked_for(tmp_path: Path, model_f
 
 def test_every_trace_is_used_once_an_epoch_and_seeds_differ() -> None:
     lengths = list(np.random.default_rng(0).integers(5, 90, 50))
-    config = TrainConfig(epochs=2.0, batch=8)
-    steps = plan_steps(lengths, config, 0)
+    steps = plan_steps(lengths, 8, 2.0, None, 0)
     per_epoch = math.ceil(50 / 8)
     assert sorted(i for step in steps[:per_epoch] for i in step) == list(range(50))
-    assert steps == plan_steps(lengths, config, 0) != plan_steps(lengths, config, 1)
+    assert steps == plan_steps(lengths, 8, 2.0, None, 0) != plan_steps(lengths, 8, 2.0, None, 1)
+    assert plan_steps(lengths, 8, 2.0, 3, 0) == steps[:3]
 
 
 def test_the_rate_rises_then_falls_to_zero() -> None:
@@ -171,24 +171,3 @@ def test_bad_options_are_one_sentence(tmp_path: Path, model_folder: Path, change
     with pytest.raises(BadInput, match=words):
         train(study, TrainConfig(max_steps=1, **(FAST | change)), Options())
     assert not (study.path / "adapter").exists()
-
-
-def test_no_question_is_on_both_sides() -> None:
-    traces = [Trace(str(i), f"What  is {i // 2}?" if i % 2 else f"what is {i // 2}?", "t", "a") for i in range(40)]
-    train_side, heldout = split_by_question(traces, 0.25, 0)
-    assert len(train_side) + len(heldout) == 40
-    numbers = [{t.question.split()[-1] for t in side} for side in (train_side, heldout)]
-    assert not numbers[0] & numbers[1]
-    assert len(heldout) == 10
-
-
-def test_task_weights_are_read() -> None:
-    assert read_weights("multiply=2, chain") == {"multiply": 2.0, "chain": 1.0}
-    with pytest.raises(BadInput, match="not a task with a weight"):
-        read_weights("multiply=x")
-
-
-def test_a_study_that_cannot_be_made_leaves_nothing(tmp_path: Path, model_folder: Path) -> None:
-    with pytest.raises(BadInput):
-        create_study(tmp_path / "s", NewConfig(str(model_folder), str(tmp_path / "missing.jsonl")), Options())
-    assert not (tmp_path / "s").exists()

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lorascope.errors import BadInput
+from lorascope.peft_files import module_scale, pair_tensors, read_config
 
 SHORT_NAMES = {
     "q_proj": "q",
@@ -333,86 +334,3 @@ def parse_layers(text: str, count: int) -> set[int]:
     if outside := sorted(n for n in numbers if n >= count):
         raise BadInput(f"The model has layers 0-{count - 1}; there is no layer {outside[0]}.")
     return numbers
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The checked `adapter_config.json` of a PEFT LoRA."""
-    file = folder / "adapter_config.json"
-    if not file.is_file():
-        raise BadInput(f"{folder} is not a PEFT adapter: adapter_config.json is missing.")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BadInput(f"{file} is not valid JSON ({error}).") from error
-    refuse_unknown(config, folder)
-    return config
-
-
-def refuse_unknown(config: dict[str, Any], folder: Path) -> None:
-    """Refuse by name what a read and a write vector per direction cannot express."""
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise BadInput(f"{folder} is a {kind} adapter; lorascope reads LORA adapters only.")
-    if config.get("bias", "none") not in ("none", None):
-        raise BadInput(f"{folder} trains biases (bias={config['bias']!r}), which are not directions; use bias='none'.")
-    refused = {
-        "use_dora": "DoRA rescales the whole weight",
-        "modules_to_save": "whole modules were trained beside the LoRA",
-        "lora_bias": "the LoRA has biases",
-        "target_parameters": "it adapts bare parameters (fused experts)",
-        "trainable_token_indices": "token embeddings were trained beside the LoRA",
-        "alora_invocation_tokens": "an activated LoRA is off for part of the text",
-        "layer_replication": "it replicates layers of the base",
-        "corda_config": "CorDA changes the base weights",
-        "use_qalora": "QA-LoRA pools the input",
-        "use_bdlora": "block-diagonal LoRA has no plain read vectors",
-        "arrow_config": "Arrow routes between adapters",
-    }
-    for key, why in refused.items():
-        if config.get(key):
-            raise BadInput(f"{folder} cannot be read as directions: {key} is set ({why}).")
-    start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(("pissa", "olora", "corda", "loftq")):
-        raise BadInput(
-            f"{folder} was initialised by {start}, which changes the base weights; convert it to a plain LoRA."
-        )
-
-
-def pair_tensors(tensors: dict[str, Tensor], folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """`{module path: (a [R, I], b [O, R])}` from PEFT's keys; any other key is refused by name."""
-    halves: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight", key)
-        if not match:
-            raise BadInput(f"{folder} holds a tensor that is not a LoRA matrix: {key}.")
-        if tensor.ndim != 2:
-            raise BadInput(f"{folder}: {key} has {tensor.ndim} dimensions; only LoRA of linear layers is read.")
-        halves.setdefault(match[1], {})[match[2]] = tensor
-    pairs = {}
-    for path, half in halves.items():
-        if set(half) != {"A", "B"}:
-            raise BadInput(f"{folder}: {path} has lora_{next(iter(half))} only; the file is incomplete.")
-        a_RI, b_OR = half["A"], half["B"]
-        if a_RI.shape[0] != b_OR.shape[1]:
-            raise BadInput(f"{folder}: the ranks of lora_A and lora_B of {path} differ.")
-        pairs[path] = (a_RI, b_OR)
-    if not pairs:
-        raise BadInput(f"{folder} holds no LoRA matrices.")
-    return pairs
-
-
-def module_scale(config: dict[str, Any], path: str, rank: int) -> float:
-    """`alpha/r`, or `alpha/√r` for rsLoRA, with PEFT's patterns (a key matches the end of the module's path)."""
-    r = pattern_value(config.get("rank_pattern"), path, config.get("r", rank))
-    if r != rank:
-        raise BadInput(f"adapter_config.json says rank {r} for {path}, but its matrices have rank {rank}.")
-    alpha = pattern_value(config.get("alpha_pattern"), path, config.get("lora_alpha", 8))
-    return float(alpha) / (math.sqrt(r) if config.get("use_rslora") else r)
-
-
-def pattern_value(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:
-    """PEFT's rule for rank_pattern and alpha_pattern: the first key that equals, or as a regex ends, the path."""
-    for key, value in (patterns or {}).items():
-        if key == path or re.match(rf"(.*\.)?({key})$", path):
-            return value
-    return default

@@ -29,6 +29,8 @@ class NewConfig:
     """Reasoning traces (JSON, JSON Lines, Parquet, gzip, hub:NAME), or tasks:multiply,chain,… to make them."""
     adapter: str = ""
     """Folder of a PEFT LoRA to study; without it, train one with lorascope train."""
+    basis: str = "given"
+    """Basis of an adapter of rank above 1: given (its rows mean little one by one), or svd (the same change, exactly)."""
     heldout: float = 0.1
     """Share of the traces to hold out, or their number when above 1."""
     train_problems: int = 1000
@@ -55,6 +57,8 @@ def create_study(path: str | Path, config: NewConfig, options: Options) -> dict[
     Raises:
         BadInput: the folder exists, or the model, the traces or the adapter cannot be read.
     """
+    if config.basis not in ("given", "svd"):
+        raise BadInput(f"--basis is given or svd, not {config.basis!r}.")
     path = Path(path)
     existed = path.exists()
     study = Study.create(
@@ -89,8 +93,10 @@ def fill_study(study: Study, config: NewConfig, options: Options) -> dict[str, A
         corpora[name] = {"source": config.traces, "traces": len(traces), "tokens": tokens, "length_rule": counts}
     study.update_manifest(corpora=corpora)
     if config.adapter:
-        Adapter.load(config.adapter).save(study.path / "adapter")
-        study.update_manifest(adapter=config.adapter)
+        adapter = Adapter.load(config.adapter)
+        adapter = adapter.to_svd_basis() if config.basis == "svd" else adapter
+        adapter.save(study.path / "adapter")
+        study.update_manifest(adapter=config.adapter, basis=config.basis if adapter.basis_dependent else None)
     study.log(f"new: {corpora}")
     write_json(study.path / "summary.json", {})
     return {"study": str(study.path), "corpora": corpora}

@@ -26,7 +26,7 @@ TASKS = "chain=3,letters=3,sort"
 STEPS = 48
 BATCH = 16
 PROBLEMS = 160
-ABLATION_TRACES = 12
+ABLATION_TRACES = 8
 
 
 @dataclass(frozen=True)

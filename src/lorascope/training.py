@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -30,7 +29,8 @@ from lorascope.kl import assistant_positions
 from lorascope.models import load_model
 from lorascope.progress import progress
 from lorascope.study import Study, digest, write_json
-from lorascope.traces import Rendered, Trace, pad_ids, plan_batches
+from lorascope.traces import Rendered, plan_batches
+from lorascope.training_plan import batch_tensors, control_traces, plan_steps, rate_at
 
 HEAD_CHUNK = 512
 """Supervised positions whose logits exist at once."""
@@ -171,25 +171,6 @@ def tagged(name: str, rate: float) -> str:
     return f"{stem}-lr{rate:g}{dot}{end}"
 
 
-def control_traces(traces: Sequence[Trace], control: str, seed: int) -> list[Trace]:
-    """Training traces of a control: without their thinking, or with that of another problem of the family."""
-    if control == "answers":
-        return [replace(trace, thinking="") for trace in traces]
-    if control != "shuffled":
-        return list(traces)
-    rng = np.random.default_rng(seed)
-    families: dict[str | None, list[int]] = {}
-    for index, trace in enumerate(traces):
-        families.setdefault(trace.family, []).append(index)
-    donors = list(range(len(traces)))
-    for members in families.values():
-        # A cyclic shift of a random order: nobody keeps the own trace (where there is another one).
-        order = rng.permutation(members).tolist()
-        for trace, donor in zip(order, order[1:] + order[:1], strict=True):
-            donors[trace] = donor
-    return [replace(trace, thinking=traces[donor].thinking) for trace, donor in zip(traces, donors, strict=True)]
-
-
 class Learner(nn.Module):
     """The model with what is trained in it; its forward is the summed loss of a batch.
 
@@ -245,45 +226,6 @@ def detached(adapter: Adapter) -> Adapter:
         modules=tuple(
             replace(m, a_RI=m.a_RI.detach().cpu().clone(), b_OR=m.b_OR.detach().cpu().clone()) for m in adapter.modules
         ),
-    )
-
-
-def plan_steps(lengths: Sequence[int], config: TrainConfig, seed: int) -> list[list[int]]:
-    """Which traces each step takes: every epoch all of them once, in batches of like length, in a seeded order.
-
-    Lengths are sorted within windows of 8 batches, so that padding is small and order still random.
-    """
-    rng = np.random.default_rng(seed)
-    total = math.ceil(len(lengths) * config.epochs / config.batch)
-    total = total if config.max_steps is None else min(total, config.max_steps)
-    steps: list[list[int]] = []
-    while len(steps) < total:
-        order = rng.permutation(len(lengths))
-        batches = []
-        for window in np.array_split(order, math.ceil(len(order) / (8 * config.batch))):
-            window = window[np.argsort([lengths[i] for i in window], kind="stable")]
-            batches += [window[i : i + config.batch].tolist() for i in range(0, len(window), config.batch)]
-        steps += [batches[i] for i in rng.permutation(len(batches))]
-    return steps[:total]
-
-
-def rate_at(step: int, total: int, peak: float, warmup: float) -> float:
-    """Learning rate of step 0..total-1: linear over the warm-up, then a cosine to zero."""
-    rise = max(1, round(warmup * total))
-    if step < rise:
-        return peak * (step + 1) / rise
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise)))
-
-
-def batch_tensors(traces: Sequence[Rendered], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """`(ids [B, T], rows [M], positions [M])` of the supervised positions of some traces."""
-    ids_BT, _ = pad_ids([trace.ids for trace in traces], 0)
-    positions = [assistant_positions(trace) for trace in traces]
-    rows = np.repeat(np.arange(len(traces)), [len(p) for p in positions])
-    return (
-        ids_BT.to(device),
-        torch.from_numpy(rows).to(device),
-        torch.from_numpy(np.concatenate(positions)).to(device),
     )
 
 
@@ -371,7 +313,8 @@ def train_once(study: Study, config: TrainConfig, options: Options, rate: float,
     heldout = heldout[: config.eval_traces]
     torch.manual_seed(options.seed)
     adapter = None if config.full else trainable_adapter(model, config, options.seed, study.model_name)
-    steps = plan_steps([len(r.ids) for r in rendered], config, options.seed)
+    lengths = [len(r.ids) for r in rendered]
+    steps = plan_steps(lengths, config.batch, config.epochs, config.max_steps, options.seed)
     key = digest([asdict(config), rate, options.seed, study.fingerprint("traces/train.jsonl")])
     with ExitStack() as stack:
         if adapter is not None:
