@@ -20,6 +20,7 @@ from lorascope.views import (
     ablation_view,
     direction_map,
     dropped,
+    explanation_scores,
     feature_page,
     feature_table,
     overview,
@@ -37,6 +38,7 @@ from lorascope.views.reading import json_lines, ready
 from report_study import FLOOR, HOSTILE, add_evaluation, make_adapter, make_report_study
 
 PAGES = (
+    explanation_scores,
     overview,
     training_curves,
     direction_map,
@@ -74,6 +76,7 @@ def test_pages_are_json(study: Study, page: Any) -> None:
         (ablation_view, "lorascope ablate"),
         (feature_table, "lorascope examples"),
         (sae_page, "lorascope sae"),
+        (explanation_scores, "lorascope explain"),
         (recovery_view, "lorascope evaluate"),
         (lambda s: feature_page(s, "L1.gate+"), "lorascope record"),
         (lambda s: feature_page(s, "sae.1"), "lorascope sae"),
@@ -359,3 +362,17 @@ def test_a_damaged_table_is_named(empty: Study) -> None:
 def test_views_load_no_language_model_code() -> None:
     code = "import sys, lorascope.views, lorascope.report; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_explanation_scores_are_the_means_of_the_rows(study: Study) -> None:
+    view = explanation_scores(study)
+    assert [row["kind"] for row in view["rows"]] == ["all", "direction", "latent"]
+    rows = json_lines(study, "explanations/direction.jsonl")
+    own = [
+        row["scored"]["detection"]["value"] for row in rows if row["scored"] and row["scored"].get("detection_wrong")
+    ]
+    found = view["rows"][1]["tasks"]["detection"]
+    assert found["own"]["value"] == pytest.approx(np.mean(own), abs=1e-3)
+    assert found["own"]["n"] == len(own)
+    assert found["gain"]["value"] == pytest.approx(found["own"]["value"] - found["wrong"]["value"], abs=1e-3)
+    assert view["rows"][1]["n"] == 56

@@ -6,7 +6,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from lorascope.report.numbers import figures, percent
+from lorascope.report.numbers import figures, minus, percent
 
 SEGMENTS = ("prompt", "think", "answer")
 ROW = 22
@@ -109,3 +109,11 @@ def interval_words(value: Mapping[str, Any] | None, as_percent: bool = False) ->
     shown = percent if as_percent else figures
     text = shown(value["value"])
     return f"{text} ({shown(value['low'])} to {shown(value['high'])})" if value.get("low") is not None else text
+
+
+def score_words(value: Mapping[str, Any] | None, signed: bool = False) -> str:
+    """`0.74 (0.72 to 0.76)`, or `+0.21 (+0.19 to +0.23)`."""
+    if not value or value.get("value") is None:
+        return "–"
+    style = "+.2f" if signed else ".2f"
+    return minus(f"{value['value']:{style}} ({value['low']:{style}} to {value['high']:{style}})")

@@ -14,11 +14,13 @@ from lorascope.views.making import provenance
 from lorascope.views.maps import direction_map
 from lorascope.views.one_feature import feature_page
 from lorascope.views.one_trace import trace_page
+from lorascope.views.scores import explanation_scores
 
 __all__ = [
     "ablation_view",
     "direction_map",
     "dropped",
+    "explanation_scores",
     "feature_page",
     "feature_table",
     "overview",
