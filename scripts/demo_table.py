@@ -38,7 +38,7 @@ def lines(study: Study) -> list[str]:
     table = [
         (
             "accuracy, base",
-            f"{interval(row['base'], 'accuracy')}, with the better prompt of two ({details['base_prompt']}; "
+            f"{interval(row['base'], 'accuracy')}, the better of two prompts ({details['base_prompt']}; "
             f"unfinished {base['unfinished']:.2f}, unparsed {base['unparsed']:.2f})",
         ),
         ("accuracy, rank-1 adapter", interval(row["adapter"], "accuracy")),
@@ -73,8 +73,8 @@ def lines(study: Study) -> list[str]:
         ),
     ]
     return [
-        f"{row['n']} held-out problems; {minutes:.0f} minutes of stages, at most {peak:.1f} GiB, on {versions['machine']} "
-        f"without a GPU (torch {versions['torch']}); intervals are 95%. Made by `make demo`, written here by "
+        f"{row['n']} held-out problems; {minutes:.0f} minutes of stages, at most {peak:.1f} GiB, {versions['machine']}, "
+        f"no GPU (torch {versions['torch']}); intervals are 95%. Made by `make demo`, written here by "
         "`.venv/bin/python scripts/demo_table.py demo-study`.",
         "",
         "| | |",

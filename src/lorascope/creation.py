@@ -30,7 +30,7 @@ class NewConfig:
     adapter: str = ""
     """Folder of a PEFT LoRA to study; without it, train one with lorascope train."""
     basis: str = "given"
-    """Basis of an adapter of rank above 1: given (its rows mean little one by one), or svd (the same change, exactly)."""
+    """Basis of an adapter of rank above 1: given (single rows mean little), or svd (the same change, exactly)."""
     heldout: float = 0.1
     """Share of the traces to hold out, or their number when above 1."""
     train_problems: int = 1000
