@@ -73,7 +73,7 @@ def lines(study: Study) -> list[str]:
         ),
     ]
     return [
-        f"{row['n']} held-out problems; {minutes:.0f} minutes of stages, at most {peak:.1f} GiB, {versions['machine']}, "
+        f"{row['n']} held-out problems; {minutes:.0f} minutes of stages, up to {peak:.1f} GiB, {versions['machine']}, "
         f"no GPU (torch {versions['torch']}); intervals are 95%. Made by `make demo`, written here by "
         "`.venv/bin/python scripts/demo_table.py demo-study`.",
         "",

@@ -1,6 +1,5 @@
 """The built-in model, for real and small: fetched, trained two steps, attached, evaluated, ablated, recorded."""
 
-
 import numpy as np
 import pytest
 import torch
