@@ -33,7 +33,7 @@ CALIBRATION_ROWS = 65_536
 INITIAL_NORM = 0.1
 DEAD_WINDOW = 1_000_000
 """A latent is dead when it fired on none of so many training tokens, or of one epoch."""
-REVIVE_EVERY, REVIVE_UNTIL, REVIVE_STRENGTH = 100, 0.8, 0.1
+REVIVE_EVERY, REVIVE_UNTIL, REVIVE_STRENGTH = 100, 0.8, 0.3
 """Steps between revivals of dead latents, the share of training they end at, and how strongly they start."""
 
 
