@@ -130,7 +130,7 @@ def test_words_and_numbers_of_the_study(study: Study, browser: Browser) -> None:
     assert "Full finetune under-trained at this budget" in lead
     tiles = page.locator(".tiles").inner_text()
     assert "+40 points" in tiles
-    assert "Patched KL\n20%" in tiles
+    assert "KL with the SAE's reconstruction\n20%" in tiles
     assert page.locator("#ablation .bars").nth(1).locator("tbody tr").count() == 7
     assert page.locator("#grid-kl rect.hatch").count() >= 7
     assert "adapter, MLP off" in page.locator("#main").inner_text()
@@ -303,6 +303,7 @@ def test_token_texts() -> None:
     assert shown_text("\u202ex\x00") == "⟨202E⟩x⟨0000⟩"
     assert shown_text("👩\u200d🔬") == "👩\u200d🔬"
     assert [heat(v, 2.0) for v in (None, 0.0, 1e-9, 1.0, 2.0, 3.0)] == [0, 0, 1, 5, 9, 9]
+    assert [heat(v, 2.0, 1.0) for v in (0.9, 1.0, 1.1, 2.0)] == [0, 0, 1, 9]
     example = {
         "tokens": ["<b>", " is", "&"],
         "values": [0.0, 2.0, 0.5],
@@ -320,7 +321,8 @@ def test_token_texts() -> None:
 def test_numbers() -> None:
     shown = [figures(v) for v in (None, 0, 0.01234, -1.5, 1234.5, 4.2e-5, 12345678)]
     assert shown == ["–", "0", "0.0123", "−1.50", "1,234", "4.2·10⁻⁵", "1.2·10⁷"]
-    assert [percent(v) for v in (0, 0.0004, 0.034, 0.5)] == ["0%", "<0.1%", "3.4%", "50%"]
+    assert [percent(v) for v in (0, 0.0004, 0.034, 0.5, 1e-6)] == ["0%", "0.04%", "3.4%", "50%", "<0.01%"]
+    assert [figures(v) for v in (0.0099999, 0.00099999, 999.9)] == ["0.0100", "0.00100", "1,000"]
     assert [tick(v) for v in (0, 0.5, 10, 2500, 0.0001)] == ["0", "0.5", "10", "2,500", "10⁻⁴"]
     assert [duration(v) for v in (3.21, 59.0, 61, 3700)] == ["3.2 s", "59 s", "1 min 1 s", "1 h 1 min"]
     assert [memory(v) for v in (2**20, 3 * 2**29)] == ["1 MiB", "1.50 GiB"]

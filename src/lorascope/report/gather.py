@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lorascope.errors import BadInput
 from lorascope.study import Study
@@ -28,6 +29,7 @@ from lorascope.views.feature_list import strongest_directions, strongest_latents
 from lorascope.views.one_trace import trace_features
 
 Json = dict[str, Any]
+Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ def gather(study: Study, config: ReportConfig, seed: int) -> Json:
     by_id = {row["id"]: row for row in rows}
     directions = [direction_card(study, config, a, by_id) for a in strongest_directions(rows, config.directions)]
     latents = [card_page(study, config, name) for name in strongest_latents(rows, config.latents)]
-    shown = [side["id"] for card in directions for side in card["sides"]] + [page["id"] for page in latents]
+    pages = [side for card in directions for side in card["sides"]] + latents
+    typical = {page["id"]: page["typical"] for page in pages if page["stats"] and page["stats"]["n_firing"]}
     return {
         "overview": overview(study),
         "curves": training_curves(study),
@@ -83,7 +86,7 @@ def gather(study: Study, config: ReportConfig, seed: int) -> Json:
         "kinds": table.get("kinds", {}),
         "directions": directions,
         "latents": latents,
-        "traces": whole_traces(study, config, shown, by_id, seed),
+        "traces": whole_traces(study, config, typical, by_id, seed),
         "config": config,
     }
 
@@ -107,13 +110,16 @@ def direction_card(study: Study, config: ReportConfig, address: str, by_id: dict
     return {"address": address, "layer": first["layer"], "type": first["type"], "kl": sides[0]["kl"], "sides": sides}
 
 
-def whole_traces(study: Study, config: ReportConfig, shown: list[str], by_id: dict[str, Json], seed: int) -> Json:
-    """Whole traces with the activations of all shown features, as bytes relative to each feature's largest.
+def whole_traces(
+    study: Study, config: ReportConfig, typical: dict[str, float], by_id: dict[str, Json], seed: int
+) -> Json:
+    """Whole traces with the activations of all features with a typical activation given, as bytes.
 
     Returns:
         `{"available", "corpus", "pages": [trace page], "data": {"features": [{"id", "label", "max", "level",
-        "unit"}], "traces": [{"name", "codes": base64 of uint8 [F, T]}]}}`.
+        "typical", "kind"}], "traces": [{"name", "codes": base64 of uint8 [F, T]}]}}`.
     """
+    shown = list(typical)
     first = trace_page(study, config.trace_corpus, 0, limit=1)
     corpus = config.trace_corpus if first["available"] else config.corpus
     first = first if first["available"] else trace_page(study, corpus, 0, limit=1)
@@ -123,11 +129,18 @@ def whole_traces(study: Study, config: ReportConfig, shown: list[str], by_id: di
     chosen = sorted(int(i) for i in order)
     pages = [trace_page(study, corpus, i, limit=config.trace_tokens) for i in chosen]
     acts = [trace_features(study, corpus, page["index"], shown, len(page["tokens"])) for page in pages]
+    typical_F = np.array([typical[name] for name in shown], np.float32)
     largest_F = np.array([by_id[name]["max"] or 0.0 for name in shown], np.float32)
     # a held-out activation may exceed the largest of the corpus whose examples are shown
     largest_F = np.max([largest_F, *(a_FT.max(axis=1, initial=0) for a_FT in acts)], axis=0)
-    features = [feature_entry(by_id[name], float(most)) for name, most in zip(shown, largest_F, strict=True)]
-    traces = [{"name": page["id"], "codes": quantised(a_FT, largest_F)} for page, a_FT in zip(pages, acts, strict=True)]
+    features = [
+        feature_entry(by_id[name], float(most)) | {"typical": float(typical)}
+        for name, most, typical in zip(shown, largest_F, typical_F, strict=True)
+    ]
+    traces = [
+        {"name": page["id"], "codes": quantised(a_FT, typical_F, largest_F)}
+        for page, a_FT in zip(pages, acts, strict=True)
+    ]
     return {"available": True, "corpus": corpus, "pages": pages, "data": {"features": features, "traces": traces}}
 
 
@@ -138,8 +151,8 @@ def feature_entry(row: Json, most: float) -> Json:
     return {"id": row["id"], "label": label, "max": most, "level": row["level"] or 0.0, "kind": kind}
 
 
-def quantised(acts_FT: np.ndarray[Any, Any], largest_F: np.ndarray[Any, Any]) -> str:
-    """Activations as base64 of uint8 [F, T], 255 = the feature's largest; whatever is above 0 stays above 0."""
-    scale_F = np.where(largest_F > 0, largest_F, 1.0)[:, None]
-    codes = np.ceil(255 * acts_FT / scale_F).clip(0, 255).astype(np.uint8)
+def quantised(acts_FT: Floats, typical_F: Floats, largest_F: Floats) -> str:
+    """Activations as base64 of uint8 [F, T]: 0 up to the typical one, 255 for the largest."""
+    range_F1 = np.where(largest_F > typical_F, largest_F - typical_F, 1.0)[:, None]
+    codes = np.ceil(255 * (acts_FT - typical_F[:, None]) / range_F1).clip(0, 255).astype(np.uint8)
     return base64.b64encode(codes.tobytes()).decode("ascii")

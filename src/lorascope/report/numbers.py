@@ -9,15 +9,13 @@ def figures(value: float | None, digits: int = 3) -> str:
     """A number to three significant figures: `1,240`, `0.0123`, `4.2·10⁻⁵`; a dash for None."""
     if value is None:
         return "–"
-    size = abs(value)
-    if size == 0:
+    if value == 0:
         return "0"
-    if size < 1e-3 or size >= 1e7:
-        exponent = math.floor(math.log10(size))
-        mantissa = f"{value / 10**exponent:.{digits - 2}f}"
-        return minus(f"{mantissa}·10{str(exponent).translate(SUPERSCRIPTS)}")
-    places = max(0, digits - 1 - math.floor(math.log10(size)))
-    return minus(f"{value:,.{min(places, 6)}f}")
+    exponent = int(f"{value:.{digits - 1}e}".partition("e")[2])  # after rounding: 0.09999 is 0.100
+    if not -3 <= exponent < 7:
+        mantissa, _, power = f"{value:.{digits - 2}e}".partition("e")
+        return minus(f"{mantissa}·10{str(int(power)).translate(SUPERSCRIPTS)}")
+    return minus(f"{value:,.{max(0, digits - 1 - exponent)}f}")
 
 
 def minus(text: str) -> str:
@@ -44,13 +42,14 @@ def moment(text: str | None) -> str:
 
 
 def percent(value: float | None) -> str:
-    """A share as a percentage: whole from 10% on, else with one decimal."""
+    """A share as a percentage: whole from 10% on, one decimal from 0.1% on, then two."""
     if value is None:
         return "–"
     size = abs(100 * value)
-    return minus(
-        f"{100 * value:.0f}%" if size >= 10 or size == 0 else f"{100 * value:.1f}%" if size >= 0.1 else "<0.1%"
-    )
+    if 0 < size < 0.01:
+        return "<0.01%"
+    places = 0 if size >= 10 or size == 0 else 1 if size >= 0.1 else 2
+    return minus(f"{100 * value:.{places}f}%")
 
 
 def points(value: float | None) -> str:

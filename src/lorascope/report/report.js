@@ -203,7 +203,7 @@ if (featureSelect && data.features.length) {
     firings = [];
     place = -1;
     tokens.forEach((token, i) => {
-      const value = (codes[i] / 255) * feature.max;
+      const value = feature.typical + (codes[i] / 255) * (feature.max - feature.typical);
       const fires = codes[i] > 0 && value > feature.level;
       const special = token.classList.contains("sp");
       token.className = [special ? "sp" : "", codes[i] ? `h${Math.min(9, 1 + Math.floor((9 * codes[i]) / 256))}` : "", fires ? "f" : ""].join(" ").trim();

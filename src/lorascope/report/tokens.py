@@ -32,11 +32,11 @@ def shown_text(text: str) -> str:
     return "".join(out)
 
 
-def heat(value: float | None, most: float) -> int:
-    """The heat step of an activation, 0 to STEPS."""
-    if not value or value <= 0 or most <= 0:
+def heat(value: float | None, most: float, typical: float = 0.0) -> int:
+    """The heat step of an activation between the typical one (0, up to there no heat) and the largest (STEPS)."""
+    if value is None or value <= typical or most <= typical:
         return 0
-    return min(STEPS, 1 + int(STEPS * value / most * 0.9999))
+    return min(STEPS, 1 + int(STEPS * (value - typical) / (most - typical) * 0.9999))
 
 
 def segment_mark(code: int) -> str:
@@ -44,7 +44,7 @@ def segment_mark(code: int) -> str:
     return f'<i class="mark-seg">{SEGMENT_NAMES[code]}</i>'
 
 
-def heat_tokens(example: Mapping[str, Any], most: float, level: float) -> Markup:
+def heat_tokens(example: Mapping[str, Any], most: float, level: float, typical: float = 0.0) -> Markup:
     """The tokens of one example: shade = activation, underlined = fires, bold and framed = the example's token."""
     parts: list[str] = ["<span class=more>…</span>" if example["more_before"] else ""]
     last = None
@@ -54,7 +54,7 @@ def heat_tokens(example: Mapping[str, Any], most: float, level: float) -> Markup
         if code != last and code != 0:
             parts.append(segment_mark(code))
         last = code if code != 0 else last
-        names = [f"h{step}"] if (step := heat(value, most)) else []
+        names = [f"h{step}"] if (step := heat(value, most, typical)) else []
         if value is not None and value > level and step:
             names.append("f")
         if i == example["peak"]:

@@ -13,8 +13,8 @@ LABELS = {
     "answers": "control: answers only",
     "shuffled": "control: shuffled traces",
 }
-SMOOTHING_STEPS = 8
-"""The smoothed loss is an exponential mean that remembers about this many steps."""
+SMOOTHING = 24
+"""The smoothed loss is an exponential mean that remembers about the n / SMOOTHING last of n steps, 2 to 16."""
 
 
 def training_curves(study: Study) -> Json:
@@ -65,11 +65,11 @@ def total(rows: list[Json], key: str) -> float:
     return sum(row[key] for row in rows if row.get(key) is not None)
 
 
-def smoothed(values: list[float], steps: int = SMOOTHING_STEPS) -> list[Any]:
+def smoothed(values: list[float]) -> list[Any]:
     """Exponential mean, corrected for its start; values that are not finite are passed over."""
     out: list[Any] = []
     mean = weight = 0.0
-    keep = math.exp(-1 / steps)
+    keep = math.exp(-1 / min(16.0, max(2.0, len(values) / SMOOTHING)))
     for value in values:
         if math.isfinite(value):
             mean = keep * mean + (1 - keep) * value

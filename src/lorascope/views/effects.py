@@ -14,19 +14,23 @@ from lorascope.study import Study, digest, read_json, write_json
 
 CACHE = ".views"
 """Folder in the study for what can be computed again; names with a dot are no stage's input."""
+VERSION = 2
+"""Part of the stamp of what is kept: raise it when the statistics change."""
+MEDIAN_TOKENS = 20_000
 
 
 def direction_effects(study: Study, corpus: str, source: str = "adapter") -> dict[str, list[Any]]:
-    """Per direction, over ordinary tokens: `{"address", "rms", "mean", "participation"}`, lists of N.
+    """Per direction, over ordinary tokens: `{"address", "rms", "mean", "median", "participation"}`, lists of N.
 
-    `rms` and `mean` are of the effect s·‖b‖·z. `participation` is (E|e|)² / E[e²]: 1 when |e| is the same on every
-    token, 2/π = 0.64 for a Gaussian, near 0 when few tokens carry everything; None for a direction that is always 0.
+    `rms`, `mean` and `median` are of the effect s·‖b‖·z, the median over at most `MEDIAN_TOKENS` tokens spread
+    evenly. `participation` is (E|e|)² / E[e²]: 1 when |e| is the same on every token, 2/π = 0.64 for a Gaussian,
+    near 0 when few tokens carry everything; None for a direction that is always 0.
 
     Raises:
         MissingStage: the corpus is not recorded.
     """
     store = Store.open(store_folder(study.path, corpus, source))
-    stamp = digest(read_json(store.folder / INDEX))
+    stamp = digest([VERSION, read_json(store.folder / INDEX)])
     cache = study.path / CACHE / f"effects-{corpus}-{source}.json"
     if cache.is_file():
         kept = read_json(cache)
@@ -54,8 +58,19 @@ def measure_effects(store: Store) -> dict[str, list[Any]]:
         "address": list(store.addresses),
         "rms": np.sqrt(square_N / size).tolist(),
         "mean": (total_N / size).tolist(),
+        "median": median_effects(store).tolist(),
         "participation": participation(absolute_N / size, square_N / size),
     }
+
+
+def median_effects(store: Store) -> npt.NDArray[np.float64]:
+    """Median effect of each direction over ordinary tokens; 0 without any."""
+    ordinary = np.flatnonzero(store.ordinary)
+    if not len(ordinary):
+        return np.zeros(len(store.addresses))
+    chosen = ordinary[:: -(-len(ordinary) // MEDIAN_TOKENS)]
+    median_N = np.median(store.rows(chosen).astype(np.float64), axis=0)
+    return np.asarray(median_N * store.effect_per_scalar)
 
 
 def participation(absolute_N: npt.NDArray[np.float64], square_N: npt.NDArray[np.float64]) -> list[float | None]:

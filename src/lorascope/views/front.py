@@ -6,7 +6,6 @@ from typing import Any
 from lorascope.adapter import Adapter
 from lorascope.study import Study
 from lorascope.views.ablation_tables import ablation_table
-from lorascope.views.feature_list import feature_table
 from lorascope.views.gains import recovery_view
 from lorascope.views.reading import Json, json_file, missing, ready
 
@@ -81,12 +80,16 @@ def stand_out(study: Study) -> list[Json]:
             found.append({"text": text, "feature": f"{rows[0]['target']}+" if way == "direction" else None})
         elif table["available"]:
             found.append({"text": f"No {way} has a KL above the noise floor", "feature": None})
-    table = feature_table(study)
-    rows = [r for r in table.get("rows", []) if r["detection"] is not None and r["detection_wrong"] is not None]
-    rows.sort(key=lambda row: row["detection_wrong"] - row["detection"])
-    if rows:
-        best = rows[0]
-        text = f"Of {len(rows)} scored explanations the furthest above its control: {best['id']} ({best['text']})"
-        text += f", detection {best['detection']:.2f} against {best['detection_wrong']:.2f}"
-        found.append({"text": text, "feature": best["id"]})
+    found += offset_share(study)
     return found
+
+
+def offset_share(study: Study) -> list[Json]:
+    """How much of the adapter's effect its constant part has: patching in each direction's mean scalar."""
+    variants = (json_file(study, "sae/patched_kl.json") or {}).get("variants") or {}
+    off, mean = (variants.get(name, {}).get("value") for name in ("off", "mean"))
+    if not off or mean is None:
+        return []
+    text = f"Holding every scalar at its mean costs {mean:.3g} nats per token, switching the adapter off {off:.3g}: "
+    text += f"{100 * mean / off:.0f}% as much; the rest of the adapter's effect is a constant offset"
+    return [{"text": text, "feature": None}]

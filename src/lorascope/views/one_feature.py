@@ -18,6 +18,7 @@ from lorascope.study import Study
 from lorascope.token_text import open_tokenizer, token_texts
 from lorascope.traces import SEGMENT_NAMES
 from lorascope.views.ablation_tables import direction_kl
+from lorascope.views.effects import direction_effects
 from lorascope.views.feature_list import TOO_FEW, decoder_effects, feature_kind, feature_place
 from lorascope.views.maps import signed_map
 from lorascope.views.reading import Json, feature_rows, json_lines, missing, ready, stamp
@@ -35,13 +36,15 @@ def feature_page(
     """Everything about one feature on one corpus.
 
     Returns:
-        `{"available", "id", "kind", "address", "layer", "type", "polarity", "corpus", "unit", "latent", "stats":
-        {level, density, n_firing, max, p99, mean, too_few} or None, "histogram": {"edges", "counts"}, "shares":
-        {"prompt", "think", "answer"}, "kl": row or None, "explanation": {...} or None, "examples": {"top": [example],
-        "q0": [..], ..}, "decoder": signed map or None, "neighbours": [{"id", "cosine"}], "missing_stages": [..]}`.
+        `{"available", "id", "kind", "address", "layer", "type", "polarity", "corpus", "unit", "latent", "typical",
+        "stats": {level, density, n_firing, max, p99, mean, too_few} or None, "histogram": {"edges", "counts"},
+        "shares": {"prompt", "think", "answer"}, "kl": row or None, "explanation": {...} or None, "examples": {"top":
+        [example], "q0": [..], ..}, "decoder": signed map or None, "neighbours": [{"id", "cosine"}], "missing_stages":
+        [..]}`.
         An example is `{"trace", "trace_id", "position", "activation", "segment", "start", "peak", "tokens", "values",
         "segments", "more_before", "more_after"}`: `peak` is the place of the example in `tokens`, `start` the
-        position of `tokens[0]` in its trace.
+        position of `tokens[0]` in its trace. `typical` is the median activation over ordinary tokens: 0 but for
+        directions with a constant offset.
 
     Raises:
         BadInput: there is no such feature.
@@ -55,6 +58,7 @@ def feature_page(
     if column is None:
         raise BadInput(f"There is no feature {feature!r} of kind {kind} in {study.path}.")
     page = {"available": True, "id": feature, "kind": kind, "corpus": corpus, "unit": features.unit}
+    page["typical"] = typical_activation(study, features, corpus, feature)
     page |= {"latent": features.latent} | feature_place(feature)
     gone: list[Json] = []
     stats = feature_rows(study, f"examples/{corpus}/{kind}-stats.parquet", feature)
@@ -78,6 +82,16 @@ def command_in(error: MissingStage, corpus: str) -> str:
     """The command that a MissingStage names."""
     _, named, command = str(error).rstrip(".").partition("lorascope ")
     return named + command if named else f"lorascope record STUDY --corpus {corpus}"
+
+
+def typical_activation(study: Study, features: FeatureSet, corpus: str, feature: str) -> float:
+    """The median activation of a direction's polarity over ordinary tokens; 0 for a latent."""
+    if features.latent:
+        return 0.0
+    effects = direction_effects(study, corpus, features.store.folder.name)
+    medians = dict(zip(effects["address"], effects["median"], strict=True))
+    median = float(medians[str(feature_place(feature)["address"])])
+    return max(0.0, median if feature.endswith("+") else -median)
 
 
 def open_features(study: Study, corpus: str, kind: str) -> FeatureSet:
