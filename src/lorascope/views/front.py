@@ -91,5 +91,5 @@ def offset_share(study: Study) -> list[Json]:
     if not off or mean is None:
         return []
     text = f"Holding every scalar at its mean costs {mean:.3g} nats per token, switching the adapter off {off:.3g}: "
-    text += f"{100 * mean / off:.0f}% as much; the rest of the adapter's effect is a constant offset"
+    text += f"{100 * mean / off:.0f}% as much, for losing all that varies from token to token"
     return [{"text": text, "feature": None}]

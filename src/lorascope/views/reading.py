@@ -6,7 +6,7 @@ A view never fails because a stage has not run: it carries `"available": False` 
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -132,8 +132,3 @@ def stage_records(study: Study, stage: str) -> dict[str, Json]:
     """Records of a stage in all its variants (`record`, `record:heldout:base`), by full name."""
     stages: dict[str, Json] = study.manifest["stages"]
     return {name: record for name, record in stages.items() if name.split(":")[0] == stage}
-
-
-def finite(values: Iterable[float | None]) -> list[float]:
-    """The values that are numbers."""
-    return [float(v) for v in values if v is not None and math.isfinite(v)]
