@@ -29,7 +29,6 @@ def lines(study: Study) -> list[str]:
     models = {m["model"]: m for m in details["models"]}
     groups, sae = kl_of_groups(study), summary["sae"]
     versions = study.manifest["stages"]["train:adapter"]["versions"]
-    minutes = sum(s["seconds"] for s in summary["stages"].values()) / 60
     peak = max(s["peak_rss"] for s in summary["stages"].values()) / 2**30
     base = models[details["base_prompt"]]
     recovered = interval(row["recovery"]) if row["recovery"] else "none"
@@ -73,7 +72,7 @@ def lines(study: Study) -> list[str]:
         ),
     ]
     return [
-        f"{row['n']} held-out problems; {minutes:.0f} minutes of stages, up to {peak:.1f} GiB, {versions['machine']}, "
+        f"{row['n']} held-out problems; up to {peak:.1f} GiB, {versions['machine']}, "
         f"no GPU (torch {versions['torch']}); intervals are 95%. Made by `make demo`, written here by "
         "`.venv/bin/python scripts/demo_table.py demo-study`.",
         "",

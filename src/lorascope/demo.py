@@ -34,7 +34,7 @@ class DemoConfig:
     """Run the whole pipeline on SmolLM2-135M-Instruct and tasks made on the spot; ends with report.html."""
 
     quick: bool = False
-    """Leave out the full finetune, and halve the problems and the ablation's tokens."""
+    """Leave out the full finetune, and halve the problems and the tokens of ablation and patched KL."""
 
 
 def run_demo(path: Path | None, config: DemoConfig, options: Options) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def plan(
             "record the held-out traces",
             lambda: record(study(), RecordConfig("heldout", source="adapter,base"), options),
         ),
-        ("train the sparse autoencoder", lambda: decompose(study(), SAEConfig(), options)),
+        ("train the sparse autoencoder", lambda: decompose(study(), SAEConfig(patched_tokens=4096 // half), options)),
         ("find examples", lambda: both_corpora(study(), options)),
         ("explain and score", lambda: explain_features(study(), ExplainConfig(), options)),
         ("write the report", lambda: write_report(study(), ReportConfig(), options)),
