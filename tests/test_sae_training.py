@@ -120,25 +120,45 @@ def test_dead_latents_are_pointed_at_what_is_left() -> None:
         parameter.grad = torch.ones_like(parameter)
     optimiser.step()
     before = copies(weights)
-    left = torch.zeros(8, 5)
-    left[2, 3], left[5, 1] = 2.0, -4.0
+    left, x = torch.zeros(8, 5), torch.zeros(8, 5)
+    left[2, 3], left[5, 1], left[6, 0] = 2.0, -4.0, 1.0
+    x[2, 3], x[5, 1], x[6, 0] = 3.0, -4.5, -1.0  # the last row reaches away from what it lacks: never used
+    x += weights.b_dec_N.detach()
     dead = torch.tensor([False, True, False, True, True, False])
-    changed = revive(weights, optimiser, left, dead, 0.3, generator)
+    changed = revive(weights, optimiser, x, left, dead, generator, strength=0.5)
     assert len(set(changed.tolist())) == 2
     assert dead[changed].all()
-    directions = {tuple(row) for row in (weights.W_enc_FN[changed].sign().long()).tolist()}
+    directions = {tuple(row) for row in weights.W_dec_FN[changed].sign().long().tolist()}
     assert directions == {(0, 0, 0, 1, 0), (0, -1, 0, 0, 0)}
     norm = before[1][~dead].norm(dim=1).mean()
     torch.testing.assert_close(weights.W_dec_FN[changed].norm(dim=1), norm.expand(2))
-    torch.testing.assert_close(weights.W_enc_FN[changed] * norm / 0.3, weights.W_dec_FN[changed] / norm)
+    acts = ((x - weights.b_dec_N) @ weights.W_enc_FN[changed].T + weights.b_enc_F[changed]).relu()
+    written = acts @ weights.W_dec_FN[changed]
+    torch.testing.assert_close(written[[2, 5]], 0.5 * left[[2, 5]])
+    assert written[[0, 1, 3, 4, 6, 7]].abs().max() == 0
     kept = torch.ones(6, dtype=torch.bool)
     kept[changed] = False
     for now, then in zip(weights.parameters()[:3], before[:3], strict=True):
         assert torch.equal(now[kept], then[kept])
     assert optimiser.state[weights.W_dec_FN]["exp_avg"][changed].abs().max() == 0
     assert optimiser.state[weights.W_dec_FN]["exp_avg"][kept].abs().min() > 0
-    assert len(revive(weights, optimiser, left, torch.ones(6, dtype=torch.bool), 0.3, generator)) == 0
-    assert len(revive(weights, optimiser, torch.zeros(8, 5), dead, 0.3, generator)) == 0
+    assert len(revive(weights, optimiser, x, left, torch.ones(6, dtype=torch.bool), generator)) == 0
+    assert len(revive(weights, optimiser, x, torch.zeros(8, 5), dead, generator)) == 0
+
+
+def test_latents_revived_for_the_same_lack_share_it() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights = initial_weights(torch.randn(30, 5, generator=generator), 30, 0.5, generator)
+    optimiser = torch.optim.Adam(weights.parameters())
+    for parameter in weights.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimiser.step()
+    x = torch.zeros(40, 5)
+    x[:20, 2] = 4.0
+    changed = revive(weights, optimiser, x, x.clone(), torch.arange(30) < 20, generator, strength=1.0)
+    assert len(changed) == 20
+    acts = (x @ weights.W_enc_FN[changed].T + weights.b_enc_F[changed]).relu()
+    torch.testing.assert_close(acts @ weights.W_dec_FN[changed], x)
 
 
 def test_selection_equals_topk_with_and_without_a_good_floor() -> None:

@@ -33,8 +33,8 @@ CALIBRATION_ROWS = 65_536
 INITIAL_NORM = 0.1
 DEAD_WINDOW = 1_000_000
 """A latent is dead when it fired on none of so many training tokens, or of one epoch."""
-REVIVE_EVERY, REVIVE_UNTIL, REVIVE_STRENGTH = 100, 0.8, 0.3
-"""Steps between revivals of dead latents, the share of training they end at, and how strongly they start."""
+REVIVE_EVERY, REVIVE_UNTIL = 100, 0.8
+"""Steps between revivals of dead latents, and the share of training at which they end."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def run_steps(
         idle_F += size
         idle_F[result.fired] = 0
         if step and step % REVIVE_EVERY == 0 and step < REVIVE_UNTIL * total:
-            idle_F[revive(weights, optimiser, result.left_BN, idle_F >= window, REVIVE_STRENGTH, generator)] = 0
+            idle_F[revive(weights, optimiser, x_BN, result.left_BN, idle_F >= window, generator)] = 0
         floor = 0.8 * result.cut
         yield step_metrics(step, size, result, x_BN, len(dead_D), optimiser.param_groups[0]["lr"], started)
 
