@@ -136,3 +136,6 @@ def test_kinds_are_named(tmp_path: Path) -> None:
     assert available_kinds(study, "train") == ["direction"]
     save_sae(study, 2, 5)
     assert available_kinds(study, "train") == ["direction", "latent"]
+    write_store(study, np.ones((4, 2)), [4], corpus="heldout", source="base")  # its levels are not known
+    write_store(study, np.ones((4, 2)), [4], corpus="heldout")
+    assert available_kinds(study, "heldout") == ["direction", "latent"]

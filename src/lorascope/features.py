@@ -145,11 +145,12 @@ def load_features(study: Study, corpus: str, kind: str) -> FeatureSet:
 
 
 def available_kinds(study: Study, corpus: str) -> list[str]:
-    """The kinds whose earlier stages have been run for this corpus."""
+    """The kinds whose earlier stages have been run for this corpus, and for the training corpus, which sets levels."""
     kinds: list[str] = []
     for kind in KINDS:
         try:
-            load_features(study, corpus, kind)
+            for name in (corpus, "train"):
+                load_features(study, name, kind)
         except MissingStage:
             continue
         kinds.append(kind)

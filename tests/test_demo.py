@@ -1,0 +1,29 @@
+"""The demo from end to end on a tiny model: its stages fit together, and it ends with a report and its figures."""
+
+from pathlib import Path
+
+import pytest
+
+from lorascope import demo
+from lorascope.config import Options
+from lorascope.study import Study
+from tiny_folder import save_tiny
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_every_stage_runs_and_the_report_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], quick: bool
+) -> None:
+    # The sizes alone are smaller; the byte-level tokenizer makes long texts of short problems.
+    for name, value in {"MODEL": str(save_tiny(tmp_path / "model")), "STEPS": 2, "BATCH": 6, "PROBLEMS": 8}.items():
+        monkeypatch.setattr(demo, name, value)
+    figures = demo.run_demo(tmp_path / "study", demo.DemoConfig(quick=quick), Options())
+    assert Path(figures["report"]).stat().st_size > 10_000
+    assert figures["problems"] == (4 if quick else 8)
+    assert set(figures["accuracy"]) == {"base", "adapter"} | (set() if quick else {"full"})
+    assert {"sae", "patched_kl", "detection"} <= set(figures)
+    titles = [line for line in capsys.readouterr().err.splitlines() if line.startswith("[")]
+    assert len(titles) == 2 * (10 if quick else 11)
+    again = demo.run_demo(tmp_path / "study", demo.DemoConfig(quick=quick), Options())
+    assert again["accuracy"] == figures["accuracy"]
+    assert not [row for row in Study.open(tmp_path / "study").status() if row["state"] != "done"]
