@@ -194,7 +194,8 @@ def apply_head(model: Any, hidden: Tensor) -> Tensor:
     """The LM head, with the scaling and soft cap that some configs name (Granite, Cohere, Gemma)."""
     config = model.config.get_text_config()
     logits: Tensor = model.get_output_embeddings()(hidden)
-    logits = logits * getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
+    factor = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
+    logits = logits if factor == 1.0 else logits * factor
     cap = getattr(config, "final_logit_softcapping", None)
     return torch.tanh(logits / cap) * cap if cap else logits
 

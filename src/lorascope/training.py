@@ -25,6 +25,7 @@ from lorascope.adapter import Adapter, initial_adapter
 from lorascope.attached import apply_head, attach
 from lorascope.config import Options
 from lorascope.errors import BadInput, RunFailed
+from lorascope.fused import fused, head_loss, plain_head
 from lorascope.kl import assistant_positions
 from lorascope.models import load_model
 from lorascope.progress import progress
@@ -184,10 +185,17 @@ class Learner(nn.Module):
             model.requires_grad_(False)
             self.adapter_weights = nn.ParameterList([t for m in adapter.modules for t in (m.a_RI, m.b_OR)])
 
+    @property
+    def head_VD(self) -> Tensor | None:
+        """The LM head's weight, where it is all that the head does."""
+        return plain_head(self.model)
+
     def forward(self, ids_BT: Tensor, rows_M: Tensor, positions_M: Tensor) -> Tensor:
         """Summed negative log-likelihood, nats, of the tokens after `positions_M` of sequences `rows_M`."""
         hidden_BTD = self.model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
         hidden_MD, targets_M = hidden_BTD[rows_M, positions_M], ids_BT[rows_M, positions_M + 1]
+        if self.head_VD is not None:
+            return head_loss(hidden_MD, self.head_VD, targets_M)
         loss = hidden_MD.new_zeros((), dtype=torch.float32)
         for hidden, target in zip(hidden_MD.split(HEAD_CHUNK), targets_M.split(HEAD_CHUNK), strict=True):
             if self.training and len(hidden_MD) > HEAD_CHUNK:
@@ -319,6 +327,7 @@ def train_once(study: Study, config: TrainConfig, options: Options, rate: float,
     with ExitStack() as stack:
         if adapter is not None:
             stack.enter_context(attach(model, adapter))
+        stack.enter_context(fused(model, adapter))
         learner = Learner(model, adapter)
         run = Run(config, rate, rendered, heldout, steps, adapter, study.path / folder)
         state = State(study.path / "train" / f".state-{digest(folder)[:8]}", key)

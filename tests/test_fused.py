@@ -1,0 +1,159 @@
+"""Training forms equal the modules they stand for: values and every gradient, in double, single and low precision."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorascope.attached import attach
+from lorascope.fused import GatedMLPFunction, NormFunction, fused, head_loss, plain_head
+from lorascope.rank1 import Linear, adapted_forward, apply_linear
+from tiny_models import random_adapter, tiny_model
+
+
+def leaf(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape))).to(dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize("bias", [True, False])
+def test_an_adapted_linear_equals_autograd(rank: int, bias: bool) -> None:
+    """Merged (fp32 base) against the reading form, all gradients."""
+    kind = torch.float32
+    x, W, a, b = (leaf(*shape, dtype=kind) for shape in ((2, 5, 6), (7, 6), (rank, 6), (7, rank)))
+    bias_O = leaf(7, dtype=kind) if bias else None
+    tensors = [t for t in (x, W, bias_O, a, b) if t is not None]
+    slope = leaf(2, 5, 7, seed=9, dtype=kind).detach()
+    wanted = adapted_forward(x, lambda x: F.linear(x, W, bias_O), a, b, 1.7, lambda z: z)
+    expected = torch.autograd.grad(wanted, tensors, slope)
+    got = apply_linear(x, Linear(W, bias_O, a, b, 1.7))
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    for mine, theirs in zip(torch.autograd.grad(got, tensors, slope), expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_a_low_precision_base_keeps_a_small_delta() -> None:
+    """The direction's term is 2^-12 of the weight: merged into bfloat16 it would be gone."""
+    W = torch.ones(4, 8, dtype=torch.bfloat16)
+    a, b = torch.full((1, 8), 2.0**-6).requires_grad_(), torch.full((4, 1), 2.0**-6).requires_grad_()
+    x = torch.eye(8)[:1].to(torch.bfloat16).requires_grad_()
+    y = apply_linear(x, Linear(W, None, a, b, 1.0))
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    torch.testing.assert_close(a.grad, torch.eye(8)[:1] * 4 * 2.0**-6)
+    torch.testing.assert_close(b.grad, torch.full((4, 1), 2.0**-6))
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, torch.full((1, 8), 4.0, dtype=torch.bfloat16))
+
+
+def test_an_rms_norm_equals_autograd() -> None:
+    x, weight, slope = leaf(2, 5, 8), leaf(8), leaf(2, 5, 8, seed=3).detach()
+    wanted = F.rms_norm(x, (8,), weight, 1e-5)
+    got = NormFunction.apply(x.float(), weight.float(), 1e-5)
+    torch.testing.assert_close(got, wanted.float(), rtol=1e-5, atol=1e-5)
+    x32, w32 = x.detach().float().requires_grad_(), weight.detach().float().requires_grad_()
+    mine = torch.autograd.grad(NormFunction.apply(x32, w32, 1e-5), [x32, w32], slope.float())
+    for own, theirs in zip(mine, torch.autograd.grad(wanted, [x, weight], slope), strict=True):
+        torch.testing.assert_close(own, theirs.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_gated_mlp_equals_autograd() -> None:
+    x = leaf(2, 5, 6)
+    shapes = {"gate": (10, 6), "up": (10, 6), "down": (6, 10)}
+    linears = [
+        Linear(leaf(*shape, seed=i), None, leaf(1, shape[1], seed=i), leaf(shape[0], 1, seed=i), 0.5 + i)
+        for i, shape in enumerate(shapes.values())
+    ]
+    tensors = [x, *(t for linear in linears for t in linear[:4] if isinstance(t, Tensor))]
+    slope = leaf(2, 5, 6, seed=5).detach()
+
+    def plain(x: Tensor, linear: Linear) -> Tensor:
+        assert linear.a_RI is not None
+        assert linear.b_OR is not None
+        return F.linear(x, linear.W_OI + linear.scale * linear.b_OR @ linear.a_RI)
+
+    gate, up, down = linears
+    wanted = plain(F.silu(plain(x, gate)) * plain(x, up), down)
+    expected = torch.autograd.grad(wanted, tensors, slope)
+    single = [t.detach().float().requires_grad_() for t in tensors]
+    weights = [w for i in range(3) for w in (single[1 + 3 * i], None, *single[2 + 3 * i : 4 + 3 * i])]
+    got = GatedMLPFunction.apply(single[0], (0.5, 1.5, 2.5), *weights)
+    torch.testing.assert_close(got, wanted.float(), rtol=1e-4, atol=1e-4)
+    for mine, theirs in zip(torch.autograd.grad(got, single, slope.float()), expected, strict=True):
+        torch.testing.assert_close(mine, theirs.float(), rtol=1e-4, atol=1e-4)
+
+
+def test_the_heads_loss_equals_cross_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorascope.fused.HEAD_CHUNK", 4)
+    hidden, weight = leaf(11, 6), leaf(50, 6)
+    targets = torch.arange(11) % 7
+    wanted = F.cross_entropy(hidden @ weight.T, targets, reduction="sum") / 3
+    expected = torch.autograd.grad(wanted, [hidden, weight])
+    own = [t.detach().float().requires_grad_() for t in (hidden, weight)]
+    got = head_loss(own[0], own[1], targets) / 3
+    torch.testing.assert_close(got, wanted.float())
+    for mine, theirs in zip(torch.autograd.grad(got, own), expected, strict=True):
+        torch.testing.assert_close(mine, theirs.float(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("rank", [1, 2])
+def test_a_whole_model_gives_the_same_gradients(kind: str, rank: int) -> None:
+    model = tiny_model(kind)
+    adapter = random_adapter(model, rank=rank)
+    model.requires_grad_(False)
+    weights = [t.requires_grad_() for m in adapter.modules for t in (m.a_RI, m.b_OR)]
+    ids = torch.randint(0, 97, (3, 9), generator=torch.Generator().manual_seed(0))
+
+    def gradients() -> tuple[Tensor, Any]:
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        return loss.detach(), torch.autograd.grad(loss, weights)
+
+    with attach(model, adapter):
+        wanted, expected = gradients()
+        with fused(model, adapter) as count:
+            # per layer two norms, the MLP, q k v o; and the last norm
+            assert count == 3 * 7 + 1
+            got, mine = gradients()
+        after, _ = gradients()
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+    for own, theirs in zip(mine, expected, strict=True):
+        # Either is 2e-5 to 4e-5 of the largest entry off a run in double precision.
+        torch.testing.assert_close(own, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
+    assert torch.equal(after, wanted)
+
+
+def test_all_weights_train_the_same_too() -> None:
+    model = tiny_model()
+    ids = torch.randint(0, 97, (3, 9), generator=torch.Generator().manual_seed(0))
+    expected = torch.autograd.grad(model(input_ids=ids, labels=ids).loss, list(model.parameters()))
+    with fused(model, None):
+        mine = torch.autograd.grad(model(input_ids=ids, labels=ids).loss, list(model.parameters()))
+    for own, theirs in zip(mine, expected, strict=True):
+        torch.testing.assert_close(own, theirs, rtol=1e-3, atol=1e-5 * float(theirs.abs().max()))
+
+
+def test_what_is_not_recognised_runs_as_it_is() -> None:
+    class OddRMSNorm(nn.Module):
+        """Named like an RMS norm, with another rule (Gemma's)."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.eps = nn.Parameter(torch.ones(32)), 1e-6
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.rms_norm(x, (32,), 1 + self.weight, self.eps)
+
+    model = tiny_model()
+    model.model.norm = OddRMSNorm()
+    model.model.layers[0].mlp.act_fn = nn.GELU()
+    ids = torch.arange(6)[None]
+    wanted = model(ids).logits
+    with fused(model, None) as count:
+        assert count == 3 * 2 + 2
+        torch.testing.assert_close(model(ids).logits, wanted, rtol=1e-4, atol=1e-4)
+    assert plain_head(model) is model.lm_head.weight
+    model.config.logits_scaling = 2.0
+    assert plain_head(model) is None
