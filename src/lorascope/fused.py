@@ -89,7 +89,7 @@ class GatedMLPFunction(torch.autograd.Function):
 
 def three_linears(scales: tuple[float, float, float], weights: Any) -> list[Linear]:
     """The gate, up and down maps from their flat tensors."""
-    return [Linear(*weights[4 * i : 4 * i + 4], scale) for i, scale in enumerate(scales)]
+    return [Linear(*weights[4 * i : 4 * i + 4])._replace(scale=scale) for i, scale in enumerate(scales)]
 
 
 class HeadLossFunction(torch.autograd.Function):

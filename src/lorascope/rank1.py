@@ -113,7 +113,7 @@ class LinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: float, *weights: Tensor | None) -> Tensor:
         """Output [..., O]; `weights` are W, bias, a and b of a `Linear`."""
-        linear = Linear(*weights, scale)  # type: ignore[arg-type]
+        linear = Linear(*weights)._replace(scale=scale)  # type: ignore[arg-type]
         x_TI = x.reshape(-1, x.shape[-1])
         y_TO, z_TR = forward_linear(x_TI, linear)
         ctx.save_for_backward(x_TI, z_TR, *weights)
@@ -126,7 +126,8 @@ class LinearFunction(torch.autograd.Function):
         x_TI, z_TR, *weights = ctx.saved_tensors
         to_x, to_W = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
         slope_TO = slope.reshape(-1, slope.shape[-1])
-        found = backward_linear(slope_TO, x_TI, z_TR, Linear(*weights, ctx.scale), to_x=to_x, to_W=to_W)
+        linear = Linear(*weights)._replace(scale=ctx.scale)
+        found = backward_linear(slope_TO, x_TI, z_TR, linear, to_x=to_x, to_W=to_W)
         x = None if found.x_TI is None else found.x_TI.reshape(ctx.shape)
         return x, None, *found[1:]
 
