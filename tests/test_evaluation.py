@@ -19,7 +19,7 @@ from lorascope.traces import Renderer
 from tiny_folder import save_tiny
 from tiny_models import random_adapter
 
-CONFIG: dict[str, Any] = {"on": "chain,letters", "n": 6, "max_new_tokens": 6, "rows": 4, "shots": 2}
+CONFIG: dict[str, Any] = {"on": "chain,letters", "n": 6, "max_new_tokens": 6, "shots": 2}
 
 
 @pytest.fixture(scope="module")

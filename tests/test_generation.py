@@ -1,13 +1,14 @@
 """Generation: batches equal single greedy runs, stops and budgets hold, edits can wait for generated tokens."""
 
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 
-from lorascope import edits
+from lorascope import edits, generation
 from lorascope.attached import attach
-from lorascope.generation import Sampling, cut_at_end, generate, generate_batch, stop_ids
+from lorascope.generation import Sampling, cut_at_end, generate, generate_batch, plan_rows, stop_ids
 from lorascope.models import load_model
 from lorascope.traces import Renderer
 from tiny_folder import save_tiny
@@ -33,6 +34,43 @@ def test_a_batch_equals_single_greedy_runs_by_hand(loaded: tuple[Any, Renderer])
             for _ in range(12):
                 ids.append(int(attached.run([ids]).logits[0, -1].argmax()))
             assert cut_at_end(ids[len(prompt) :], stop_ids(model, renderer)) == result
+
+
+def test_finished_rows_leave_and_the_cache_grows(loaded: tuple[Any, Renderer], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that end at different steps, in short stretches, equal runs of one prompt each; so does a second batch."""
+    model, renderer = loaded
+    prompts = [renderer.prompt_ids(p) for p in [*PROMPTS, "Why?"]]
+    sampling = Sampling(max_new_tokens=150)
+    single = [generate_batch(model, renderer, [p], sampling)[0] for p in prompts]
+    common = Counter(id_ for result in single for id_ in result.ids[20:]).most_common()
+    ends = [id_ for id_, _ in common[-6:]]  # seldom tokens, so that rows end at various places
+    monkeypatch.setattr(generation, "stop_ids", lambda *_: ends)
+    monkeypatch.setattr(generation, "STRETCH", 4)
+    wanted = [cut_at_end(result.ids, ends) for result in single]
+    assert len({len(result.ids) for result in wanted}) > 1
+    with torch.no_grad(), attach(model, random_adapter(model)) as attached, attached.edit(edits.off("*")):
+        assert generate_batch(attached, renderer, prompts, sampling) == wanted
+
+
+def test_per_sequence_edits_keep_their_rows(loaded: tuple[Any, Renderer]) -> None:
+    model, renderer = loaded
+    prompts = [renderer.prompt_ids(p) for p in PROMPTS]
+    adapter = random_adapter(model)
+    gates = torch.stack([torch.zeros(len(adapter.addresses)), *[torch.ones(len(adapter.addresses))] * 2])
+    sampling = Sampling(max_new_tokens=40)
+    with torch.no_grad(), attach(model, adapter) as attached:
+        plain = generate_batch(attached, renderer, prompts, sampling)
+        with attached.edit(edits.gate(gates)):
+            gated = generate_batch(attached, renderer, prompts, sampling)
+    # Batches are ordered by length; the shortest prompt is the one whose adapter is off.
+    assert gated[0] == generate_batch(model, renderer, prompts[:1], sampling)[0]
+    assert gated[1:] == plain[1:]
+
+
+def test_batches_keep_to_both_limits() -> None:
+    plan = plan_rows([5, 50, 6, 7], Sampling(max_new_tokens=10, rows=3, token_budget=40))
+    assert plan == [[0, 2], [3], [1]]
+    assert plan_rows([5] * 7, Sampling(max_new_tokens=10, rows=3)) == [[0, 1, 2], [3, 4, 5], [6]]
 
 
 def test_sampling_follows_its_seed(loaded: tuple[Any, Renderer]) -> None:

@@ -69,7 +69,7 @@ def plan(
 ) -> list[tuple[str, Callable[[], object]]]:
     """The demo's stages with their titles, in order."""
     rank1 = TrainConfig(epochs=1.0, batch=BATCH, token_budget=1024, eval_every=16, eval_traces=32)
-    test = EvaluateConfig(on=TASKS, n=PROBLEMS // half, off="attn,mlp", max_new_tokens=96)
+    test = EvaluateConfig(on=TASKS, n=PROBLEMS // half, off="attn,mlp", max_new_tokens=96, token_budget=24_576)
     stages: list[tuple[str, Callable[[], object]]] = [
         (
             "train a rank-1 adapter",

@@ -26,6 +26,8 @@ class Edit:
     """`all` positions, or only `generated` tokens (while text is generated)."""
     mask_BT: Tensor | None = None
     """Restricts the edit to these positions of the batch."""
+    per_sequence: bool = False
+    """Whether the change differs by row, so that it fits one batch alone."""
 
 
 def off(patterns: str | Sequence[str] = "*", to: PerDirection = 0.0, where: str = "all") -> Edit:
@@ -52,7 +54,11 @@ def add(patterns: str | Sequence[str], amount: PerDirection, where: str = "all")
 
 def replace(values_BTN: Tensor, patterns: str | Sequence[str] = "*", mask_BT: Tensor | None = None) -> Edit:
     """Put other scalars in the place of these, for one forward over a batch [B, T], where `mask_BT` is true."""
-    return Edit(patterns, lambda z, columns: values_BTN.to(z)[..., columns.to(values_BTN.device)], mask_BT=mask_BT)
+
+    def change(z: Tensor, columns: Tensor) -> Tensor:
+        return values_BTN.to(z)[..., columns.to(values_BTN.device)]
+
+    return Edit(patterns, change, mask_BT=mask_BT, per_sequence=True)
 
 
 def gate(gates_BN: Tensor, patterns: str | Sequence[str] = "*", to: PerDirection = 0.0) -> Edit:
@@ -62,7 +68,7 @@ def gate(gates_BN: Tensor, patterns: str | Sequence[str] = "*", to: PerDirection
         gates = gates_BN[:, None, columns.to(gates_BN.device)].to(z.device)
         return z * gates + per_direction(to, z, columns) * (1 - gates)
 
-    return Edit(patterns, change)
+    return Edit(patterns, change, per_sequence=True)
 
 
 def per_direction(value: PerDirection, z: Tensor, columns: Tensor) -> Tensor:

@@ -53,8 +53,8 @@ class EvaluateConfig:
     """0 is greedy."""
     seeds: int = 1
     """Sampled responses per problem (with a temperature)."""
-    rows: int = 40
-    """Responses generated at once."""
+    token_budget: int = 16_384
+    """Most tokens, prompts and longest responses, held at once; sets how many responses are generated together."""
     plain_text: str = ""
     """File of plain text for the perplexity (default: a short built-in text)."""
 
@@ -209,7 +209,7 @@ def sample_rows(
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
             seed=options.seed + 1_000_000 * number,
-            rows=config.rows,
+            token_budget=config.token_budget,
             thinking_budget=config.thinking_budget,
         )
         results = generate_batch(model, renderer, prompts, sampling, desc=f"evaluate {contestant.name}")

@@ -1,6 +1,9 @@
 """Text from a model, with or without an adapter attached, greedy or sampled, in batches.
 
-Generation itself is transformers' `generate`; here are batching, stopping and the thinking budget.
+Generation itself is transformers' `generate`; here are batching, stopping, the thinking budget, a cache that grows
+in place, and finished rows leaving the batch.
+
+Shapes: B = rows, T = tokens.
 """
 
 from collections.abc import Sequence
@@ -9,11 +12,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig
+from transformers.cache_utils import DynamicLayer
 
 from lorascope.attached import Attached
 from lorascope.progress import progress
 from lorascope.traces import MARKUPS, Renderer
+
+STRETCH = 16
+"""New tokens between looks at which rows are finished; each look costs a copy of what is kept."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +32,10 @@ class Sampling:
     temperature: float = 0.0
     """0 is greedy."""
     seed: int = 0
-    rows: int = 32
-    """Sequences generated at once."""
+    rows: int = 160
+    """Most sequences generated at once."""
+    token_budget: int = 16_384
+    """Most tokens, prompts and longest responses, held at once."""
     thinking_budget: int | None = None
     """Close the thinking after so many tokens, if the model has not (as s1's budget forcing)."""
 
@@ -54,9 +64,8 @@ def generate(
 def generate_batch(
     model: Any, renderer: Renderer, prompts: Sequence[Sequence[int]], sampling: Sampling, desc: str = "generate"
 ) -> list[Generation]:
-    """Responses to prompts of token ids, in their order. Sampled results depend on the batching (`rows`)."""
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
-    batches = [order[i : i + sampling.rows] for i in range(0, len(order), sampling.rows)]
+    """Responses to prompts of token ids, in their order. Sampled results depend on the batching."""
+    batches = plan_rows([len(p) for p in prompts], sampling)
     results: dict[int, Generation] = {}
     for number, batch in enumerate(progress(batches, desc=desc, unit="batch", total=len(batches))):
         chosen = replace(sampling, seed=sampling.seed + 1000 * number)
@@ -87,7 +96,7 @@ def generate_rows(model: Any, renderer: Renderer, prompts: Sequence[list[int]], 
 
 @torch.no_grad()
 def continue_rows(model: Any, renderer: Renderer, prompts: Sequence[list[int]], sampling: Sampling) -> list[Generation]:
-    """One call of transformers' `generate` on left-padded prompts."""
+    """Continue left-padded prompts with transformers' `generate`, finished rows taken out between stretches."""
     live = model.model if isinstance(model, Attached) else model
     tokenizer, device = renderer.tokenizer, live.get_input_embeddings().weight.device
     ends, pad = stop_ids(live, renderer), tokenizer.pad_token_id
@@ -95,21 +104,89 @@ def continue_rows(model: Any, renderer: Renderer, prompts: Sequence[list[int]], 
     width = max(len(p) for p in prompts)
     ids_BT = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
     mask_BT = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    config = GenerationConfig(
-        max_new_tokens=sampling.max_new_tokens,
-        do_sample=sampling.temperature > 0,
-        temperature=sampling.temperature or None,
-        top_k=0 if sampling.temperature > 0 else None,
-        eos_token_id=ends,
-        pad_token_id=pad,
-    )
+    cache = growing_cache(live)
+    fixed = cache is None or (isinstance(model, Attached) and needs_all_rows(model))
+    responses: list[list[int]] = [[] for _ in prompts]
+    rows, left = list(range(len(prompts))), sampling.max_new_tokens
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng())
         torch.manual_seed(sampling.seed)
         if isinstance(model, Attached):
             stack.enter_context(model.generating())
-        output = live.generate(input_ids=ids_BT, attention_mask=mask_BT, generation_config=config)
-    return [cut_at_end(row, ends) for row in output[:, width:].tolist()]
+        while rows and left > 0:
+            stretch = left if fixed else min(STRETCH, left)
+            settings = GenerationConfig(
+                max_new_tokens=stretch,
+                do_sample=sampling.temperature > 0,
+                temperature=sampling.temperature or None,
+                top_k=0 if sampling.temperature > 0 else None,
+                eos_token_id=ends,
+                pad_token_id=pad,
+            )
+            before = ids_BT.shape[1]
+            ids_BT = live.generate(
+                input_ids=ids_BT, attention_mask=mask_BT, past_key_values=cache, generation_config=settings
+            )
+            new_BT = ids_BT[:, before:]
+            mask_BT = torch.cat([mask_BT, torch.ones_like(new_BT)], dim=1)
+            for row, ids in zip(rows, new_BT.tolist(), strict=True):
+                responses[row] += ids
+            left -= stretch
+            kept = (~torch.isin(new_BT, torch.tensor(ends, device=device)).any(dim=1)).nonzero()[:, 0]
+            if len(kept) < len(rows):
+                rows = [rows[i] for i in kept.tolist()]
+                ids_BT, mask_BT = ids_BT[kept], mask_BT[kept]
+                if cache is not None and rows:
+                    cache.batch_select_indices(kept)
+    return [cut_at_end(response, ends) for response in responses]
+
+
+def needs_all_rows(attached: Attached) -> bool:
+    """Whether what is read or edited belongs to the rows of the whole batch."""
+    return bool(attached.readings) or any(active.edit.per_sequence for active in attached.edits)
+
+
+class GrowingLayer(DynamicLayer):
+    """A layer's keys and values in a buffer with room to grow: a new token is written, not all of them copied."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append [B, heads, new, width] and return all that is cached."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        self.keys, self.values = append(self.keys, key_states), append(self.values, value_states)
+        return self.keys, self.values
+
+
+def append(seen: Tensor, new: Tensor) -> Tensor:
+    """`cat([seen, new], dim=2)` as a view of a buffer: the one that `seen` is a view of, where it has room."""
+    start, end = seen.shape[2], seen.shape[2] + new.shape[2]
+    buffer = seen._base
+    if buffer is None or buffer.ndim != 4 or buffer.shape[:2] != new.shape[:2] or buffer.shape[2] < end:
+        buffer = new.new_empty(*new.shape[:2], end + max(64, end // 2), new.shape[3])
+        buffer[:, :, :start] = seen
+    buffer[:, :, start:end] = new
+    return buffer[:, :, :end]
+
+
+def growing_cache(model: Any) -> DynamicCache | None:
+    """An empty cache of such layers; None for a model that keeps anything but whole keys and values."""
+    cache = DynamicCache(config=model.config)
+    if not cache.layers or any(type(layer) is not DynamicLayer for layer in cache.layers):
+        return None
+    cache.layers = [GrowingLayer() for _ in cache.layers]
+    return cache
+
+
+def plan_rows(lengths: Sequence[int], sampling: Sampling) -> list[list[int]]:
+    """Which prompts are continued together: of like length, within the limits on rows and tokens."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        fit = max(1, sampling.token_budget // (lengths[i] + sampling.max_new_tokens))
+        if not batches or len(batches[-1]) >= min(sampling.rows, fit):
+            batches.append([])
+        batches[-1].append(i)
+    return batches
 
 
 def cut_at_end(ids: list[int], ends: Sequence[int]) -> Generation:
