@@ -83,7 +83,8 @@ def test_the_store_holds_the_true_inputs_times_a(study: Study, base: Path, sourc
                 wanted = inputs_by_hooks(model, adapter, item.ids.tolist())
         else:
             wanted = inputs_by_hooks(model, adapter, item.ids.tolist())
-        np.testing.assert_allclose(z, wanted, rtol=2**-10, atol=2e-5)
+        # Half precision is 2^-11; a merged run is 4e-6 of the largest scalar off one in double precision.
+        np.testing.assert_allclose(z, wanted, rtol=2**-10, atol=1e-5 * np.abs(wanted).max())
         np.testing.assert_array_equal(store.tokens[where], item.ids)
         np.testing.assert_array_equal(store.segments[where], item.segments)
         assert store.response_start[i] == item.response_start

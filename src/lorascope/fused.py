@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorascope.adapter import AdaptedModule, Adapter
-from lorascope.attached import MISSING, find_module
+from lorascope.attached import MISSING, Attached, find_module
 from lorascope.rank1 import Linear, apply_linear, backward_linear, forward_linear
 
 HEAD_CHUNK = 128
@@ -156,13 +156,20 @@ def norm_form(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
 
 def mlp_form(module: nn.Module, parts: dict[int, AdaptedModule]) -> Callable[[Tensor], Tensor] | None:
     """The training form of a gated MLP of three plain linear maps with SiLU, None for other modules."""
-    inner = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-    if not all(type(linear) is nn.Linear for linear in inner) or "SiLU" not in type(module.act_fn).__name__:
+    inner = gated_parts(module)
+    if not inner:
         return None
-    linears = [as_linear(linear, parts) for linear in inner if isinstance(linear, nn.Linear)]
+    linears = [as_linear(linear, parts) for linear in inner]
     scales = tuple(linear.scale for linear in linears)
     weights = [weight for linear in linears for weight in linear[:4]]
     return lambda x: GatedMLPFunction.apply(x, scales, *weights)
+
+
+def gated_parts(module: nn.Module) -> list[nn.Linear]:
+    """The gate, up and down maps of a gated MLP with SiLU, all plain; nothing for other modules."""
+    inner = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    plain = [linear for linear in inner if type(linear) is nn.Linear]
+    return plain if len(plain) == 3 and "SiLU" in type(getattr(module, "act_fn", None)).__name__ else []
 
 
 def linear_form(module: nn.Module, parts: dict[int, AdaptedModule]) -> Callable[[Tensor], Tensor] | None:
@@ -210,11 +217,103 @@ def fused(model: Any, adapter: Adapter | None) -> Iterator[int]:
         if form is not None and agrees(module, form):
             forms[module] = form
             inside |= set(module.children())
+    with forwards(forms):
+        yield len(forms)
+
+
+class SharedInput:
+    """The scalars of modules that read the same tensor, from one small GEMM at the first of them."""
+
+    def __init__(self, members: list[AdaptedModule]) -> None:
+        self.a_GI = torch.cat([part.a_RI for part in members])
+        self.size, self.x, self.served = len(members), None, 0
+        self.z: Tensor
+
+    def scalars(self, x: Tensor, rows: slice) -> Tensor:
+        """Scalars [..., R] of one member, whose read vectors are `rows` of all of the group's."""
+        if x is not self.x:
+            self.x, self.z, self.served = x, x @ self.a_GI.T, 0
+        self.served += 1
+        if self.served == self.size:
+            self.x = None  # nobody else will ask, so the input need not be held
+        return self.z[..., rows]
+
+
+def shared_inputs(adapter: Adapter) -> list[tuple[SharedInput, slice]]:
+    """For each module of an adapter the group that it shares its input with, and its rows in it.
+
+    Queries, keys and values of a layer share theirs, and gate and up; whether they do is seen at every call.
+    """
+    together = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
+    groups: dict[tuple[str, str], list[AdaptedModule]] = {}
+    keys = []
+    for part in adapter.modules:
+        parent, _, name = part.path.rpartition(".")
+        key = (parent, next((min(names) for names in together if name in names), name))
+        keys.append(key)
+        groups.setdefault(key, []).append(part)
+    shared = {key: SharedInput(members) for key, members in groups.items()}
+    found, used = [], dict.fromkeys(groups, 0)
+    for part, key in zip(adapter.modules, keys, strict=True):
+        found.append((shared[key], slice(used[key], used[key] + len(part.a_RI))))
+        used[key] += len(part.a_RI)
+    return found
+
+
+@contextmanager
+def fused_reading(attached: Attached) -> Iterator[int]:
+    """Inside, forward passes without gradients are fast and still give every scalar; gives the number of parts.
+
+    Adapted maps of an fp32 base run merged, in one GEMM, and scalars of modules that share an input are computed
+    together. While an edit is active, and wherever a part is not recognised, the forms of `attach` run.
+    """
+    model, adapter = attached.model, attached.adapter
+    forms: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
+    for index, (part, (shared, rows)) in enumerate(zip(adapter.modules, shared_inputs(adapter), strict=True)):
+        module = find_module(model, part)
+        weight = module.weight
+        if type(module) is nn.Linear and weight.dtype == torch.float32 and weight.device == part.a_RI.device:
+            linear = Linear(weight, module.bias, part.a_RI, part.b_OR, part.scale)
+            forms[module] = partial(read_linear, attached, index, linear, shared, rows, module.forward)
+    for module in model.modules():
+        form = norm_form(module) or (partial(read_mlp, module) if gated_parts(module) else None)
+        if form is not None and agrees(module, form):
+            forms[module] = form
+    with forwards(forms):
+        yield len(forms)
+
+
+def read_mlp(module: Any, x: Tensor) -> Tensor:
+    """A gated MLP without gradients, its products formed in place."""
+    inner: Tensor = F.silu(module.gate_proj(x), inplace=True).mul_(module.up_proj(x))
+    result: Tensor = module.down_proj(inner)
+    return result
+
+
+def read_linear(
+    attached: Attached,
+    index: int,
+    linear: Linear,
+    shared: SharedInput,
+    rows: slice,
+    edited: Callable[[Tensor], Tensor],
+    x: Tensor,
+) -> Tensor:
+    """An adapted map, merged; its scalars go the way that all scalars go. `edited` is what runs under edits."""
+    if attached.edits:
+        return edited(x)
+    attached._pass_scalars(index, shared.scalars(x, rows))
+    return F.linear(x, linear.merged(), linear.bias_O)
+
+
+@contextmanager
+def forwards(forms: dict[nn.Module, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Inside, modules run the given forwards; afterwards what they ran before."""
     before = {module: module.__dict__.get("forward", MISSING) for module in forms}
     try:
         for module, form in forms.items():
             module.__dict__["forward"] = form
-        yield len(forms)
+        yield
     finally:
         for module, forward in before.items():
             if forward is MISSING:

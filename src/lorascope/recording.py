@@ -23,6 +23,7 @@ from lorascope.attached import Attached, attach
 from lorascope.config import Options
 from lorascope.edits import Edit
 from lorascope.errors import BadInput
+from lorascope.fused import fused_reading
 from lorascope.models import load_model, load_tokenizer
 from lorascope.progress import progress
 from lorascope.store import store_folder
@@ -143,7 +144,7 @@ def record_source(study: Study, config: RecordConfig, model: Any, tokenizer: Any
     }
     plan = plan_recording(adapter, rendered, config.token_budget, about)
     folder = store_folder(study.path, config.corpus, config.source)
-    with attach(model, adapter) as attached:
+    with attach(model, adapter) as attached, fused_reading(attached):
         counts = fill_store(folder, plan, rendered, attached, SOURCES[config.source], config.corpus)
     return counts | {"length_rule": length_rule, "sink_rule": about["sink_rule"]}
 
