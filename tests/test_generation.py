@@ -8,7 +8,7 @@ import torch
 
 from lorascope import edits, generation
 from lorascope.attached import attach
-from lorascope.generation import Sampling, cut_at_end, generate, generate_batch, plan_rows, stop_ids
+from lorascope.generation import Sampling, common_prefix, cut_at_end, generate, generate_batch, plan_rows, stop_ids
 from lorascope.models import load_model
 from lorascope.traces import Renderer
 from tiny_folder import save_tiny
@@ -65,6 +65,31 @@ def test_per_sequence_edits_keep_their_rows(loaded: tuple[Any, Renderer]) -> Non
     # Batches are ordered by length; the shortest prompt is the one whose adapter is off.
     assert gated[0] == generate_batch(model, renderer, prompts[:1], sampling)[0]
     assert gated[1:] == plain[1:]
+
+
+def test_a_common_prefix_is_run_once_and_changes_nothing(
+    loaded: tuple[Any, Renderer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, renderer = loaded
+    prompts = [renderer.prompt_ids("These words are shared by all of the questions. " + p) for p in PROMPTS]
+    shared = common_prefix(prompts)
+    assert all(p[: len(shared)] == shared for p in prompts)
+    assert len({p[len(shared)] for p in prompts}) > 1
+    sampling = Sampling(max_new_tokens=20)
+    adapter = random_adapter(model)
+    with torch.no_grad(), attach(model, adapter) as attached:
+        single = [generate_batch(attached, renderer, [p], sampling)[0] for p in prompts]
+        seen: list[int] = []
+        hook = model.get_input_embeddings().register_forward_hook(lambda *a: seen.append(a[1][0].shape[1]))
+        assert generate_batch(attached, renderer, prompts, sampling) == single
+        hook.remove()
+        assert seen[:2] == [len(shared), max(map(len, prompts)) - len(shared)]
+        with attached.edit(edits.off("*", to=7.0, where="generated")):
+            edited = generate_batch(attached, renderer, prompts, sampling)
+            assert edited == [generate_batch(attached, renderer, [p], sampling)[0] for p in prompts]
+    assert common_prefix([[1] * 40, [1] * 40]) == [1] * 39
+    assert common_prefix([[1] * 40]) == []
+    assert common_prefix([[1] * 40, [2] * 40]) == []
 
 
 def test_batches_keep_to_both_limits() -> None:

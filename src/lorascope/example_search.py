@@ -108,8 +108,8 @@ def chosen_kinds(study: Study, config: ExamplesConfig) -> list[str]:
     """The kinds of features asked for."""
     if config.kinds == "auto":
         kinds = available_kinds(study, config.corpus)
-        if not kinds:
-            load_features(study, config.corpus, next(iter(KINDS)))  # says what is missing
+        for corpus in (config.corpus, "train") if not kinds else ():
+            load_features(study, corpus, next(iter(KINDS)))  # says what is missing
         return kinds
     return list(dict.fromkeys(part.strip() for part in config.kinds.split(",")))
 

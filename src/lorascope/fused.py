@@ -226,7 +226,8 @@ class SharedInput:
 
     def __init__(self, members: list[AdaptedModule]) -> None:
         self.a_GI = torch.cat([part.a_RI for part in members])
-        self.size, self.x, self.served = len(members), None, 0
+        self.size, self.served = len(members), 0
+        self.x: Tensor | None = None
         self.z: Tensor
 
     def scalars(self, x: Tensor, rows: slice) -> Tensor:

@@ -6,6 +6,7 @@ in place, and finished rows leaving the batch.
 Shapes: B = rows, T = tokens.
 """
 
+import inspect
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -22,6 +23,9 @@ from lorascope.traces import MARKUPS, Renderer
 
 STRETCH = 16
 """New tokens between looks at which rows are finished; each look costs a copy of what is kept."""
+
+SHARED = 32
+"""Fewest common tokens of all prompts that are worth a pass of their own."""
 
 
 @dataclass(frozen=True)
@@ -101,11 +105,17 @@ def continue_rows(model: Any, renderer: Renderer, prompts: Sequence[list[int]], 
     tokenizer, device = renderer.tokenizer, live.get_input_embeddings().weight.device
     ends, pad = stop_ids(live, renderer), tokenizer.pad_token_id
     pad = ends[0] if pad is None else pad
-    width = max(len(p) for p in prompts)
-    ids_BT = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
-    mask_BT = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     cache = growing_cache(live)
     fixed = cache is None or (isinstance(model, Attached) and needs_all_rows(model))
+    prefix = [] if fixed else common_prefix(prompts)
+    width, start = max(len(p) for p in prompts), len(prefix)
+    # Padding stands between what all prompts share and the rest, so that the former is run once for all.
+    ids_BT = torch.tensor([prefix + [pad] * (width - len(p)) + p[start:] for p in prompts], device=device)
+    mask_BT = torch.tensor(
+        [[1] * start + [0] * (width - len(p)) + [1] * (len(p) - start) for p in prompts], device=device
+    )
+    if prefix:
+        run_prefix(model, cache, ids_BT[:1, :start], len(prompts))
     responses: list[list[int]] = [[] for _ in prompts]
     rows, left = list(range(len(prompts))), sampling.max_new_tokens
     with ExitStack() as stack:
@@ -125,7 +135,7 @@ def continue_rows(model: Any, renderer: Renderer, prompts: Sequence[list[int]], 
             )
             before = ids_BT.shape[1]
             ids_BT = live.generate(
-                input_ids=ids_BT, attention_mask=mask_BT, past_key_values=cache, generation_config=settings
+                input_ids=ids_BT, attention_mask=mask_BT, generation_config=settings, **cache_argument(live, cache)
             )
             new_BT = ids_BT[:, before:]
             mask_BT = torch.cat([mask_BT, torch.ones_like(new_BT)], dim=1)
@@ -139,6 +149,34 @@ def continue_rows(model: Any, renderer: Renderer, prompts: Sequence[list[int]], 
                 if cache is not None and rows:
                     cache.batch_select_indices(kept)
     return [cut_at_end(response, ends) for response in responses]
+
+
+def common_prefix(prompts: Sequence[list[int]]) -> list[int]:
+    """The ids that all prompts begin with, at least one of each left over; none where sharing them gains little."""
+    first, last = min(prompts), max(prompts)
+    most = min(len(p) for p in prompts) - 1
+    same = next((i for i in range(most) if first[i] != last[i]), most)
+    return list(first[:same]) if len(prompts) > 1 and same >= SHARED else []
+
+
+def run_prefix(model: Any, cache: Any, ids_1T: Tensor, rows: int) -> None:
+    """Put the keys and values of a common prefix into the cache, once for each of `rows` rows."""
+    live = model.model if isinstance(model, Attached) else model
+    before = model.in_prompt if isinstance(model, Attached) else False
+    try:
+        if isinstance(model, Attached):
+            model.in_prompt = True
+        live.base_model(input_ids=ids_1T, use_cache=True, **cache_argument(live, cache))
+    finally:
+        if isinstance(model, Attached):
+            model.in_prompt = before
+    cache.batch_repeat_interleave(rows)
+
+
+def cache_argument(model: Any, cache: Any) -> dict[str, Any]:
+    """The cache under the name that the model takes it by: `cache` since transformers 5.24."""
+    known = inspect.signature(model.prepare_inputs_for_generation).parameters
+    return {"cache" if "cache" in known else "past_key_values": cache}
 
 
 def needs_all_rows(attached: Attached) -> bool:
