@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from lorascope import edits, generation
 from lorascope.attached import attach
@@ -13,6 +14,7 @@ from lorascope.models import load_model
 from lorascope.traces import Renderer
 from tiny_folder import save_tiny
 from tiny_models import random_adapter
+from tiny_text import tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +111,47 @@ def test_sampling_follows_its_seed(loaded: tuple[Any, Renderer]) -> None:
     assert sample(1) == sample(1)
     assert sample(1) != sample(2)
     assert torch.equal(state, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_defaults_a_checkpoint_brings_change_nothing(
+    loaded: tuple[Any, Renderer], monkeypatch: pytest.MonkeyPatch, temperature: float
+) -> None:
+    """As Qwen2.5-Instruct's generation_config.json does: what is generated is decided by `Sampling` alone."""
+    model, renderer = loaded
+    prompts = [renderer.prompt_ids(p) for p in PROMPTS]
+    sampling = Sampling(max_new_tokens=30, temperature=temperature, thinking_budget=20)
+    monkeypatch.setattr(model, "generation_config", GenerationConfig())
+    bare = generate_batch(model, renderer, prompts, sampling)
+    brought = GenerationConfig(
+        do_sample=True,
+        temperature=0.7,
+        top_p=0.2,
+        top_k=3,
+        min_p=0.3,
+        repetition_penalty=1.5,
+        no_repeat_ngram_size=2,
+        min_new_tokens=25,
+        suppress_tokens=bare[0].ids[:3],
+        bad_words_ids=[[bare[1].ids[1]]],
+        max_length=400,
+    )
+    monkeypatch.setattr(model, "generation_config", brought)
+    assert generate_batch(model, renderer, prompts, sampling) == bare
+    assert model.generation_config is brought
+
+
+def test_the_end_of_a_turn_is_its_control_token(loaded: tuple[Any, Renderer]) -> None:
+    """Llama 2's template puts a space before it, others a line break; that plain token ends nothing."""
+    model, _ = loaded
+    tokenizer = tiny_tokenizer(
+        "{% for m in messages %}{{ '<|im_start|> ' + m.content + ' ' + '<|im_end|>' }}{% endfor %}", eos="<|endoftext|>"
+    )
+    renderer = Renderer(tokenizer, system="")
+    assert renderer.end_of_turn == " <|im_end|>"
+    ends = stop_ids(model, renderer)
+    assert set(tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])) <= set(ends)
+    assert tokenizer(" ")["input_ids"][0] not in ends
 
 
 def test_ends_are_cut_and_marked() -> None:

@@ -7,8 +7,8 @@ Shapes: B = rows, T = tokens.
 """
 
 import inspect
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -121,6 +121,7 @@ def continue_rows(model: Any, renderer: Renderer, prompts: Sequence[list[int]], 
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng())
         torch.manual_seed(sampling.seed)
+        stack.enter_context(without_defaults(live))
         if isinstance(model, Attached):
             stack.enter_context(model.generating())
         while rows and left > 0:
@@ -149,6 +150,21 @@ def continue_rows(model: Any, renderer: Renderer, prompts: Sequence[list[int]], 
                 if cache is not None and rows:
                     cache.batch_select_indices(kept)
     return [cut_at_end(response, ends) for response in responses]
+
+
+@contextmanager
+def without_defaults(model: Any) -> Iterator[None]:
+    """Without the checkpoint's own ways to generate, so that `Sampling` alone decides.
+
+    transformers fills whatever a passed config leaves open from the model's: Qwen2.5-Instruct's repetition penalty
+    would be part of every "greedy" response.
+    """
+    brought = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = brought
 
 
 def common_prefix(prompts: Sequence[list[int]]) -> list[int]:
@@ -238,7 +254,10 @@ def cut_at_end(ids: list[int], ends: Sequence[int]) -> Generation:
 def stop_ids(model: Any, renderer: Renderer) -> list[int]:
     """Ids that end a response: the template's end of turn, the tokenizer's and the model's end of text."""
     tokenizer = renderer.tokenizer
-    found: list[int] = tokenizer(renderer.end_of_turn, add_special_tokens=False)["input_ids"][:1]
+    turn: list[int] = tokenizer(renderer.end_of_turn, add_special_tokens=False)["input_ids"]
+    special = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
+    # Only a control token ends a turn: before Llama 2's stands a space, which is a token of many responses.
+    found = [id_ for id_ in turn if id_ in special][:1]
     configured = getattr(model.generation_config, "eos_token_id", None)
     ends = [*found, *(configured if isinstance(configured, list) else [configured]), tokenizer.eos_token_id]
     return list(dict.fromkeys(int(i) for i in ends if i is not None))
