@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
+from lorascope import study as study_module
 from lorascope.config import Options
 from lorascope.errors import BadInput, MissingStage
-from lorascope.study import Study, atomic_write_text, merged, write_json
+from lorascope.study import Study, atomic_write_text, merged, whole_folder, write_json
 
 
 @dataclass(frozen=True)
@@ -137,3 +138,69 @@ def test_summaries_merge_by_key(study: Study) -> None:
     study.summarise({"sae": {"l0": 16}})
     study.summarise({"sae": {"dead": 0}})
     assert study.summary["sae"] == {"l0": 16, "dead": 0}
+
+
+def test_looking_at_a_study_needs_no_write(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(study, [])
+    (study.path / ".fingerprints.json").unlink()
+
+    def refuse(path: Path, text: str) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(study_module, "atomic_write_text", refuse)
+    assert study.status()[0]["state"] == "done"
+    assert not (study.path / ".fingerprints.json").exists()
+
+
+def write_output(study: Study, stage: str, outputs: list[str]) -> None:
+    def work() -> dict[str, Any]:
+        for output in outputs:
+            (study.path / output).parent.mkdir(exist_ok=True)
+            (study.path / output).write_text(stage)
+        return {"by": stage}
+
+    study.run(stage, Config(), Options(), inputs=["in.txt"], outputs=outputs, work=work)
+
+
+def test_a_record_whose_output_another_stage_wrote_over_is_dropped(study: Study) -> None:
+    write_output(study, "cut:a,b", ["a.txt", "b.txt"])
+    write_output(study, "other", ["c.txt"])
+    write_output(study, "cut:a", ["a.txt"])
+    assert [row["stage"] for row in study.status()] == ["other", "cut:a"]
+    write_output(study, "cut:a,b", ["a.txt", "b.txt"])  # so it runs again, and is not up to date by an old record
+    assert (study.path / "a.txt").read_text() == "cut:a,b"
+    assert [row["stage"] for row in study.status()] == ["other", "cut:a,b"]
+
+
+def test_a_file_that_several_kinds_fill_together_outdates_none_of_them(study: Study) -> None:
+    for kind in ("direction", "latent"):
+        write_output(study, f"examples:train:{kind}", [f"examples/{kind}.parquet", "examples/levels.json"])
+    assert [row["stage"] for row in study.status()] == ["examples:train:direction", "examples:train:latent"]
+
+
+def test_a_stage_can_be_taken_back(study: Study) -> None:
+    run(study, [])
+    study.summarise({"kl": 1.0, "other": 2})
+    study.forget("stage", "kl", "never there")
+    assert study.manifest["stages"] == {}
+    assert not (study.path / "out.txt").exists()
+    assert study.summary == {"other": 2, "stages": {}}
+    study.forget("stage")
+
+
+def test_folders_are_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    folder = tmp_path / "full"
+    leftover = tmp_path / ".full.tmp"
+    leftover.mkdir()
+    (leftover / "of-a-kill").touch()
+    with whole_folder(folder) as new:
+        (new / "a").write_text("1")
+        assert not folder.exists()
+    with pytest.raises(KeyboardInterrupt), whole_folder(folder) as new:
+        (new / "a").write_text("half")
+        raise KeyboardInterrupt
+    assert [(p.name, p.read_text()) for p in folder.iterdir()] == [("a", "1")]
+    with whole_folder(folder) as new:
+        (new / "b").write_text("2")
+    assert [(p.name, p.read_text()) for p in folder.iterdir()] == [("b", "2")]
+    assert [p.name for p in tmp_path.iterdir()] == ["full"]

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ FORMAT = 1
 VERSIONED = ("lorascope", "torch", "transformers", "tokenizers", "numpy", "safetensors", "peft")
 # Options that change results; the others (threads, json, verbose) do not make a stage stale.
 RESULT_OPTIONS = ("seed", "dtype")
+# Files that several records of one stage fill together: writing one again outdates no other record.
+SHARED_OUTPUTS = frozenset({"examples/levels.json", "ablation/floor.json", "ablation/mean/floor.json"})
 
 
 def atomic_write_bytes(path: Path, data: bytes) -> None:
@@ -48,6 +51,29 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
 def atomic_write_text(path: Path, text: str) -> None:
     """`atomic_write_bytes` for text, as UTF-8."""
     atomic_write_bytes(path, text.encode("utf-8"))
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A new folder to fill, which takes the place of `folder` at the end; after an error the old one stays."""
+    new = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(new, ignore_errors=True)  # of a run that was killed
+    new.mkdir(parents=True)
+    try:
+        yield new
+        put_folder(new, folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def put_folder(new: Path, folder: Path) -> None:
+    """Move a finished folder to where another may be: a kill leaves the old one, the new one or none, never a mix."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -238,6 +264,17 @@ class Study:
         with self._manifest_lock():
             write_json(self.path / "summary.json", merged(self.summary, numbers))
 
+    def forget(self, stage: str, *headlines: str) -> None:
+        """Take back a stage that no longer holds: its outputs, its record, and headline numbers by name."""
+        with self._manifest_lock():
+            manifest, summary = self.manifest, self.summary
+            record = manifest["stages"].pop(stage, None)
+            for output in record["outputs"] if record else ():
+                (self.path / output).unlink(missing_ok=True)
+            write_json(self.path / "study.json", manifest)
+            summary.get("stages", {}).pop(stage, None)
+            write_json(self.path / "summary.json", {k: v for k, v in summary.items() if k not in headlines})
+
     def log(self, text: str) -> None:
         """Append a dated line to `log.txt`."""
         with (self.path / "log.txt").open("a", encoding="utf-8") as file:
@@ -267,6 +304,8 @@ class Study:
         work: Callable[[], dict[str, Any]],
     ) -> dict[str, Any]:
         """Run a stage once: skip it when its inputs, config, seed and outputs are as recorded.
+
+        Records of other stages that claim one of its outputs are dropped: that output is now this stage's.
 
         Args:
             stage: the stage's name, with its variant where it has several (`record:heldout:base`).
@@ -304,7 +343,7 @@ class Study:
             "versions": versions(),
             "result": result,
         }
-        self.update_manifest(stages={stage: done})
+        self._keep_record(stage, done)
         self.summarise({"stages": {stage: {"seconds": seconds, "peak_rss": peak}}})
         self.log(f"{stage}: done in {seconds} s, peak {peak / 2**30:.2f} GiB")
         return result
@@ -324,6 +363,17 @@ class Study:
             rows.append({"stage": stage, "state": state, "why": why} | kept)
         return rows
 
+    def _keep_record(self, stage: str, record: dict[str, Any]) -> None:
+        own = set(record["outputs"]) - SHARED_OUTPUTS
+        with self._manifest_lock():
+            manifest = self.manifest
+            stages = manifest["stages"]
+            over = [name for name, old in stages.items() if name != stage and own & set(old.get("outputs", ()))]
+            manifest["stages"] = {name: old for name, old in stages.items() if name not in over} | {stage: record}
+            write_json(self.path / "study.json", manifest)
+        if over:
+            self.log(f"{stage}: wrote over outputs of {', '.join(over)}, whose records are dropped")
+
     def _file_hash(self, path: Path) -> str:
         cache_file = self.path / ".fingerprints.json"
         try:
@@ -336,7 +386,8 @@ class Study:
             return str(cache[key][2])
         with path.open("rb") as file:
             hash_ = hashlib.file_digest(file, "sha256").hexdigest()
-        atomic_write_text(cache_file, json.dumps(cache | {key: [*seen, hash_]}))
+        with contextlib.suppress(OSError):  # a study that cannot be written to can still be looked at
+            atomic_write_text(cache_file, json.dumps(cache | {key: [*seen, hash_]}))
         return hash_
 
     @contextlib.contextmanager
