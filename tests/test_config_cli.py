@@ -1,13 +1,16 @@
 """Options from flags, YAML and defaults; exit codes; one JSON document on stdout; studies that are not."""
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 
 from lorascope.cli import COMMANDS, main
 from lorascope.config import Options, field_docs, parse_arguments
@@ -116,3 +119,62 @@ def test_doctor_finds_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     damaged = json.loads(capsys.readouterr().out)["damaged"]
     assert [line.split(":")[0] for line in damaged] == ["summary.json", "traces/train.jsonl", "weights.safetensors"]
     assert "line 2" in damaged[1]
+
+
+def test_line_separators_inside_texts_are_not_damage(tmp_path: Path) -> None:
+    study = Study.create(tmp_path / "s", model="m", system=None)
+    file = study.path / "traces" / "train.jsonl"
+    rows = [json.dumps({"a": f"one{mark}two"}, ensure_ascii=False) + "\n" for mark in "\u2028\u2029\u0085"]
+    file.write_text("".join(rows), encoding="utf-8")
+    (study.path / "traces" / "none.jsonl").write_text("")
+    assert main(["doctor", str(study.path)]) == 0
+    file.write_text("".join(rows) + "\n{}", encoding="utf-8")
+    assert main(["doctor", str(study.path)]) == 1
+
+
+def test_an_error_that_cannot_be_logged_is_still_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = Study.create(tmp_path / "s", model="m", system=None)
+    (study.path / "log.txt").mkdir()  # as unwritable as a read-only study's
+
+    def broken(*_: object) -> None:
+        raise ValueError("odd")
+
+    monkeypatch.setattr("lorascope.status.show_status", broken)
+    assert main(["status", str(study.path)]) == 1
+    assert capsys.readouterr().err == "lorascope: ValueError: odd (run again with --verbose for the traceback).\n"
+
+
+@pytest.fixture
+def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        monkeypatch.setenv(name, "1")
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.mark.usefixtures("threads")
+def test_threads_are_set_by_flag_and_by_yaml(tmp_path: Path) -> None:
+    study = Study.create(tmp_path / "s", model="m", system=None)
+    file = tmp_path / "c.yaml"
+    file.write_text("threads: 3\n")
+    for arguments, wanted in (
+        (["--config", str(file)], 3),
+        ([f"--config={file}", "--threads", "2"], 2),
+        (["--threads=4"], 4),
+    ):
+        assert main(["status", str(study.path), *arguments]) == 0
+        assert torch.get_num_threads() == wanted
+        assert os.environ["OMP_NUM_THREADS"] == str(wanted)
+    assert main(["status", str(study.path), "--threads", "0"]) == 2
+    file.write_text("threads: many\n")
+    assert main(["status", str(study.path), "--config", str(file)]) == 2
+
+
+def test_threads_of_a_yaml_file_hold_before_anything_is_loaded(tmp_path: Path) -> None:
+    study = Study.create(tmp_path / "s", model="m", system=None)
+    (tmp_path / "c.yaml").write_text("threads: 2\n")
+    command = [sys.executable, "-m", "lorascope", "doctor", str(study.path), "--json", "--config"]
+    done = subprocess.run([*command, str(tmp_path / "c.yaml")], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["threads"] == 2  # the tests themselves run with 1

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lorascope import __version__
-from lorascope.config import Options, parse_arguments
+from lorascope.config import Options, early_threads, parse_arguments
 from lorascope.errors import BadInput, RunFailed
 
 
@@ -86,7 +86,7 @@ def dispatch(given: list[str]) -> int:
         print(f"lorascope {__version__}")
         return 0
     command = COMMANDS[name]
-    limit_threads(rest)
+    limit_threads(early_threads(rest))  # before any library with threads of its own is loaded
     quieten()
     module = import_module(f"lorascope.{command.module}")
     config_class = getattr(module, command.config)
@@ -94,6 +94,7 @@ def dispatch(given: list[str]) -> int:
         path, config, options = parse_arguments(name, config_class, rest, study_required=command.takes != "optional")
     except SystemExit:  # --help was printed
         return 0
+    limit_threads(options.threads)
     # Whatever a library prints belongs to stderr: with --json, stdout holds one document and nothing else.
     with contextlib.redirect_stdout(sys.stderr):
         result = getattr(module, command.function)(subject(command, path), config, options)
@@ -110,13 +111,20 @@ def subject(command: Command, path: str | None) -> Any:
     return Path(path) if path is not None else None
 
 
-def limit_threads(rest: list[str]) -> None:
-    """Apply --threads before any library with threads of its own is loaded."""
-    flags = [text for i, text in enumerate(rest) if i and rest[i - 1] == "--threads"]
-    flags += [text.partition("=")[2] for text in rest if text.startswith("--threads=")]
-    if flags and flags[-1].isdigit():
-        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-            os.environ[name] = flags[-1]
+def limit_threads(threads: int | None) -> None:
+    """Apply --threads, to libraries that are yet to be loaded and to torch where it is loaded already.
+
+    Raises:
+        BadInput: fewer than one.
+    """
+    if threads is None:
+        return
+    if threads < 1:
+        raise BadInput(f"--threads must be at least 1, not {threads}.")
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = str(threads)
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(threads)
 
 
 def quieten() -> None:
@@ -183,9 +191,10 @@ def unexpected(error: Exception, given: list[str], verbose: bool) -> int:
     text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     folder = Path(given[1]) if len(given) > 1 else Path()
     if (folder / "study.json").is_file():
-        with (folder / "log.txt").open("a", encoding="utf-8") as file:
-            file.write(traceback.format_exc())
-        return fail(f"{text} (the traceback is in {folder / 'log.txt'}).", 1, verbose)
+        with contextlib.suppress(OSError):  # a log that cannot be written must not hide the error
+            with (folder / "log.txt").open("a", encoding="utf-8") as file:
+                file.write(traceback.format_exc())
+            return fail(f"{text} (the traceback is in {folder / 'log.txt'}).", 1, verbose)
     return fail(f"{text} (run again with --verbose for the traceback).", 1, verbose)
 
 

@@ -5,6 +5,7 @@ A field's help is the string literal below it. Flags stand over the YAML file, t
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import inspect
 import itertools
@@ -110,6 +111,23 @@ def parse_arguments(
     study, file = values.pop("study"), values.pop("config")
     merged = (read_yaml(Path(file), (cls, Options)) if file else {}) | values
     return study, make_config(cls, merged), make_config(Options, merged)
+
+
+def early_threads(arguments: list[str]) -> int | None:
+    """The number of threads asked for by flag or in the YAML file; what is wrong there, `parse_arguments` says."""
+    import yaml
+
+    parser = Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--config")
+    given = parser.parse_known_args(arguments)[0]
+    if given.threads is not None or given.config is None:
+        return given.threads
+    with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError):
+        values = yaml.safe_load(Path(given.config).read_text(encoding="utf-8"))
+        threads = values.get("threads") if isinstance(values, dict) else None
+        return threads if isinstance(threads, int) and not isinstance(threads, bool) else None
+    return None
 
 
 def read_yaml(file: Path, classes: tuple[type, ...]) -> dict[str, Any]:

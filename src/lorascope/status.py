@@ -89,7 +89,9 @@ def damage_of(file: Path) -> str | None:
         if file.suffix == ".json":
             json.loads(file.read_text(encoding="utf-8"))
         elif file.suffix == ".jsonl":
-            for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+            text = file.read_text(encoding="utf-8")
+            # Not splitlines: texts of traces may hold other line separators, which JSON leaves as they are.
+            for number, line in enumerate(text.removesuffix("\n").split("\n") if text else (), 1):
                 try:
                     json.loads(line)
                 except ValueError:
