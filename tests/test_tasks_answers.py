@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from lorascope.tasks import Problem, score
-from lorascope.tasks.answers import find_stated, last_boxed, read_roles, same_list, same_number
+from lorascope.tasks.answers import as_fraction, find_stated, last_boxed, read_roles, same_list, same_number
 from lorascope.tasks.mathematics import same_mathematics
 
 
@@ -234,6 +234,28 @@ def test_an_endless_comparison_is_ended(monkeypatch: pytest.MonkeyPatch) -> None
     assert not same_mathematics("2", "9^{9^{9^{9}}}+1")
     monkeypatch.setattr("lorascope.tasks.mathematics._SECONDS", 10.0)
     assert same_mathematics("\\frac{3}{4}", "0.75")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1,234", 1234),
+        ("1{,}234,567", 1234567),
+        ("10,\\!080", 10080),
+        ("\\$32,348.50", 32348.5),
+        ("- 0.5", -0.5),
+        ("3 / 4", 0.75),
+        ("3, 5, 7", None),
+        ("-2,1", None),
+        ("1, 234", None),
+        ("1,2345", None),
+        ("3 1/2", None),
+        ("42_5", None),
+        ("x", None),
+    ],
+)
+def test_only_numbers_are_read_as_numbers(text: str, value: float | None) -> None:
+    assert as_fraction(text) == value
 
 
 def test_stated_answers_and_boxes() -> None:

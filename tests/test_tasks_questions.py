@@ -7,6 +7,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from lorascope.errors import BadInput
@@ -41,6 +43,61 @@ def test_math_500(tmp_path: Path) -> None:
         assert problem.kind == "math"
         assert problem.gold == row["answer"]
         assert score(problem, "It is $\\boxed{(3, \\pi/2)}$").correct
+
+
+@pytest.mark.parametrize(
+    ("gold", "right", "wrong"),
+    [
+        ("p - q", "p-q", "p+q"),
+        ("-x", "-x", "x"),
+        ("n+1", "1+n", "n-1"),
+        ("ab - c", "ab-c", "ab+c"),
+        ("x/2", "\\frac{x}{2}", "2x"),
+        ("x^2+1", "1+x^2", "x^2-1"),
+        ("\\frac{3}{4}", "0.75", "-\\frac{3}{4}"),
+        ("(3, \\frac{\\pi}{2})", "(3, \\pi/2)", "(\\frac{\\pi}{2}, 3)"),
+        ("11\\sqrt2", "11\\sqrt{2}", "11\\sqrt{3}"),
+        ("\\text{Evelyn}", "Evelyn", "Carla"),
+        ("(-\\infty, 3]", "(-\\infty,3]", "(-\\infty,3)"),
+        ("90^\\circ", "90", "80^\\circ"),
+        ("4210_{5}", "4210_5", "4210_{6}"),
+        ("4210_5", "4210_{5}", "42105"),
+        ("3, 5, 7", "3,5,7", "357"),
+        ("-2,1", "1,-2", "-21"),
+        ("6 - 5i", "6-5i", "6+5i"),
+    ],
+)
+def test_mathematical_golds(tmp_path: Path, gold: str, right: str, wrong: str) -> None:
+    (problem,) = read_questions(written(tmp_path / "math.jsonl", {"problem": "What?", "answer": gold}), 0)
+    assert score(problem, f"So it is $\\boxed{{{right}}}$.").correct
+    assert not score(problem, f"So it is $\\boxed{{{wrong}}}$.").correct
+
+
+@pytest.mark.parametrize("gold", ["Coca-Cola", "to-do", "go/no", "F-16", "even", "A+", "New York - Paris", "C++"])
+def test_texts_with_signs_stay_texts(tmp_path: Path, gold: str) -> None:
+    (problem,) = read_questions(written(tmp_path / "qa.jsonl", {"question": "What?", "answer": gold}), 0)
+    assert problem.kind == "text"
+    assert score(problem, f"The answer is {gold}.").correct
+    assert score(problem, f"The answer is {gold.rstrip('+')}.").correct == ("+" not in gold)
+
+
+def test_repeated_ids_are_made_unique(tmp_path: Path) -> None:
+    rows = [{"id": name, "question": f"{i}?", "answer": str(i)} for i, name in enumerate(["a", "a", "b", "a", "a#2"])]
+    problems = read_questions(written(tmp_path / "twice.jsonl", *rows), 0)
+    assert [p.id for p in problems] == ["a", "a#2", "b", "a#3", "a#2#2"]
+
+
+def test_parquet(tmp_path: Path) -> None:
+    rows = [{"question": "Which?", "choices": ["tin", "iron"], "answer": 1}, {"question": "Who?", "answer": None}]
+    pq.write_table(pa.Table.from_pylist(rows[:1]), tmp_path / "mmlu.parquet")
+    (problem,) = read_questions(tmp_path / "mmlu.parquet", 1)
+    assert (problem.id, problem.kind, problem.options["AB".index(problem.gold)]) == ("mmlu-1", "choice", "iron")
+    pq.write_table(pa.Table.from_pylist(rows[1:]), tmp_path / "none.parquet")
+    with pytest.raises(BadInput, match=r"none.parquet, row 1: no answer"):
+        read_questions(tmp_path / "none.parquet", 0)
+    (tmp_path / "bad.parquet").write_text("text")
+    with pytest.raises(BadInput, match="not a Parquet file"):
+        read_questions(tmp_path / "bad.parquet", 0)
 
 
 def test_gsm8k_in_gzip(tmp_path: Path) -> None:
@@ -88,9 +145,44 @@ def test_gpqa_is_shuffled_by_the_seed(tmp_path: Path) -> None:
     ],
 )
 def test_choices(tmp_path: Path, row: dict[str, Any]) -> None:
-    (problem,) = read_questions(written(tmp_path / "mmlu.jsonl", row), 0)
-    assert (problem.kind, problem.gold, problem.options) == ("choice", "B", ("tin", "iron"))
-    assert problem.question == "Which?\n\n(A) tin\n(B) iron"
+    (problem,) = read_questions(written(tmp_path / "mmlu.jsonl", row), 1)
+    assert (problem.kind, sorted(problem.options)) == ("choice", ["iron", "tin"])
+    assert problem.options["AB".index(problem.gold)] == "iron"
+    assert problem.question == "Which?\n\n(A) {}\n(B) {}".format(*problem.options)
+
+
+def test_choices_are_shuffled_by_the_seed(tmp_path: Path) -> None:
+    rows = [{"question": f"Which, {i}?", "choices": ["right", "x", "y", "z"], "answer": 0} for i in range(40)]
+    file = written(tmp_path / "mmlu.jsonl", *rows)
+    problems = read_questions(file, 1)
+    assert problems == read_questions(file, 1)
+    assert [p.gold for p in problems] != [p.gold for p in read_questions(file, 2)]
+    assert {p.gold for p in problems} == set("ABCD")
+    for p in problems:
+        assert p.options["ABCD".index(p.gold)] == "right"
+        assert f"({p.gold}) right" in p.question
+
+
+@pytest.mark.parametrize("last", ["All of the above", "None of these.", "none of the other options", "both of them"])
+def test_options_about_other_options_keep_their_places(tmp_path: Path, last: str) -> None:
+    rows = [{"question": f"Which, {i}?", "choices": ["right", "x", "y", last], "answer": 0} for i in range(40)]
+    problems = read_questions(written(tmp_path / "mmlu.jsonl", *rows), 1)
+    assert {p.options[3] for p in problems} == {last}
+    assert {p.gold for p in problems} == set("ABC")
+    assert all(p.options["ABC".index(p.gold)] == "right" for p in problems)
+
+
+@pytest.mark.parametrize("between", ["Both A and B", "(A) and (C)", "A or B", "none of the above", "Neither A nor C"])
+def test_options_that_name_others_keep_the_whole_order(tmp_path: Path, between: str) -> None:
+    rows = [{"question": f"Which, {i}?", "choices": ["right", "x", between, "y"], "answer": 0} for i in range(9)]
+    problems = read_questions(written(tmp_path / "mmlu.jsonl", *rows), 1)
+    assert {p.options for p in problems} == {("right", "x", between, "y")}
+
+
+def test_equal_options_keep_the_right_one(tmp_path: Path) -> None:
+    """A file's mistake; its right letter must not become that of the copy without notice."""
+    rows = [{"question": f"Which, {i}?", "choices": ["x", "x", "y", "z"], "answer": 1} for i in range(20)]
+    assert all(p.options["ABCD".index(p.gold)] == "x" for p in read_questions(written(tmp_path / "a.jsonl", *rows), 1))
 
 
 def test_json_lists_and_other_kinds(tmp_path: Path) -> None:

@@ -156,8 +156,15 @@ def _tidy(number: str) -> str:
     return number.replace(",", "")
 
 
+_THOUSANDS = re.compile(r"[^,]*|[^\d,]*\d{1,3}(?:,\d{3})+(?!\d)[^,]*")
+"""Text whose commas, if any, set thousands apart."""
+
+
 def as_fraction(text: str) -> Fraction | None:
-    """The exact value of "1,234", "-0.5" or "3/4"; None for anything else."""
+    """The exact value of "1,234", "-0.5" or "3/4"; None for anything else, such as "3, 5" or "42_5"."""
+    given = text.replace("{,}", ",")
+    if re.search(r"_|\d\s+\d|,\s|,\s*-", given) or not _THOUSANDS.fullmatch(plain(given)):
+        return None
     try:
         return Fraction(plain(text).replace(",", "").replace(" ", "").rstrip("."))
     except (ValueError, ZeroDivisionError):
@@ -281,7 +288,8 @@ _LOOSE_TEXT = re.compile(r"(?:\bis\b|\bare\b|:|=|->|→|\boutputs?\b|\bgives\b|\
 
 
 def _squeeze(text: str) -> str:
-    return re.sub(r"[\W_]+", "", _unaccented(plain(text))).casefold()
+    # A plus is more than punctuation: blood of type A+, Na+, C++.
+    return re.sub(r"[^\w+]+|_", "", _unaccented(plain(text))).casefold()
 
 
 def _without_fillers(text: str) -> str:

@@ -7,17 +7,28 @@ import json
 import random
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lorascope.errors import BadInput
 from lorascope.tasks.answers import as_fraction, last_boxed
 from lorascope.tasks.problem import Kind, Problem
+from lorascope.traces.files import read_rows
 
 _QUESTION = ("question", "problem", "prompt", "query", "input")
 _GOLD = ("answer", "gold", "target", "final_answer", "expected_answer", "label")
 _ID = ("id", "unique_id", "record id", "problem_idx", "task_id")
 _LETTERS = "ABCDEFGHIJ"
+_ABOUT_OTHERS = re.compile(
+    r"\b(?:all|none|both|neither|either|any|some|two)\b.*\b(?:above|these|those|them|others?|options|choices|answers)\b",
+    re.IGNORECASE,
+)
+_NAMES_OTHERS = re.compile(
+    r"(?:\b|\()[A-J]\)?\s*(?:,|and|or|nor|&)\s*\(?[A-J](?:\)|\b)|\b(?:[Oo]ption|[Cc]hoice) \(?[A-J]\b"
+)
+_NAMED = {"sqrt", "sin", "cos", "tan", "cot", "sec", "csc", "log", "ln", "exp", "pi", "infinity"}
+"""Words that formulas hold beside single letters."""
 _ROLES = re.compile(r"\w+ is a kn(?:ight|ave)\b")
 
 
@@ -26,20 +37,28 @@ class _Malformed(Exception):
 
 
 def read_questions(file: str | Path, seed: int = 0) -> list[Problem]:
-    """Reads a JSON Lines file or a JSON list (both also as .gz) of questions with their answers.
+    """Reads a JSON Lines file, a JSON list (both also as .gz) or a Parquet file of questions with their answers.
 
     Known columns, in any case: problem or question with answer (GSM8K's ends in `#### N`; without an answer the
-    solution's last box is taken), question with choices, GPQA's Correct Answer and Incorrect Answer 1 to 3. The
-    options of GPQA are shuffled by `seed` and the question's text, so that a problem is the same in every file.
+    solution's last box is taken), question with choices, GPQA's Correct Answer and Incorrect Answer 1 to 3. Options
+    are shuffled by `seed` and the question's text, so that a problem is the same in every file; last ones such as
+    "none of the above" keep their places, and so do all where an option names others ("both A and B") or speaks of
+    them without being last. Options inside the question's own text stay as they are. Repeated ids get `#2`, `#3`.
     Raises BadInput with the line and what is wrong with it.
     """
     path = Path(file)
     problems: list[Problem] = []
+    seen: dict[str, int] = {}
     for where, row in _rows(path):
         try:
             problem = _problem(row, path.name.split(".")[0], len(problems), seed)
         except _Malformed as error:
             raise BadInput(f"{path.name}, {where}: {error}.") from error
+        # Answers are kept and paired by id: two problems of one id would pass for two responses to one.
+        seen[problem.id] = seen.get(problem.id, 0) + 1
+        if seen[problem.id] > 1:
+            problem = replace(problem, id=f"{problem.id}#{seen[problem.id]}")
+            seen[problem.id] = 1
         problems.append(problem)
     if not problems:
         raise BadInput(f"{path.name} has no questions in it: give one JSON object per line.")
@@ -47,7 +66,10 @@ def read_questions(file: str | Path, seed: int = 0) -> list[Problem]:
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Every row with the words for where it stands: its line, or its number in a JSON list."""
+    """Every row with the words for where it stands: its line, or its number in a JSON list or a Parquet file."""
+    if ".parquet" in path.suffixes:
+        yield from ((f"row {number + 1}", row) for _, number, row in read_rows(path))
+        return
     text = _text(path)
     if text.lstrip().startswith("["):
         try:
@@ -90,7 +112,7 @@ def _problem(row: Any, stem: str, index: int, seed: int) -> Problem:
         options, gold = _gpqa(columns, question, seed)
         return _multiple_choice(problem_id, stem, question, options, gold)
     if columns.get("choices") or columns.get("options"):
-        options, gold = _choices(columns)
+        options, gold = _shuffled(*_choices(columns), question, seed)
         return _multiple_choice(problem_id, stem, question, options, gold)
     gold = _gold(columns)
     return _made(problem_id, stem, question.strip(), gold, _kind(question, gold))
@@ -141,7 +163,24 @@ def _kind(question: str, gold: str) -> Kind:
         return "roles"
     if re.search(r"[\\^_$={}]|\d\s*[-+*/]|\d[a-z]\b", gold) or re.fullmatch(r"[\[(].*[\])]", gold):
         return "math"
-    return "text"
+    return "math" if _is_formula(gold) else "text"
+
+
+def _is_formula(gold: str) -> bool:
+    """Formulas without LaTeX: `p - q`, `-x`, `x/2`, `3, 5, 7`; not `to-do`, `F-16`, `Coca-Cola`.
+
+    As texts they would lose their signs, and p + q would pass for p - q.
+    """
+    if re.fullmatch(r"[-+\d.,/\s]*\d", gold):
+        return True
+    if not re.fullmatch(r"[\w\s+\-*/^=<>()|!.,]+", gold) or re.fullmatch(r"[A-Z]-\d+", gold):
+        return False
+    if not re.search(r"[-+*/^=<>]\s*[\w(|]", gold):
+        return False
+    # Products of two letters, as in ab - c; without such a sign they may be words.
+    pairs = re.search(r"[+=*^\d]| - ", gold)
+    runs = re.findall(r"[^\W\d_]+", gold)
+    return all(len(run) == 1 or run in _NAMED or (len(run) == 2 and pairs) for run in runs)
 
 
 # -- multiple choice --------------------------------------------------------------------------------------------
@@ -152,10 +191,20 @@ def _gpqa(columns: Mapping[str, Any], question: str, seed: int) -> tuple[list[st
     missing = [name for name in names if not str(columns.get(name) or "").strip()]
     if missing:
         raise _Malformed(f"the column {missing[0].title()!r} is missing or empty")
-    options = [str(columns[name]).strip() for name in names]
-    right = options[0]
-    random.Random(f"{seed} {question}").shuffle(options)
-    return options, _LETTERS[options.index(right)]
+    return _shuffled([str(columns[name]).strip() for name in names], "A", question, seed)
+
+
+def _shuffled(options: list[str], gold: str, question: str, seed: int) -> tuple[list[str], str]:
+    """The options in a seeded order with the new letter of the right one; see `read_questions` for what stays."""
+    free = len(options)
+    while free and _ABOUT_OTHERS.search(options[free - 1]):
+        free -= 1
+    fixed = any(_ABOUT_OTHERS.search(option) for option in options[:free]) or any(map(_NAMES_OTHERS.search, options))
+    order = list(range(free))
+    if not fixed:
+        random.Random(f"{seed} {question}").shuffle(order)
+    order += range(free, len(options))
+    return [options[i] for i in order], _LETTERS[order.index(_LETTERS.index(gold))]
 
 
 def _choices(columns: Mapping[str, Any]) -> tuple[list[str], str]:
