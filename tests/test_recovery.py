@@ -7,6 +7,7 @@ import pytest
 
 from lorascope.errors import BadInput
 from lorascope.recovery import recovery_rows
+from lorascope.stats import bootstrap_mean
 
 
 def samples(correct: int, n: int = 100, benchmark: str = "chain") -> list[dict[str, Any]]:
@@ -65,3 +66,76 @@ def test_benchmarks_get_rows_of_their_own() -> None:
 def test_other_problems_are_refused() -> None:
     with pytest.raises(BadInput, match="other problems"):
         rows_of(base=samples(10), adapter=samples(10, 90))
+
+
+def seeded(table: list[list[bool]]) -> list[dict[str, Any]]:
+    """Samples from [problem][seed]."""
+    return [
+        {"benchmark": "chain", "id": str(i), "seed": seed, "correct": right}
+        for i, row in enumerate(table)
+        for seed, right in enumerate(row)
+    ]
+
+
+def width(bounds: dict[str, float]) -> float:
+    return bounds["high"] - bounds["low"]
+
+
+def test_seeds_are_resampled_beside_problems() -> None:
+    """Whole seeds that go well or badly: averaging them first would hide that other seeds may go otherwise."""
+    rng = np.random.default_rng(1)
+    shares = {"base": (0.1, 0.1, 0.1, 0.1), "adapter": (0.2, 0.8, 0.3, 0.7), "full": (0.9, 0.9, 0.9, 0.9)}
+    tables = {name: rng.random((200, 4)) < np.array(share) for name, share in shares.items()}
+    rows, _ = rows_of(**{name: seeded(table.tolist()) for name, table in tables.items()})
+    means = {name: table.mean(1) for name, table in tables.items()}
+    averaged = bootstrap_mean(means["adapter"], rng=rng)
+    gain = bootstrap_mean(means["adapter"] - means["base"], rng=rng)
+    row = rows[0]
+    assert row["adapter"]["accuracy"] == pytest.approx(averaged.value)
+    assert row["gains"]["adapter"]["value"] == pytest.approx(gain.value)
+    # The standard error of four seeds' mean is about 0.13, of 200 problems' about 0.02.
+    assert width(row["adapter"]) > 4 * (averaged.high - averaged.low)
+    assert width(row["gains"]["adapter"]) > 4 * (gain.high - gain.low)
+    assert width(row["recovery"]) > 0.4
+    assert row["n"] == 200
+
+
+def test_seeds_that_all_models_share_cancel() -> None:
+    """The same seeds are drawn for all models: what a seed does to each of them does not blur their difference."""
+    rng = np.random.default_rng(2)
+    luck = np.array([0.0, 0.4, 0.1, 0.3])
+    draw = rng.random((200, 4))
+    rows, _ = rows_of(
+        **{
+            name: seeded((draw < share + luck).tolist())
+            for name, share in (("base", 0.1), ("adapter", 0.3), ("full", 0.5))
+        }
+    )
+    assert width(rows[0]["adapter"]) > 0.25
+    assert width(rows[0]["gains"]["adapter"]) < 0.12
+    assert width(rows[0]["recovery"]) < 0.3
+
+
+def test_equal_seeds_change_nothing_but_the_draws() -> None:
+    once, thrice = (
+        rows_of(
+            **{
+                name: seeded([[i < right] * seeds for i in range(100)])
+                for name, right in (("base", 20), ("adapter", 50), ("full", 80))
+            }
+        )[0][0]
+        for seeds in (1, 3)
+    )
+    for name in ("base", "adapter", "full"):
+        assert thrice[name]["low"] == pytest.approx(once[name]["low"], abs=0.02)
+    assert thrice["recovery"]["high"] == pytest.approx(once["recovery"]["high"], abs=0.02)
+
+
+def test_twice_the_same_problem_is_refused() -> None:
+    with pytest.raises(BadInput, match="twice"):
+        rows_of(base=samples(10) + samples(5))
+    ragged = seeded([[True, False]] * 5)
+    with pytest.raises(BadInput, match="seeds"):
+        rows_of(base=ragged[:-1])
+    with pytest.raises(BadInput, match="seeds"):
+        rows_of(base=ragged, adapter=seeded([[True]] * 5))

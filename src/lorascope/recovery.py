@@ -1,6 +1,7 @@
-"""Recovery, (adapter − base) / (full − base), with paired bootstrap intervals over problems.
+"""Recovery, (adapter − base) / (full − base), with paired bootstrap intervals over problems and seeds.
 
-Arrays: P = problems; an entry is the problem's accuracy, averaged over seeds.
+Arrays: P = problems, S = seeds (one, unless responses are sampled several times); an entry is 1 where the response
+is right.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorascope.errors import BadInput
-from lorascope.stats import DRAWS, bootstrap_mean, percentile_bounds
+from lorascope.stats import bootstrap_crossed, crossed_draws, percentile_bounds
 
 FloatArray = NDArray[np.float64]
 Samples = Sequence[Mapping[str, Any]]
@@ -23,14 +24,19 @@ def recovery_rows(samples: Mapping[str, Samples], rng: np.random.Generator) -> t
     Raises:
         BadInput: two models were evaluated on different problems.
     """
-    scores = {name: problem_scores(rows) for name, rows in samples.items()}
+    scores = {name: problem_scores(name, rows) for name, rows in samples.items()}
     problems = list(next(iter(scores.values())))
+    seeds = {len(own[key]) for own in scores.values() for key in own}
     for name, own in scores.items():
         if set(own) != set(problems):
             raise BadInput(f"The samples of {name} are of other problems; run lorascope evaluate for all models again.")
-    prompts = [name for name in scores if name.startswith("base")]
-    best = max(prompts, key=lambda name: np.mean(list(scores[name].values())), default=None)
-    table = {name: np.array([scores[name][key] for key in problems]) for name in scores}
+    if len(seeds) > 1:
+        raise BadInput(
+            f"There are samples of {min(seeds)} and of {max(seeds)} seeds; run lorascope evaluate for all models again."
+        )
+    table = {name: np.array([own[key] for key in problems]) for name, own in scores.items()}
+    prompts = [name for name in table if name.startswith("base")]
+    best = max(prompts, key=lambda name: table[name].mean(), default=None)
     if best is not None:
         table["base"] = table[best]
     benchmarks = np.array([key[0] for key in problems])
@@ -39,27 +45,36 @@ def recovery_rows(samples: Mapping[str, Samples], rng: np.random.Generator) -> t
     return rows, best
 
 
-def problem_scores(rows: Samples) -> dict[tuple[str, str], float]:
-    """Accuracy of each problem, over its seeds, by (benchmark, id)."""
-    found: dict[tuple[str, str], list[float]] = {}
+def problem_scores(name: str, rows: Samples) -> dict[tuple[str, str], list[float]]:
+    """Whether each response to a problem is right, in the order of seeds, by (benchmark, id)."""
+    found: dict[tuple[str, str], dict[int, float]] = {}
     for row in rows:
-        found.setdefault((row["benchmark"], row["id"]), []).append(float(row["correct"]))
-    return {key: float(np.mean(values)) for key, values in found.items()}
+        own = found.setdefault((row["benchmark"], row["id"]), {})
+        seed = row.get("seed", 0)
+        if seed in own:
+            raise BadInput(f"Samples of {name}: {row['id']} of {row['benchmark']} is there twice; evaluate it again.")
+        own[seed] = float(row["correct"])
+    return {key: [own[seed] for seed in sorted(own)] for key, own in found.items()}
 
 
 def recovery_row(
     benchmark: str, table: Mapping[str, FloatArray], chosen: NDArray[np.bool_], rng: np.random.Generator
 ) -> dict[str, Any]:
-    """One row: accuracies with intervals, gains over base with paired intervals, recovery or why there is none."""
+    """One row: accuracies with intervals, gains over base with paired intervals, recovery or why there is none.
+
+    `table` holds [P, S] per model, `chosen` says which problems count.
+    """
     part = {name: values[chosen] for name, values in table.items()}
     row: dict[str, Any] = {"benchmark": benchmark, "n": int(chosen.sum())}
     for name in MAIN:
-        row[name] = bootstrap_mean(part[name], rng=rng).as_dict("accuracy") if name in part else None
+        row[name] = bootstrap_crossed(part[name], rng=rng).as_dict("accuracy") if name in part else None
     row["others"] = {
-        name: bootstrap_mean(values, rng=rng).as_dict("accuracy") for name, values in part.items() if name not in MAIN
+        name: bootstrap_crossed(values, rng=rng).as_dict("accuracy")
+        for name, values in part.items()
+        if name not in MAIN
     }
     row["gains"] = {
-        name: bootstrap_mean(values - part["base"], rng=rng).as_dict()
+        name: bootstrap_crossed(values - part["base"], rng=rng).as_dict()
         for name, values in part.items()
         if "base" in part and name != "base"
     }
@@ -71,20 +86,17 @@ def recover(part: Mapping[str, FloatArray], rng: np.random.Generator) -> tuple[d
     """Recovery with its interval, or the reason why it means nothing here."""
     if missing := [name for name in MAIN if name not in part]:
         return None, f"{missing[0]} was not evaluated"
-    base_P, adapter_P, full_P = (part[name] for name in MAIN)
-    gain = bootstrap_mean(full_P - base_P, rng=rng)
+    base_PS, adapter_PS, full_PS = (part[name] for name in MAIN)
+    gain = bootstrap_crossed(full_PS - base_PS, rng=rng)
     if not gain.low > 0:
         return None, "the interval of full - base does not lie above 0, so there is no gain to recover"
-    n = len(base_P)
-    picks = (rng.integers(0, n, n) for _ in range(DRAWS))
-    draws = np.array([ratio(base_P[i], adapter_P[i], full_P[i]) for i in picks])
-    value = ratio(base_P, adapter_P, full_P)
-    low, high = percentile_bounds(draws)
+    draws_D3 = crossed_draws(np.stack([base_PS, adapter_PS, full_PS], axis=2), rng)
+    value = ratio(base_PS.mean(), adapter_PS.mean(), full_PS.mean())
+    low, high = percentile_bounds(np.array([ratio(*means) for means in draws_D3]))
     note = "full finetune under-trained at this budget" if value > 1 else None
     return {"value": value, "low": low, "high": high}, note
 
 
-def ratio(base: FloatArray, adapter: FloatArray, full: FloatArray) -> float:
-    """(adapter − base) / (full − base) of means; NaN when full equals base (left out of the draws)."""
-    gain = full.mean() - base.mean()
-    return float((adapter.mean() - base.mean()) / gain) if gain != 0 else float("nan")
+def ratio(base: float, adapter: float, full: float) -> float:
+    """(adapter − base) / (full − base); NaN when full equals base (left out of the draws)."""
+    return float((adapter - base) / (full - base)) if full != base else float("nan")
