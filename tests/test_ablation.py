@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from lorascope import edits
-from lorascope.ablation import make_targets, score_targets, target_rows
+from lorascope.ablation import make_targets, target_rows
 from lorascope.adapter import Adapter
 from lorascope.attached import attach
+from lorascope.leave_one_out import leave_out
 from lorascope.restart import keep_hidden, start_at
 from lorascope.traces import ANSWER, PROMPT, SPECIAL, THINK, Rendered
 from tiny_models import random_adapter, tiny_model
@@ -49,7 +50,7 @@ def test_restarted_batches_equal_whole_single_passes(kind: str, rank: int) -> No
     adapter = random_adapter(model, rank)
     targets = [t for by in ("direction", "layer", "type", "group") for t in make_targets(adapter.addresses, by)]
     with torch.no_grad(), attach(model, adapter) as attached:
-        sums, floor = score_targets(attached, TRACES, targets, 0.0, budget=200)
+        sums, floor = leave_out(attached, TRACES, targets, 0.0, budget=200)
     assert set(floor) == {"rerun", "rebatched", "restart at L1", "restart at L2"}
     assert max(floor.values()) < 1e-6
     for target in targets:
@@ -63,7 +64,7 @@ def test_segments_add_up_and_belong_to_the_predicted_token() -> None:
     adapter = random_adapter(model)
     targets = make_targets(adapter.addresses, "group")
     with torch.no_grad(), attach(model, adapter) as attached:
-        sums, _ = score_targets(attached, TRACES, targets, 0.0, budget=200)
+        sums, _ = leave_out(attached, TRACES, targets, 0.0, budget=200)
     total = sums["group", "all"]
     np.testing.assert_allclose(total[:, 0], total[:, 1:].sum(axis=1), rtol=1e-6)
     # t1: response 4..11; thinking is predicted 3 times, the end of turn once, the answer between.
@@ -79,7 +80,7 @@ def test_off_to_mean_equals_an_edit_to_the_means() -> None:
     means = np.linspace(-1, 1, len(adapter.addresses)).astype(np.float32)
     target = make_targets(adapter.addresses, "layer")[1]
     with torch.no_grad(), attach(model, adapter) as attached:
-        sums, _ = score_targets(attached, TRACES[:1], [target], means, budget=200)
+        sums, _ = leave_out(attached, TRACES[:1], [target], means, budget=200)
         ids = torch.tensor(TRACES[0].ids[None].astype(np.int64))
         p = torch.log_softmax(attached.run(ids).logits[0, 3:-1].double(), -1)
         with attached.edit(edits.off("L1.*", to=means)):
@@ -96,7 +97,7 @@ def test_a_direction_that_does_nothing_is_under_the_floor_and_a_strong_one_ranks
     adapter.modules[11].b_OR.mul_(1000)
     targets = make_targets(adapter.addresses, "direction")
     with torch.no_grad(), attach(model, adapter) as attached:
-        sums, floor = score_targets(attached, TRACES, targets, 0.0, budget=200)
+        sums, floor = leave_out(attached, TRACES, targets, 0.0, budget=200)
     rng = np.random.default_rng(0)
     rows = {t.name: target_rows(t, sums[t.by, t.name], max(floor.values()), rng)[0] for t in targets}
     assert max(rows, key=lambda name: rows[name]["kl"]) == adapter.addresses[11]

@@ -177,8 +177,8 @@ def test_fast_reading_gives_the_same_scalars(kind: str, choice: dict[str, Any]) 
                 again = attached.run(ids)
         after = attached.run(ids)
     for mine, theirs in ((got, wanted), (again, edited)):
-        # Against a run in double precision: merged 2e-6 to 4e-6 of the largest scalar, unmerged 1e-6 to 2e-6.
-        torch.testing.assert_close(mine.scalars, theirs.scalars, rtol=0, atol=1e-5 * float(theirs.scalars.abs().max()))
+        # Against a run in double precision either form is 1e-6 to 8e-6 of the largest scalar off, over 12 batches.
+        torch.testing.assert_close(mine.scalars, theirs.scalars, rtol=0, atol=2e-5 * float(theirs.scalars.abs().max()))
         torch.testing.assert_close(mine.logits, theirs.logits, rtol=1e-4, atol=1e-4)
     assert torch.equal(after.logits, wanted.logits)
 

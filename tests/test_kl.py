@@ -7,56 +7,73 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from torch.nn.functional import cross_entropy
+from torch import Tensor
 
-from lorascope.kl import assistant_positions, hidden_scores, kl_per_token, predicted_segments
+from lorascope.kl import assistant_positions, compare_hidden, predicted_segments
 
 
-def exact_kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+def compare_logits(p: Tensor, q: Tensor, **options: int) -> tuple[Tensor, Tensor]:
+    """KL and cross-entropy change of one run, the logits themselves as hidden states; the last id came next."""
+    targets = torch.full((len(p),), p.shape[1] - 1)
+    found = compare_hidden(torch.clone, p, [q], targets, **options)
+    return found.kl[0], found.ce[0]
+
+
+def exact(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     logp, logq = torch.log_softmax(p.double(), -1), torch.log_softmax(q.double(), -1)
-    return (logp.exp() * (logp - logq)).sum(-1)
+    return (logp.exp() * (logp - logq)).sum(-1), (logp - logq)[:, -1]
 
 
-@pytest.mark.parametrize("size", [1e-3, 1e-1, 3.0])
+@pytest.mark.parametrize("size", [1e-4, 1e-3, 1e-1, 3.0, 30.0])
 def test_agrees_with_float64_from_tiny_to_large(size: float) -> None:
     rng = torch.Generator().manual_seed(0)
     p = torch.randn(37, 5000, generator=rng) * 5
     q = p + torch.randn(37, 5000, generator=rng) * size
-    torch.testing.assert_close(kl_per_token(p, q, chunk=8).double(), exact_kl(p, q), rtol=1e-4, atol=2e-7)
+    kl, ce = compare_logits(p, q, chunk=8)
+    wanted_kl, wanted_ce = exact(p, q)
+    torch.testing.assert_close(kl.double(), wanted_kl, rtol=2e-4, atol=1e-10)
+    torch.testing.assert_close(ce.double(), wanted_ce, rtol=1e-4, atol=2e-6 * max(1.0, size))
 
 
 def test_direction_is_p_to_q() -> None:
     p, q = torch.log(torch.tensor([[0.9, 0.1]])), torch.log(torch.tensor([[0.5, 0.5]]))
     expected = 0.9 * np.log(0.9 / 0.5) + 0.1 * np.log(0.1 / 0.5)
-    assert kl_per_token(p, q).item() == pytest.approx(expected, rel=1e-5)
-    assert kl_per_token(q, p).item() != pytest.approx(expected, rel=1e-2)
+    assert compare_logits(p, q)[0].item() == pytest.approx(expected, rel=1e-5)
+    assert compare_logits(q, p)[0].item() != pytest.approx(expected, rel=1e-2)
+    assert compare_logits(p, q)[1].item() == pytest.approx(np.log(0.1) - np.log(0.5), rel=1e-5)
 
 
-def test_same_logits_give_exactly_zero() -> None:
+def test_a_constant_added_to_all_logits_changes_nothing() -> None:
     p = torch.randn(5, 1000) * 10
-    assert torch.equal(kl_per_token(p, p.clone()), torch.zeros(5))
+    assert torch.equal(compare_logits(p, p.clone())[0], torch.zeros(5))
+    kl, ce = compare_logits(p, p + 4.0)
+    torch.testing.assert_close(kl, torch.zeros(5), rtol=0, atol=1e-6)
+    torch.testing.assert_close(ce, torch.zeros(5), rtol=0, atol=1e-5)
 
 
 def test_certain_predictions_stay_finite() -> None:
     p, q = torch.tensor([[200.0, 0.0, -200.0]]), torch.tensor([[0.0, 150.0, 0.0]])
-    assert kl_per_token(p, q).item() == pytest.approx(150.0, rel=1e-5)
-    assert kl_per_token(torch.zeros(0, 4), torch.zeros(0, 4)).shape == (0,)
+    kl, ce = compare_logits(p, q)
+    assert kl.item() == pytest.approx(150.0, rel=1e-5)
+    assert ce.item() == pytest.approx(150.0 - 400.0, rel=1e-5)
+    assert compare_logits(torch.zeros(0, 4), torch.zeros(0, 4))[0].shape == (0,)
 
 
-def test_hidden_scores_equal_whole_logits_for_any_chunk() -> None:
+def test_several_runs_in_chunks_equal_each_alone() -> None:
     rng = torch.Generator().manual_seed(1)
     weight = torch.randn(50, 8, generator=rng)
-    p, q = torch.randn(11, 8, generator=rng), torch.randn(11, 8, generator=rng)
+    p, *others = (torch.randn(11, 8, generator=rng) for _ in range(4))
     targets = torch.randint(50, (11,), generator=rng)
 
-    def head(hidden: torch.Tensor) -> torch.Tensor:
+    def head(hidden: Tensor) -> Tensor:
         return hidden @ weight.T
 
-    small, whole = (hidden_scores(head, p, q, targets, chunk=c) for c in (3, 100))
-    torch.testing.assert_close(small.kl, whole.kl)
-    torch.testing.assert_close(whole.kl, kl_per_token(head(p), head(q)))
-    torch.testing.assert_close(whole.ce_p, cross_entropy(head(p), targets, reduction="none"))
-    torch.testing.assert_close(small.ce_q, cross_entropy(head(q), targets, reduction="none"))
+    together = compare_hidden(head, p, others, targets, chunk=3)
+    for number, q in enumerate(others):
+        alone = compare_hidden(head, p, [q], targets)
+        torch.testing.assert_close(together.kl[number], alone.kl[0])
+        torch.testing.assert_close(together.ce[number], alone.ce[0])
+        torch.testing.assert_close(alone.kl[0].double(), exact(head(p), head(q))[0], rtol=1e-4, atol=1e-6)
 
 
 def test_positions_predict_the_response_only() -> None:

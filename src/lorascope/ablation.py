@@ -1,41 +1,38 @@
 """`lorascope ablate`: what each direction, layer, type or group does to the model's predictions.
 
-Exact leave-one-out on held-out traces: KL(adapted ‖ edited) and the change of cross-entropy, in nats per
-assistant-predicted token, pooled over traces; intervals bootstrap traces. The edited run restarts from the first
-edited layer; several edits of one layer share a batch.
+KL(adapted ‖ edited) and the change of cross-entropy, in nats per assistant-predicted token, pooled over held-out
+traces; intervals bootstrap traces. `--method exact` leaves each target out in turn, `--method screen` estimates the
+KL of all of them from a few backward passes, and `--method exact --top 20` confirms the leaders.
 
-Shapes: B = traces of a batch, T = tokens, N = directions, G = targets in one pass, M = scored positions,
-V = vocabulary.
+Shapes: S = traces, N = directions, G = targets.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from safetensors.numpy import save as to_safetensors
 
-from lorascope import edits
 from lorascope.adapter import GROUPS, Adapter, direction_layer, direction_type, select
-from lorascope.attached import Attached, attach
+from lorascope.attached import attach
 from lorascope.config import Options
 from lorascope.errors import BadInput
-from lorascope.kl import assistant_positions, predicted_segments, reference_scores
+from lorascope.kl import assistant_positions
+from lorascope.leave_one_out import PARTS, Target, leave_out
 from lorascope.models import load_model
-from lorascope.progress import progress
-from lorascope.restart import keep_hidden, start_at
+from lorascope.screening import Screened, screen
 from lorascope.stats import bootstrap_ratio
 from lorascope.store import Store
-from lorascope.study import Study, write_json
-from lorascope.traces import SEGMENT_NAMES, Rendered, pad_ids, plan_batches
+from lorascope.study import Study, atomic_write_bytes, write_json
+from lorascope.traces import Rendered
 
 KINDS = ("direction", "layer", "type", "group")
-PARTS = ("all", "think", "answer", "special")
-"""Segments of the predicted token that rows are given for; `special` is the markup and the end of turn."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +41,10 @@ class AblateConfig:
 
     by: str = "direction,layer,type,group"
     """What to switch off together: direction, layer, type, group, or a comma list of these."""
+    method: str = "exact"
+    """exact: leave each one out. screen: estimate all four kinds from a few backward passes (to second order)."""
+    top: int | None = None
+    """With exact: only the so many strongest of each kind by an earlier screening."""
     to: str = "zero"
     """What scalars are set to: zero, or mean (over the training corpus's assistant tokens)."""
     corpus: str = "heldout"
@@ -54,88 +55,185 @@ class AblateConfig:
     """Only the first so many tokens of each trace."""
     token_budget: int = 4096
     """Padded tokens per forward pass."""
+    passes: int = 0
+    """With screen: backward passes (default 0: as many as --precision asks for, at most 64)."""
+    precision: float = 0.2
+    """With screen: wanted standard error relative to the KL, for the median direction."""
 
 
-@dataclass(frozen=True)
-class Target:
-    """One row: the directions (columns of N) that are switched off together."""
-
-    by: str
-    name: str
-    columns: NDArray[np.bool_]
-    first_layer: int
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Some traces with the adapted model's run on them: what every edited run is compared with."""
-
-    ids_BT: Tensor
-    rows_M: Tensor
-    positions_M: Tensor
-    targets_M: Tensor
-    trace_M: NDArray[np.int64]
-    segment_M: NDArray[np.uint8]
-    hidden: list[Tensor]
-    """Output of each layer [B, T, D]."""
-    logp_MV: Tensor
-    ce_M: Tensor
+Inputs = tuple[Any, Adapter, list[Rendered], dict[str, Any]]
+"""The model, the adapter, the traces to measure on, and what was cut or dropped."""
 
 
 def ablate(study: Study, config: AblateConfig, options: Options) -> dict[str, Any]:
-    """Measure all targets; writes `ablation/exact-BY.parquet` and `ablation/floor.json`.
+    """Measure all targets of some kinds; writes `ablation/METHOD-KIND.parquet` and the floor beside each table.
 
     Raises:
-        BadInput: an unknown kind of target or of replacement.
-        MissingStage: there is no adapter, or (with --to mean) no recorded training corpus.
+        BadInput: an option makes no sense.
+        MissingStage: there is no adapter, no recorded training corpus (--to mean) or no screening (--top).
     """
-    kinds = [kind.strip() for kind in config.by.split(",")]
-    if unknown := [kind for kind in kinds if kind not in KINDS]:
-        raise BadInput(f"--by {unknown[0]!r} is unknown; choose from {', '.join(KINDS)}.")
-    if config.to not in ("zero", "mean"):
-        raise BadInput(f"--to is zero or mean, not {config.to!r}.")
+    kinds = check_config(config)
     study.require("adapter", "lorascope train STUDY")
     inputs = ["adapter", f"traces/{config.corpus}.jsonl"]
     if config.to == "mean":
         study.require("scalars/train/adapter/index.json", "lorascope record STUDY")
         inputs.append("scalars/train/adapter/index.json")
+    load = cache(lambda: load_inputs(study, config, options))
     folder = "ablation" if config.to == "zero" else "ablation/mean"
+    (study.path / folder).mkdir(parents=True, exist_ok=True)
+    if config.method == "screen":
+        outputs = [f"{folder}/{name}" for name in ("screen.json", "interactions.safetensors")]
+        outputs += [f"{folder}/screen-{kind}.parquet" for kind in KINDS]
+        alone = replace(config, by=",".join(KINDS))
+        return study.run(
+            "ablate:screen",
+            alone,
+            options,
+            inputs=inputs,
+            outputs=outputs,
+            work=lambda: run_screening(study.path / folder, config, options, load),
+        )
+    results = {}
+    for kind in kinds:
+        screened = [f"ablation/screen-{kind}.parquet"] if config.top else []
+        for path in screened:
+            study.require(path, "lorascope ablate STUDY --method screen")
 
-    def work() -> dict[str, Any]:
-        return measure(study, config, options, kinds, folder)
+        def work(kind: str = kind) -> dict[str, Any]:
+            return run_exact(study, study.path / folder, config, options, kind, load)
 
-    outputs = [f"{folder}/floor.json", *(f"{folder}/exact-{kind}.parquet" for kind in kinds)]
-    return study.run(f"ablate:{config.by}:{config.to}", config, options, inputs=inputs, outputs=outputs, work=work)
+        results[kind] = study.run(
+            f"ablate:{kind}" if config.to == "zero" else f"ablate:{kind}:mean",
+            replace(config, by=kind),
+            options,
+            inputs=inputs + screened,
+            outputs=[f"{folder}/exact-{kind}.parquet", f"{folder}/floor-{kind}.json"],
+            work=work,
+        )
+    return results
 
 
-def measure(study: Study, config: AblateConfig, options: Options, kinds: list[str], folder: str) -> dict[str, Any]:
-    """Run everything and write the tables."""
+def check_config(config: AblateConfig) -> list[str]:
+    """The kinds asked for, or one sentence on what cannot be done."""
+    kinds = list(dict.fromkeys(kind.strip() for kind in config.by.split(",")))
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
+        raise BadInput(f"--by {unknown[0]!r} is unknown; choose from {', '.join(KINDS)}.")
+    if config.to not in ("zero", "mean"):
+        raise BadInput(f"--to is zero or mean, not {config.to!r}.")
+    if config.method not in ("exact", "screen"):
+        raise BadInput(f"--method is exact or screen, not {config.method!r}.")
+    if config.method == "screen" and (config.to != "zero" or config.top is not None):
+        raise BadInput("--to mean and --top go with --method exact only.")
+    if min(config.traces, config.max_tokens, config.token_budget, config.top or 1) < 1 or config.passes < 0:
+        raise BadInput("--traces, --max-tokens, --token-budget and --top must be at least 1, --passes not below 0.")
+    if not 0.01 <= config.precision <= 10:
+        raise BadInput(f"--precision is a share between 0.01 and 10, not {config.precision}.")
+    return kinds
+
+
+def load_inputs(study: Study, config: AblateConfig, options: Options) -> Inputs:
+    """What every kind of target needs, loaded once."""
     model, tokenizer = load_model(study.model_name, device=options.device, dtype=options.dtype)
+    model.requires_grad_(False)
     rendered, counts = study.renderer(tokenizer).render_all(study.traces(config.corpus))
     chosen, cut = first_tokens(rendered[: config.traces], config.max_tokens)
-    adapter = Adapter.load(study.path / "adapter")
-    targets = [target for kind in kinds for target in make_targets(adapter.addresses, kind)]
-    to = direction_means(study) if config.to == "mean" else 0.0
-    rng = np.random.default_rng(options.seed)
-    with torch.no_grad(), attach(model, adapter) as attached:
-        scores, floor_runs = score_targets(attached, chosen, targets, to, config.token_budget)
-    floor = max(floor_runs.values())
-    (study.path / folder).mkdir(parents=True, exist_ok=True)
-    for kind in kinds:
-        rows = [row for t in targets if t.by == kind for row in target_rows(t, scores[t.by, t.name], floor, rng)]
-        pq.write_table(pa.Table.from_pylist(rows), study.path / folder / f"exact-{kind}.parquet")
-    write_json(study.path / folder / "floor.json", {"kl": floor, "runs": floor_runs})
-    scored = int(sum(len(assistant_positions(r)) for r in chosen))
-    return {
-        "targets": len(targets),
+    about = {
         "traces": len(chosen),
         "tokens": int(sum(len(r.ids) for r in chosen)),
-        "scored_tokens": scored,
+        "scored_tokens": int(sum(len(assistant_positions(r)) for r in chosen)),
         "cut_tokens": cut,
         "length_rule": counts,
-        "floor": floor,
         "to": config.to,
     }
+    return model, Adapter.load(study.path / "adapter"), chosen, about
+
+
+def run_exact(
+    study: Study, folder: Path, config: AblateConfig, options: Options, kind: str, load: Callable[[], Inputs]
+) -> dict[str, Any]:
+    """Leave out every target of one kind and write its table."""
+    model, adapter, traces, about = load()
+    targets = make_targets(adapter.addresses, kind)
+    if config.top:
+        leaders = leading(study.path / "ablation" / f"screen-{kind}.parquet", config.top)
+        targets = [target for target in targets if target.name in leaders]
+    to = direction_means(study) if config.to == "mean" else 0.0
+    with attach(model, adapter) as attached:
+        sums, floor_runs = leave_out(attached, traces, targets, to, config.token_budget)
+    floor, rng = max(floor_runs.values()), np.random.default_rng(options.seed)
+    write_rows(
+        folder / f"exact-{kind}.parquet",
+        [row for target in targets for row in target_rows(target, sums[target.by, target.name], floor, rng)],
+    )
+    write_json(folder / f"floor-{kind}.json", {"kl": floor, "runs": floor_runs})
+    return {"targets": len(targets), "floor": floor} | about
+
+
+def run_screening(folder: Path, config: AblateConfig, options: Options, load: Callable[[], Inputs]) -> dict[str, Any]:
+    """Screen all directions; tables of every kind and the interaction matrix from the same gradients."""
+    model, adapter, traces, about = load()
+    with attach(model, adapter) as attached:
+        screened = screen(
+            attached,
+            traces,
+            passes=config.passes,
+            precision=config.precision,
+            budget=config.token_budget,
+            seed=options.seed,
+        )
+    rng = np.random.default_rng(options.seed)
+    found = {kind: screened_rows(screened, make_targets(adapter.addresses, kind), rng) for kind in KINDS}
+    for kind, rows in found.items():
+        write_rows(folder / f"screen-{kind}.parquet", rows)
+    interactions = {"kl_NN": screened.interactions_NN().astype(np.float32)}
+    metadata = {"addresses": ",".join(adapter.addresses), "unit": "nats per predicted token"}
+    atomic_write_bytes(folder / "interactions.safetensors", to_safetensors(interactions, metadata))
+    relative = [row["se"] / row["kl"] for row in found["direction"] if row["kl"] > 0]
+    result = {
+        "targets": sum(len(rows) for rows in found.values()),
+        "passes": len(screened.gradients_KSN),
+        "precision": float(np.median(relative)) if relative else None,
+        "floor": screened.null_kl,
+    } | about
+    write_json(folder / "screen.json", {"kl": screened.null_kl} | result)
+    return result
+
+
+def screened_rows(screened: Screened, targets: Sequence[Target], rng: np.random.Generator) -> list[dict[str, Any]]:
+    """Rows like those of the exact tables, with the standard error that the passes leave."""
+    kl_KSG = screened.kl_KSG(np.stack([target.columns for target in targets]))
+    passes, tokens_S = len(kl_KSG), screened.tokens_S.astype(np.float64)
+    rows = []
+    for target, kl_KS in zip(targets, np.moveaxis(kl_KSG, 2, 0), strict=True):
+        kl = bootstrap_ratio(kl_KS.mean(axis=0), tokens_S, rng=rng, draws=2_000)
+        spread = float(kl_KS.sum(axis=1).std(ddof=1)) if passes > 1 else float("nan")
+        rows.append(
+            {
+                "by": target.by,
+                "target": target.name,
+                "segment": "all",
+                "kl": kl.value,
+                "low": kl.low,
+                "high": kl.high,
+                "se": spread / passes**0.5 / float(tokens_S.sum()),
+                "tokens": int(tokens_S.sum()),
+                "under_floor": kl.value <= screened.null_kl,
+            }
+        )
+    return rows
+
+
+def leading(path: Path, count: int) -> set[str]:
+    """Names of the strongest targets of a table."""
+    rows = pq.read_table(path, columns=["target", "kl"]).to_pylist()
+    return {row["target"] for row in sorted(rows, key=lambda row: -row["kl"])[:count]}
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """A table as Parquet, whole or not at all."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows), sink)
+    atomic_write_bytes(path, sink.getvalue().to_pybytes())
 
 
 def first_tokens(rendered: Sequence[Rendered], limit: int) -> tuple[list[Rendered], int]:
@@ -194,127 +292,6 @@ def direction_means(study: Study) -> NDArray[np.float32]:
     for start, z_TN in store.chunks():
         total += z_TN[assistant[start : start + len(z_TN)]].sum(axis=0, dtype=np.float64)
     return (total / assistant.sum()).astype(np.float32)
-
-
-def score_targets(
-    attached: Attached, traces: Sequence[Rendered], targets: Sequence[Target], to: Any, budget: int
-) -> tuple[dict[tuple[str, str], NDArray[np.float64]], dict[str, float]]:
-    """Sums per target and trace, and the KL of the null runs.
-
-    Returns:
-        `{(by, name): sums [trace, part, (kl, ce change, tokens)]}` and `{null run: KL per token}`.
-    """
-    sums = {(t.by, t.name): np.zeros((len(traces), len(PARTS), 3)) for t in targets}
-    nulls: dict[str, NDArray[np.float64]] = {}
-    plan = plan_batches([len(t.ids) for t in traces], max(1, budget // 8))
-    passes = sum(1 for _ in plan) * len(targets)
-    bar = iter(progress(range(passes), desc="ablate", unit="target", total=passes))
-    for rows in plan:
-        batch = run_batch(attached, traces, rows)
-        null_runs(attached, traces, rows, batch, nulls)
-        width = max(1, budget // batch.ids_BT.numel())
-        by_layer: dict[int, list[Target]] = {}
-        for target in targets:
-            by_layer.setdefault(target.first_layer, []).append(target)
-        for layer, members in sorted(by_layer.items()):
-            for start in range(0, len(members), width):
-                group = members[start : start + width]
-                kl_GM, ce_GM = edited_pass(attached, batch, layer, [t.columns for t in group], to)
-                for target, kl_M, ce_M in zip(group, kl_GM, ce_GM, strict=True):
-                    add_sums(sums[target.by, target.name], batch, kl_M, ce_M - batch.ce_M.numpy())
-                    next(bar, None)
-    for _ in bar:
-        pass
-    return sums, {name: float(total[0] / total[1]) for name, total in nulls.items()}
-
-
-def run_batch(attached: Attached, traces: Sequence[Rendered], rows: Sequence[int]) -> Batch:
-    """The adapted model on some traces: hidden states per layer, log-probabilities at the scored positions."""
-    chosen = [traces[i] for i in rows]
-    ids_BT = pad_ids([t.ids for t in chosen], 0)[0].to(attached.device)
-    positions = [assistant_positions(t) for t in chosen]
-    counts = [len(p) for p in positions]
-    rows_M = torch.from_numpy(np.repeat(np.arange(len(rows)), counts)).to(attached.device)
-    positions_M = torch.from_numpy(np.concatenate(positions)).to(attached.device)
-    with keep_hidden(attached.model) as hidden:
-        last = attached.trunk(ids_BT).hidden
-    targets_M = ids_BT[rows_M, positions_M + 1]
-    logp_MV = torch.log_softmax(attached.head(last[rows_M, positions_M]).float(), dim=-1)
-    return Batch(
-        ids_BT=ids_BT,
-        rows_M=rows_M,
-        positions_M=positions_M,
-        targets_M=targets_M,
-        trace_M=np.repeat(np.array(rows), counts),
-        segment_M=np.concatenate([predicted_segments(t) for t in chosen]),
-        hidden=hidden,
-        logp_MV=logp_MV,
-        ce_M=-logp_MV.gather(1, targets_M[:, None])[:, 0].cpu(),
-    )
-
-
-def edited_pass(
-    attached: Attached, batch: Batch, layer: int, columns: Sequence[NDArray[np.bool_]], to: Any
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """KL and cross-entropy [G, M] of G edits of one batch, all at or after `layer`, in one forward pass."""
-    size, copies = len(batch.ids_BT), len(columns)
-    gates_GN = torch.from_numpy(~np.stack(list(columns))).float().to(attached.device)
-    ids_BT = batch.ids_BT.repeat(copies, 1)
-    with attached.edit(edits.gate(gates_GN.repeat_interleave(size, dim=0), to=to)):
-        if layer == 0:
-            hidden = attached.trunk(ids_BT).hidden
-        else:
-            with start_at(attached.model, layer, batch.hidden[layer - 1].repeat(copies, 1, 1)):
-                hidden = last_hidden(attached, ids_BT)
-    kl, ce = [], []
-    for number in range(copies):
-        own = hidden[number * size : (number + 1) * size][batch.rows_M, batch.positions_M]
-        kl_M, ce_M = reference_scores(attached.head, batch.logp_MV, own, batch.targets_M)
-        kl.append(kl_M.numpy())
-        ce.append(ce_M.numpy())
-    return np.stack(kl), np.stack(ce)
-
-
-def last_hidden(attached: Attached, ids_BT: Tensor) -> Tensor:
-    """The final hidden states when some layers are skipped, so that not every scalar exists."""
-    hidden: Tensor = attached.model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
-    return hidden
-
-
-def null_runs(
-    attached: Attached,
-    traces: Sequence[Rendered],
-    rows: Sequence[int],
-    batch: Batch,
-    nulls: dict[str, NDArray[np.float64]],
-) -> None:
-    """Runs that change nothing: again, each trace in a batch of its own, and restarted with gates of 1."""
-    nothing = np.zeros(len(attached.addresses), dtype=bool)
-    layers = len(batch.hidden)
-    runs = {"rerun": [edited_pass(attached, batch, 0, [nothing], 0.0)[0]], "rebatched": []}
-    for layer in sorted({layers // 3, 2 * layers // 3, layers - 1} - {0}):
-        runs[f"restart at L{layer}"] = [edited_pass(attached, batch, layer, [nothing, nothing], 0.0)[0]]
-    for row in rows:
-        alone = run_batch(attached, traces, [row])
-        mine = torch.from_numpy(batch.trace_M == row)
-        kl_M, _ = reference_scores(
-            attached.head,
-            batch.logp_MV[mine.to(batch.logp_MV.device)],
-            attached.trunk(alone.ids_BT).hidden[alone.rows_M, alone.positions_M],
-            alone.targets_M,
-        )
-        runs["rebatched"].append(kl_M.numpy())
-    for name, parts in runs.items():
-        total = np.array([sum(kl.sum(dtype=np.float64) for kl in parts), sum(kl.size for kl in parts)])
-        nulls[name] = nulls.get(name, np.zeros(2)) + total
-
-
-def add_sums(sums: NDArray[np.float64], batch: Batch, kl_M: Any, ce_M: Any) -> None:
-    """Add per-token values to the sums [trace, part, (kl, ce change, tokens)]."""
-    values = np.stack([kl_M, ce_M, np.ones_like(kl_M)], axis=1).astype(np.float64)
-    for number, part in enumerate(PARTS):
-        mine = slice(None) if part == "all" else batch.segment_M == SEGMENT_NAMES.index(part)
-        np.add.at(sums[:, number], batch.trace_M[mine], values[mine])
 
 
 def target_rows(

@@ -266,7 +266,7 @@ def fused_reading(attached: Attached) -> Iterator[int]:
     """Inside, forward passes without gradients are fast and still give every scalar; gives the number of parts.
 
     Adapted maps of an fp32 base run merged, in one GEMM, and scalars of modules that share an input are computed
-    together. While an edit is active, and wherever a part is not recognised, the forms of `attach` run.
+    together, where they are read at all. Edited maps, and parts that are not recognised, run in the forms of `attach`.
     """
     model, adapter = attached.model, attached.adapter
     forms: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
@@ -300,10 +300,11 @@ def read_linear(
     edited: Callable[[Tensor], Tensor],
     x: Tensor,
 ) -> Tensor:
-    """An adapted map, merged; its scalars go the way that all scalars go. `edited` is what runs under edits."""
-    if attached.edits:
+    """An adapted map, merged; its scalars go to who reads them. `edited` is what runs where an edit touches it."""
+    if any(active.local[index] is not None for active in attached.edits):
         return edited(x)
-    attached._pass_scalars(index, shared.scalars(x, rows))
+    if attached.readings:
+        attached._pass_scalars(index, shared.scalars(x, rows))
     return F.linear(x, linear.merged(), linear.bias_O)
 
 

@@ -1,14 +1,14 @@
-"""KL and cross-entropy per predicted token, in fp32, without keeping whole-vocabulary softmaxes.
+"""KL and cross-entropy change per predicted token, in fp32, without keeping whole-vocabulary softmaxes.
 
-The direction is always KL(p || q): p is the reference run (the adapted model), q the changed one. A value at
+The direction is always KL(p || q): p is the reference run (the adapted model), q a changed one. A value at
 position t belongs to the prediction of token t + 1, hence to that token's segment.
 
-Shapes: B batch, T tokens, D hidden width, V vocabulary, M scored positions.
+Shapes: D hidden width, V vocabulary, M scored positions, Q changed runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,12 +24,12 @@ CHUNK = 128
 
 
 @dataclass(frozen=True)
-class TokenScores:
-    """What two runs say about the same M predicted tokens: fp32, nats, each [M], on the CPU."""
+class Changes:
+    """What Q changed runs say about M predicted tokens: nats, fp32 [Q, M], on the CPU."""
 
     kl: Tensor
-    ce_p: Tensor
-    ce_q: Tensor
+    ce: Tensor
+    """Cross-entropy of the token that came, changed minus reference."""
 
 
 def assistant_positions(rendered: Rendered) -> np.ndarray:
@@ -42,86 +42,49 @@ def predicted_segments(rendered: Rendered) -> np.ndarray:
     return rendered.segments[assistant_positions(rendered) + 1]
 
 
-def kl_per_token(logits_p_MV: Tensor, logits_q_MV: Tensor, *, chunk: int = CHUNK) -> Tensor:
-    """KL(p || q) of each row in nats, fp32 [M], from logits (or log-probabilities) of any dtype."""
-    pairs = zip(logits_p_MV.split(chunk), logits_q_MV.split(chunk), strict=True)
-    parts = [_kl(_log_probabilities(p), _log_probabilities(q)) for p, q in pairs]
-    return torch.cat(parts) if parts else logits_p_MV.new_zeros(0, dtype=torch.float32)
-
-
-def hidden_scores(
+def compare_hidden(
     head: Callable[[Tensor], Tensor],
     hidden_p_MD: Tensor,
-    hidden_q_MD: Tensor,
+    hidden_q_QMD: Sequence[Tensor],
     targets_M: Tensor,
     *,
     chunk: int = CHUNK,
-) -> TokenScores:
-    """Compare two runs from their last hidden states, the LM head applied `chunk` positions at a time.
+) -> Changes:
+    """Compare changed runs with one reference from their last hidden states, `chunk` positions at a time.
 
-    `head` maps [m, D] to logits [m, V]; `targets_M` are the ids that came next (int64).
+    Args:
+        head: maps [m, D] to new logits [m, V] of any dtype.
+        targets_M: the ids that came next (int64).
     """
-    kl, ce_p, ce_q = [], [], []
-    for part in _slices(len(targets_M), chunk):
-        logp = _log_probabilities(head(hidden_p_MD[part]))
-        logq = _log_probabilities(head(hidden_q_MD[part]))
-        target = targets_M[part].to(logp.device)[:, None]
-        ce_p.append(-logp.gather(1, target)[:, 0].cpu())
-        ce_q.append(-logq.gather(1, target)[:, 0].cpu())
-        kl.append(_kl(logp, logq).cpu())
-    if not kl:
-        empty = torch.zeros(0)
-        return TokenScores(empty, empty, empty)
-    return TokenScores(torch.cat(kl), torch.cat(ce_p), torch.cat(ce_q))
-
-
-def reference_scores(
-    head: Callable[[Tensor], Tensor],
-    logp_MV: Tensor,
-    hidden_q_MD: Tensor,
-    targets_M: Tensor,
-    *,
-    chunk: int = CHUNK,
-) -> tuple[Tensor, Tensor]:
-    """`(kl, ce_q)` of a changed run against a reference whose fp32 log-probabilities are kept, each [M] on the CPU.
-
-    For many changed runs against one reference: it saves half of `hidden_scores`' work, for M x V x 4 bytes.
-    """
-    kl, ce = [], []
-    for part in _slices(len(targets_M), chunk):
-        logq = _log_probabilities(head(hidden_q_MD[part]))
-        ce.append(-logq.gather(1, targets_M[part].to(logq.device)[:, None])[:, 0].cpu())
-        kl.append(_kl(logp_MV[part], logq).cpu())
-    return torch.cat(kl), torch.cat(ce)
-
-
-def hidden_kls(
-    head: Callable[[Tensor], Tensor], hidden_p_MD: Tensor, hidden_q_QMD: Sequence[Tensor], *, chunk: int = CHUNK
-) -> Tensor:
-    """KL(p || q) of one run to each of Q others from their last hidden states, fp32 [Q, M] on the CPU."""
-    kls = torch.zeros(len(hidden_q_QMD), len(hidden_p_MD))
-    for part in _slices(len(hidden_p_MD), chunk):
-        logp = _log_probabilities(head(hidden_p_MD[part]))
+    kl, ce = (torch.zeros(len(hidden_q_QMD), len(targets_M)) for _ in range(2))
+    for start in range(0, len(targets_M), chunk):
+        part = slice(start, start + chunk)
+        logits_p = head(hidden_p_MD[part]).float()
+        p = torch.softmax(logits_p, dim=-1)
+        targets = targets_M[part].to(p.device)
         for number, hidden_q_MD in enumerate(hidden_q_QMD):
-            kls[number, part] = _kl(logp, _log_probabilities(head(hidden_q_MD[part]))).cpu()
-    return kls
+            shift = head(hidden_q_MD[part]).float().sub_(logits_p)
+            own_kl, own_ce = shifted(p, logits_p, shift, targets)
+            kl[number, part], ce[number, part] = own_kl.float().cpu(), own_ce.float().cpu()
+    return Changes(kl, ce)
 
 
-def _log_probabilities(logits: Tensor) -> Tensor:
-    return torch.log_softmax(logits.float(), dim=-1)
+def shifted(p_MV: Tensor, logits_p_MV: Tensor, shift_MV: Tensor, targets_M: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(p || q) and the change of cross-entropy when d is added to p's logits, each float64 [M].
 
-
-def _kl(logp: Tensor, logq: Tensor) -> Tensor:
-    """Sum of p·log(p/q) - p + q.
-
-    Both distributions sum to 1, so the last two terms are 0 in exact arithmetic; here they cancel the rounding
-    of the two normalisers to first order, which would otherwise drown KLs near 1e-6.
+    With w = Σ p·d and u = Σ p·(e^d - 1): KL = log(1 + u) - w. For small d both terms are much larger than their
+    difference, so it is formed as Σ p·(e^d - 1 - d) + (log(1 + u) - u), whose terms are of the KL's own size.
     """
-    p = logp.exp()
-    extra = torch.exp(logq).sub_(p)
-    return extra.addcmul_(p, torch.sub(logp, logq)).sum(dim=-1)
-
-
-def _slices(length: int, size: int) -> Iterator[slice]:
-    for start in range(0, length, size):
-        yield slice(start, min(start + size, length))
+    grown = torch.expm1(shift_MV)
+    w_M = torch.linalg.vecdot(p_MV, shift_MV).double()
+    bend_M = torch.linalg.vecdot(p_MV, grown.sub_(shift_MV)).double()
+    u_M = bend_M + w_M
+    log_M = torch.log1p(u_M)
+    kl_M = torch.where(u_M.abs() < 0.5, bend_M + (log_M - u_M), log_M - w_M)
+    # e^d beyond fp32, or 1 + u near 0, where u has lost its digits
+    wild = ~(kl_M.isfinite() & log_M.isfinite()) | (u_M < -0.5)
+    if wild.any():
+        before, after = logits_p_MV[wild], logits_p_MV[wild] + shift_MV[wild]
+        log_M[wild] = (after.logsumexp(-1) - before.logsumexp(-1)).double()
+        kl_M[wild] = log_M[wild] - w_M[wild]
+    return kl_M, log_M - shift_MV.gather(1, targets_M[:, None])[:, 0]

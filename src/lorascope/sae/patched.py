@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lorascope.config import Options
 from lorascope.errors import BadInput
-from lorascope.kl import hidden_kls
+from lorascope.kl import compare_hidden
 from lorascope.progress import progress
 from lorascope.sae.files import CONFIG, WEIGHTS, load_sae
 from lorascope.sae.moments import choose_unit, measure_moments, principal_components
@@ -195,8 +195,10 @@ def run_variants(
         hidden_p, changed = run_batch(attached, ids_BT, chosen, patches)
         for row, (number, sequence) in enumerate(zip(batch, chosen, strict=True)):
             at = torch.from_numpy(sequence.predicted).to(hidden_p.device)
-            scores = hidden_kls(attached.head, hidden_p[row, at], [hidden[row, at] for hidden in changed])
-            kls[number] = scores.numpy()
+            came = ids_BT[row, sequence.predicted + 1]
+            kls[number] = compare_hidden(
+                attached.head, hidden_p[row, at], [hidden[row, at] for hidden in changed], came
+            ).kl.numpy()
     return kls, [s.segments[s.predicted + 1] for s in sequences]
 
 

@@ -14,25 +14,30 @@ def ablation_view(study: Study) -> Json:
 
     Returns:
         `{"available", "floor": number or None, "floor_runs": {name: kl}, "by": {way: table}}` for each way of
-        `WAYS`, where a table is that of `ablation_table`.
+        `WAYS`, where a table is that of `ablation_table` and the floor is the largest among them.
     """
     tables = {way: ablation_table(study, way) for way in WAYS}
-    floor = json_file(study, "ablation/floor.json") or {}
-    if not any(table["available"] for table in tables.values()):
+    shown = [table for table in tables.values() if table["available"]]
+    if not shown:
         return missing(study, "ablation tables", COMMAND.format("direction")) | {"by": tables}
-    runs = ready(floor.get("runs") or {})
-    return {"available": True, "floor": ready(floor.get("kl")), "floor_runs": runs, "by": tables}
+    highest = max(shown, key=lambda table: table["floor"] or 0.0)
+    return {"available": True, "floor": highest["floor"], "floor_runs": highest["floor_runs"], "by": tables}
 
 
 def ablation_table(study: Study, way: str) -> Json:
-    """One table, strongest first; what lies under the noise floor comes last, in the order of the adapter.
+    """One table, strongest first; what lies under its noise floor comes last, in the order of the adapter.
+
+    The exact table where there is one, else the screened one, which has neither segments nor cross-entropy.
 
     Returns:
-        `{"available", "rows": [{"target", "tokens", "kl": {"value", "low", "high"}, "ce_change": {..} or None,
-        "under_floor", "segments": {"think": {"kl", "ce_change", "tokens", "under_floor"}, ..}}]}`. KL is
+        `{"available", "method": "exact" or "screen", "floor", "floor_runs", "rows": [{"target", "tokens",
+        "kl": {"value", "low", "high"}, "ce_change": {..} or None, "under_floor",
+        "segments": {"think": {"kl", "ce_change", "tokens", "under_floor"}, ..}}]}`. KL is
         KL(adapted ‖ edited) in nats per predicted assistant token, cross-entropy change in the same unit.
     """
-    rows = table_rows(study, f"ablation/exact-{way}.parquet")
+    rows, method = table_rows(study, f"ablation/exact-{way}.parquet"), "exact"
+    if rows is None:
+        rows, method = table_rows(study, f"ablation/screen-{way}.parquet"), "screen"
     if rows is None:
         return missing(study, f"ablation by {way}", COMMAND.format(way))
     by_target: dict[str, dict[str, Json]] = {}
@@ -44,7 +49,9 @@ def ablation_table(study: Study, way: str) -> Json:
         if parts.get("all")
     ]
     shown.sort(key=strength)
-    return {"available": True, "rows": shown}
+    about = json_file(study, f"ablation/floor-{way}.json" if method == "exact" else "ablation/screen.json") or {}
+    floor = {"floor": ready(about.get("kl")), "floor_runs": ready(about.get("runs") or {})}
+    return {"available": True, "method": method, "rows": shown} | floor
 
 
 def numbers(row: Json) -> Json:

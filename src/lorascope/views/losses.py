@@ -80,11 +80,9 @@ def evaluation_losses(study: Study) -> list[Json]:
 def ablation_losses(study: Study) -> list[Json]:
     """Tokens cut, and targets whose KL is no more than noise."""
     rows: list[Json] = []
-    for record in stage_records(study, "ablate").values():
-        result = record.get("result") or {}
-        if result.get("cut_tokens") is not None:
-            tokens = result.get("tokens", 0) + result["cut_tokens"]
-            rows.append(entry("ablate", "tokens cut", result["cut_tokens"], tokens, "beyond --max-tokens of a trace"))
+    results = [record.get("result") or {} for record in stage_records(study, "ablate").values()]
+    for cut, tokens in dict.fromkeys((r["cut_tokens"], r.get("tokens", 0)) for r in results if "cut_tokens" in r):
+        rows.append(entry("ablate", "tokens cut", cut, tokens + cut, "beyond --max-tokens of a trace"))
     for way in WAYS:
         table = ablation_table(study, way)
         if table["available"]:

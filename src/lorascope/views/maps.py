@@ -13,9 +13,9 @@ import numpy.typing as npt
 from lorascope.adapter import TYPE_ORDER, Adapter, direction_layer, direction_type
 from lorascope.store import store_folder
 from lorascope.study import Study
-from lorascope.views.ablation_tables import COMMAND, direction_kl
+from lorascope.views.ablation_tables import COMMAND, ablation_table, direction_kl
 from lorascope.views.effects import direction_effects
-from lorascope.views.reading import Json, json_file, missing, ready
+from lorascope.views.reading import Json, missing, ready
 
 OUTSIDE = "-"
 """The column of modules that are in no numbered layer."""
@@ -128,15 +128,17 @@ class Places:
 
 def kl_grid(study: Study, place: Places) -> Json:
     """The KL map with its floor, or what to run."""
-    rows = direction_kl(study)
-    if not rows:
+    table, rows = ablation_table(study, "direction"), direction_kl(study)
+    if not table["available"]:
         return absent(study, "kl", COMMAND.format("direction"))
     found = [rows.get(address) for address in place.addresses]
     values = [row["kl"]["value"] if row and row["kl"] else None for row in found]
     under = [bool(row and row["under_floor"]) for row in found]
-    floor = (json_file(study, "ablation/floor.json") or {}).get("kl")
     bounds = {a: [r["kl"]["low"], r["kl"]["high"]] for a, r in rows.items() if r["kl"]}
-    return place.grid("kl", values, under) | {"floor": floor, "intervals": bounds}
+    about = {"floor": table["floor"], "intervals": bounds}
+    if table["method"] == "screen":
+        about["caption"] = ABOUT["kl"]["caption"].replace("exact", "screened (to second order, with sampled labels)")
+    return place.grid("kl", values, under) | about
 
 
 def absent(study: Study, key: str, command: str) -> Json:
