@@ -10,7 +10,16 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from lorascope.adapter import Adapter, direction_layer, direction_type, initial_adapter, locate_modules, select
+from lorascope import adapter as adapter_module
+from lorascope.adapter import (
+    Adapter,
+    direction_layer,
+    direction_type,
+    initial_adapter,
+    locate_modules,
+    parse_layers,
+    select,
+)
 from lorascope.attached import attach
 from lorascope.errors import BadInput
 from tiny_models import random_adapter, tiny_model
@@ -153,3 +162,60 @@ def test_an_untrained_adapter_changes_nothing() -> None:
         base = model(input_ids=ids).logits
         with attach(model, initial_adapter(model)) as attached:
             assert torch.equal(attached.run(ids).logits, base)
+
+
+@pytest.mark.parametrize("fatal", ["weights", "config"])
+def test_saving_over_an_adapter_never_leaves_a_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fatal: str) -> None:
+    """Cut off while either file is written: the old adapter, or one that says that it is incomplete."""
+    folder = tmp_path / "adapter"
+    random_adapter(tiny_model()).save(folder)
+    (folder / "notes.txt").write_text("kept")
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    real = save_file
+
+    def write_half(tensors: Any, file: Path, **more: Any) -> None:
+        real(tensors, file, **more)
+        Path(file).write_bytes(Path(file).read_bytes()[:100])
+        raise KeyboardInterrupt
+
+    def die(*_: object, **__: object) -> str:
+        raise KeyboardInterrupt
+
+    target = (adapter_module, "save_file", write_half) if fatal == "weights" else (adapter_module.json, "dumps", die)
+    with monkeypatch.context() as patch:
+        patch.setattr(*target)
+        with pytest.raises(KeyboardInterrupt):
+            random_adapter(tiny_model(), rank=2, seed=9).save(folder)
+    kept = {p.name: p.read_bytes() for p in folder.iterdir() if not p.name.startswith(".")}
+    assert kept == before
+    random_adapter(tiny_model(), rank=2).save(folder)
+    assert Adapter.load(folder).modules[0].rank == 2
+    assert sorted(p.name for p in folder.iterdir()) == [*sorted(before)]
+
+
+def test_between_its_two_files_an_adapter_counts_as_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    random_adapter(tiny_model()).save(tmp_path)
+    real, moved = adapter_module.os.replace, []
+
+    def replace_once(source: Path, target: Path) -> None:
+        if moved:
+            raise KeyboardInterrupt
+        moved.append(target)
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(adapter_module.os, "replace", replace_once)
+        with pytest.raises(KeyboardInterrupt):
+            random_adapter(tiny_model(), rank=2).save(tmp_path)
+    with pytest.raises(BadInput, match=r"adapter_config\.json is missing"):
+        Adapter.load(tmp_path)
+
+
+def test_layers_are_numbers_ranges_or_patterns() -> None:
+    assert parse_layers("*", 30) == set(range(30))
+    assert parse_layers("2[0-9]", 30) == set(range(20, 30))
+    assert parse_layers("1?, 3", 30) == {3, *range(10, 20)}
+    assert parse_layers("0-9:3,2[!1-9]", 30) == {0, 3, 6, 9, 20}
+    for bad, words in (("3?", "no layer matches '3[?]'"), ("first", "not a layer choice"), ("30", "no layer 30")):
+        with pytest.raises(BadInput, match=words):
+            parse_layers(bad, 30)

@@ -196,9 +196,14 @@ def test_folders_are_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     with whole_folder(folder) as new:
         (new / "a").write_text("1")
         assert not folder.exists()
-    with pytest.raises(KeyboardInterrupt), whole_folder(folder) as new:
-        (new / "a").write_text("half")
-        raise KeyboardInterrupt
+
+    def cut_off() -> None:
+        with whole_folder(folder) as new:
+            (new / "a").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cut_off()
     assert [(p.name, p.read_text()) for p in folder.iterdir()] == [("a", "1")]
     with whole_folder(folder) as new:
         (new / "b").write_text("2")

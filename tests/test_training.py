@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import LlamaForCausalLM
 
 from lorascope import training
 from lorascope.adapter import Adapter
@@ -19,7 +21,7 @@ from lorascope.creation import NewConfig, create_study
 from lorascope.errors import BadInput
 from lorascope.models import load_model
 from lorascope.study import Study
-from lorascope.traces import Trace
+from lorascope.traces import Trace, write_traces
 from lorascope.training import Learner, TrainConfig, train
 from lorascope.training_plan import batch_tensors, control_traces, plan_steps, rate_at
 from tiny_folder import save_tiny
@@ -85,6 +87,18 @@ def test_an_interrupted_run_resumes_to_the_same_weights(
     result = train(whole, config, Options())
     assert result["heldout_loss"] < result["heldout_loss_before"]
     cut = make_study(tmp_path / "cut", model_folder)
+    cut_training(cut, config, Options(), monkeypatch)
+    assert not (cut.path / "adapter").exists()
+    train(cut, config, Options())
+    ours, theirs = weights_of(cut.path / "adapter"), weights_of(whole.path / "adapter")
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    steps = [json.loads(line)["step"] for line in (cut.path / "train" / "adapter.jsonl").read_text().splitlines()]
+    assert steps == list(range(11))
+    assert (cut.path / "train" / "adapter-steps" / "2" / "adapter_model.safetensors").exists()
+
+
+def cut_training(study: Study, config: TrainConfig, options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run until the interruption before step 8; the state of step 6 is kept."""
     real, count = training.Run.step, [0]
 
     def interrupted(self: Any, *args: Any) -> dict[str, Any]:
@@ -93,17 +107,80 @@ def test_an_interrupted_run_resumes_to_the_same_weights(
             raise KeyboardInterrupt
         return real(self, *args)
 
-    monkeypatch.setattr(training.Run, "step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        train(cut, config, Options())
-    monkeypatch.setattr(training.Run, "step", real)
-    assert not (cut.path / "adapter").exists()
-    train(cut, config, Options())
-    ours, theirs = weights_of(cut.path / "adapter"), weights_of(whole.path / "adapter")
-    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-    steps = [json.loads(line)["step"] for line in (cut.path / "train" / "adapter.jsonl").read_text().splitlines()]
-    assert steps == list(range(11))
-    assert (cut.path / "train" / "adapter-steps" / "2" / "adapter_model.safetensors").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Run, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(study, config, options)
+
+
+def steps_taken(study: Study, config: TrainConfig, options: Options, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How many steps a run takes to its end."""
+    real, count = training.Run.step, [0]
+
+    def counted(self: Any, *args: Any) -> dict[str, Any]:
+        count[0] += 1
+        return real(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Run, "step", counted)
+        train(study, config, options)
+    return count[0]
+
+
+@pytest.mark.parametrize("change", ["nothing", "dtype", "heldout", "tokenizer"])
+def test_a_run_continues_only_where_nothing_changed(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    study = make_study(tmp_path, model_folder)
+    config, options = TrainConfig(learning_rate="1e-2", **FAST), Options(dtype="float32")
+    cut_training(study, config, options, monkeypatch)
+    if change == "dtype":
+        options = Options(dtype="bfloat16")
+    elif change == "heldout":
+        write_traces(study.corpus_file("heldout"), study.traces("heldout")[:2])
+    elif change == "tokenizer":
+        (study.path / "tokenizer" / "added.json").write_text("{}")
+    assert steps_taken(study, config, options, monkeypatch) == (4 if change == "nothing" else 10)
+
+
+def test_a_torn_last_line_of_the_metrics_is_dropped(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = make_study(tmp_path, model_folder)
+    config = TrainConfig(learning_rate="1e-2", **FAST)
+    cut_training(study, config, Options(), monkeypatch)
+    log = study.path / "train" / "adapter.jsonl"
+    with log.open("a") as file:
+        file.write('{"step": 8, "lo')
+    train(study, config, Options())
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(range(11))
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_retraining_cut_off_while_saving_leaves_the_old_weights(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch, full: bool
+) -> None:
+    study = make_study(tmp_path, model_folder)
+    config = TrainConfig(full=full, learning_rate="1e-3", **(FAST | {"epochs": 0.5}))
+    train(study, config, Options())
+    folder = study.path / training.run_name(config)
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    target = LlamaForCausalLM if full else Adapter
+    name = "save_pretrained" if full else "save"
+    real = getattr(target, name)
+
+    def save_and_die(self: Any, where: Path, **more: Any) -> None:
+        real(self, where, **more)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(target, name, save_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            train(study, replace(config, learning_rate="1e-2"), Options())
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    train(study, replace(config, learning_rate="1e-2"), Options())
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} != before
+    assert not [p for p in study.path.iterdir() if p.name.endswith((".tmp", ".old"))]
 
 
 def test_the_full_finetune_lowers_the_loss_and_loads(tmp_path: Path, model_folder: Path) -> None:
@@ -164,6 +241,7 @@ def test_control_traces_are_answers_only_or_another_problems_thinking() -> None:
         ({"modules": "conv"}, "matches no direction"),
         ({"layers": "9"}, "there is no layer 9"),
         ({"checkpoints": "a"}, "comma list of steps"),
+        ({"checkpoints": "2", "full": True}, "of an adapter"),
     ],
 )
 def test_bad_options_are_one_sentence(tmp_path: Path, model_folder: Path, change: dict[str, Any], words: str) -> None:
@@ -171,3 +249,4 @@ def test_bad_options_are_one_sentence(tmp_path: Path, model_folder: Path, change
     with pytest.raises(BadInput, match=words):
         train(study, TrainConfig(max_steps=1, **(FAST | change)), Options())
     assert not (study.path / "adapter").exists()
+    assert not (study.path / "full").exists()

@@ -5,6 +5,7 @@ Shapes: N = directions (columns), R = rank of one module, I = input width, O = o
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -91,16 +92,28 @@ class Adapter:
         )
 
     def save(self, folder: str | Path) -> None:
-        """Write a PEFT folder that PEFT, vLLM and lm-eval load. Scales are carried by alpha and alpha_pattern."""
+        """Write a PEFT folder that PEFT, vLLM and lm-eval load. Scales are carried by alpha and alpha_pattern.
+
+        Over another adapter: a crash leaves the old one, the new one, or weights without a configuration, which
+        nobody reads; never the one's weights with the other's configuration.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, Tensor] = {}
         for module in self.modules:
             tensors[f"{PREFIX}{module.path}.lora_A.weight"] = module.a_RI.detach().float().contiguous().cpu()
             tensors[f"{PREFIX}{module.path}.lora_B.weight"] = module.b_OR.detach().float().contiguous().cpu()
-        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        text = json.dumps(self.config, indent=2, sort_keys=True) + "\n"
-        (folder / "adapter_config.json").write_text(text, encoding="utf-8")
+        names = ("adapter_model.safetensors", "adapter_config.json")
+        new_weights, new_config = (folder / f".{name}.tmp" for name in names)
+        try:
+            new_config.write_text(json.dumps(self.config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            save_file(tensors, new_weights, metadata={"format": "pt"})
+            (folder / names[1]).unlink(missing_ok=True)
+            os.replace(new_weights, folder / names[0])
+            os.replace(new_config, folder / names[1])
+        finally:
+            new_weights.unlink(missing_ok=True)
+            new_config.unlink(missing_ok=True)
 
     @cached_property
     def addresses(self) -> list[str]:
@@ -268,7 +281,7 @@ def initial_adapter(
 
     Args:
         patterns: which module types or addresses to adapt.
-        layers: `*`, a layer `12`, a range `0-9`, a stride `0-29:3`, or a comma list of these.
+        layers: a layer `12`, a range `0-9`, a stride `0-29:3`, a pattern `*` or `2[0-9]`, or a comma list of these.
 
     Raises:
         BadInput: nothing matches.
@@ -316,21 +329,24 @@ def target_config(weights: Iterable[str], located: dict[str, tuple[int | None, s
 
 
 def parse_layers(text: str, count: int) -> set[int]:
-    """Layer numbers from `*`, `12`, `0-9`, `0-29:3` or a comma list of these.
+    """Layer numbers from `12`, `0-9`, `0-29:3`, an fnmatch pattern (`*`, `2[0-9]`, `1?`) or a comma list of these.
 
     Raises:
-        BadInput: it is none of these, or names a layer that the model does not have.
+        BadInput: it is none of these, or chooses a layer that the model does not have.
     """
     numbers: set[int] = set()
     for part in (p.strip() for p in text.split(",")):
         match = re.fullmatch(r"(\d+)(?:-(\d+)(?::(\d+))?)?", part)
-        if part == "*":
-            numbers |= set(range(count))
-        elif match:
+        if match:
             first, last = int(match[1]), int(match[2] or match[1])
             numbers |= set(range(first, last + 1, max(1, int(match[3] or 1))))
+        elif set(part) & set("*?["):
+            hits = {n for n in range(count) if fnmatchcase(str(n), part)}
+            if not hits:
+                raise BadInput(f"The model has layers 0-{count - 1}; no layer matches {part!r}.")
+            numbers |= hits
         else:
-            raise BadInput(f"{part!r} is not a layer choice; use *, 12, 0-9, 0-29:3 or a comma list of these.")
+            raise BadInput(f"{part!r} is not a layer choice; use *, 12, 0-9, 0-29:3, 2[0-9] or a comma list of these.")
     if outside := sorted(n for n in numbers if n >= count):
         raise BadInput(f"The model has layers 0-{count - 1}; there is no layer {outside[0]}.")
     return numbers

@@ -269,8 +269,8 @@ class Study:
         with self._manifest_lock():
             manifest, summary = self.manifest, self.summary
             record = manifest["stages"].pop(stage, None)
-            for output in record["outputs"] if record else ():
-                (self.path / output).unlink(missing_ok=True)
+            for path in [self.path / output for output in record["outputs"]] if record else ():
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             write_json(self.path / "study.json", manifest)
             summary.get("stages", {}).pop(stage, None)
             write_json(self.path / "summary.json", {k: v for k, v in summary.items() if k not in headlines})

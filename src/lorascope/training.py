@@ -7,6 +7,7 @@ Shapes: B = sequences, T = tokens, M = supervised positions of a batch, D = mode
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -29,13 +30,14 @@ from lorascope.fused import fused, head_loss, plain_head
 from lorascope.kl import assistant_positions
 from lorascope.models import load_model
 from lorascope.progress import progress
-from lorascope.study import Study, digest, write_json
+from lorascope.study import Study, atomic_write_text, digest, put_folder, whole_folder, write_json
 from lorascope.traces import Rendered, plan_batches
 from lorascope.training_plan import batch_tensors, control_traces, plan_steps, rate_at
 
 HEAD_CHUNK = 512
 """Supervised positions whose logits exist at once."""
 CONTROLS = ("", "answers", "shuffled")
+TRAINED_ON = ("traces/train.jsonl", "traces/heldout.jsonl", "tokenizer")
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class TrainConfig:
     modules: str = "attn,mlp"
     """Which matrices to adapt: attn, mlp, or patterns of types or addresses."""
     layers: str = "*"
-    """Which layers to adapt: *, 12, 0-9, 0-29:3, or a comma list of these."""
+    """Which layers to adapt: 12, 0-9, 0-29:3, a pattern such as * or 2[0-9], or a comma list of these."""
     alpha: float = 16.0
     """LoRA alpha; the scale is alpha/√rank."""
     control: str = ""
@@ -108,8 +110,7 @@ def train(study: Study, config: TrainConfig, options: Options) -> dict[str, Any]
         return best
 
     outputs = [name, f"train/{name}.jsonl"]
-    inputs = ["traces/train.jsonl", "traces/heldout.jsonl", "tokenizer"]
-    result = study.run(f"train:{name}", config, options, inputs=inputs, outputs=outputs, work=work)
+    result = study.run(f"train:{name}", config, options, inputs=TRAINED_ON, outputs=outputs, work=work)
     if name == "adapter":
         study.update_manifest(adapter="trained here")
     return result
@@ -128,7 +129,8 @@ def check_config(study: Study, config: TrainConfig) -> None:
     if run_name(config) == "adapter" and own not in (None, "trained here"):
         raise BadInput(f"{study.path} is a study of the adapter {own}; make another study to train one.")
     learning_rates(config)
-    checkpoint_steps(config)
+    if checkpoint_steps(config) and config.full:
+        raise BadInput("--checkpoints are copies of an adapter; leave it out with --full.")
 
 
 def learning_rates(config: TrainConfig) -> list[float]:
@@ -153,13 +155,9 @@ def checkpoint_steps(config: TrainConfig) -> set[int]:
 
 def keep_best(study: Study, name: str, best: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, Any]:
     """Move the weights of the best learning rate into place and record what all of them gave."""
-    import shutil
-
-    for folder in (name, f"train/{name}.jsonl"):
-        source, target = study.path / tagged(folder, best["learning_rate"]), study.path / folder
-        if target.is_dir():
-            shutil.rmtree(target)
-        source.replace(target)
+    rate, log = best["learning_rate"], f"train/{name}.jsonl"
+    put_folder(study.path / tagged(name, rate), study.path / name)
+    (study.path / tagged(log, rate)).replace(study.path / log)
     for result in results:
         shutil.rmtree(study.path / tagged(name, result["learning_rate"]), ignore_errors=True)
     tried = [{key: result[key] for key in ("learning_rate", "heldout_loss")} for result in results]
@@ -292,12 +290,12 @@ class Metrics:
     """`train/NAME.jsonl`: one line per step; on resuming, lines after the resumed step are dropped."""
 
     def __init__(self, path: Path, step: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text().splitlines() if path.exists() and step else []
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        path.write_text("".join(line + "\n" for line in kept))
+        lines = path.read_text(encoding="utf-8").split("\n") if path.exists() and step else [""]
+        # What follows the last line break is nothing, or a line that was cut off.
+        rows = [json.loads(line) for line in lines[:-1]]
         self.path = path
-        self.rows: list[dict[str, Any]] = [json.loads(line) for line in kept]
+        self.rows: list[dict[str, Any]] = [row for row in rows if row["step"] <= step]
+        atomic_write_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def add(self, **row: Any) -> None:
         """Append one row."""
@@ -323,7 +321,8 @@ def train_once(study: Study, config: TrainConfig, options: Options, rate: float,
     adapter = None if config.full else trainable_adapter(model, config, options.seed, study.model_name)
     lengths = [len(r.ids) for r in rendered]
     steps = plan_steps(lengths, config.batch, config.epochs, config.max_steps, options.seed)
-    key = digest([asdict(config), rate, options.seed, study.fingerprint("traces/train.jsonl")])
+    files = [study.fingerprint(name) for name in TRAINED_ON]
+    key = digest([asdict(config), rate, options.seed, str(model.dtype), model.device.type, files])
     with ExitStack() as stack:
         if adapter is not None:
             stack.enter_context(attach(model, adapter))
@@ -332,11 +331,12 @@ def train_once(study: Study, config: TrainConfig, options: Options, rate: float,
         run = Run(config, rate, rendered, heldout, steps, adapter, study.path / folder)
         state = State(study.path / "train" / f".state-{digest(folder)[:8]}", key)
         summary = run.loop(learner, state, study.path / "train" / log_name)
+    with whole_folder(study.path / folder) as new:
         if adapter is not None:
-            detached(adapter).save(study.path / folder)
-    if adapter is None:
-        model.save_pretrained(study.path / folder)
-        tokenizer.save_pretrained(study.path / folder)
+            detached(adapter).save(new)
+        else:
+            model.save_pretrained(new)
+            tokenizer.save_pretrained(new)
     for file in state.folder.glob("*"):
         file.unlink()
     return summary | {"learning_rate": rate, "length_rule": counts, "traces": len(rendered)}
