@@ -1,7 +1,9 @@
 """New studies: questions on one side only, adapters in their own or the singular basis, nothing left of failures."""
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -73,4 +75,20 @@ def test_task_weights_are_read() -> None:
 def test_a_study_that_cannot_be_made_leaves_nothing(tmp_path: Path, model_folder: Path) -> None:
     with pytest.raises(BadInput):
         create_study(tmp_path / "s", NewConfig(str(model_folder), str(tmp_path / "missing.jsonl")), Options())
+    assert not (tmp_path / "s").exists()
+
+
+def test_tasks_without_worked_traces_are_refused(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """reasoning-gym's tasks (a package of the same shape stands in) would train nothing but the end of the turn."""
+
+    def create_dataset(name: str, size: int, seed: int) -> list[dict[str, object]]:
+        return [{"question": f"{seed} + 1?", "answer": str(seed + 1), "metadata": {}}]
+
+    package = SimpleNamespace(factory=SimpleNamespace(DATASETS={"plus_one": object}), create_dataset=create_dataset)
+    monkeypatch.setitem(sys.modules, "reasoning_gym", package)  # type: ignore[arg-type]
+    config = NewConfig(str(model_folder), "tasks:sort,rg:plus_one", train_problems=20)
+    with pytest.raises(BadInput, match="rg:plus_one has no worked traces"):
+        create_study(tmp_path / "s", config, Options())
     assert not (tmp_path / "s").exists()

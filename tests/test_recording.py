@@ -1,6 +1,7 @@
 """Recording: the store holds a·x of every adapted matrix's true input, whatever the batch or the interruption."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,21 @@ def test_a_new_corpus_is_kept_under_its_name(study: Study, tmp_path: Path) -> No
     assert study.summary["recording"]["mine"]["adapter"]["traces"] == 2
     with pytest.raises(BadInput, match="another --corpus"):
         record(study, RecordConfig(corpus="train", traces=str(file)), OPTIONS)
+
+
+def test_plain_text_is_split_by_the_response_template(study: Study, tmp_path: Path) -> None:
+    file = tmp_path / "text.jsonl"
+    file.write_text(json.dumps({"text": "Q: Why? A:<think>Because.</think>So."}) + "\n")
+    with pytest.raises(BadInput, match="--response-template"):
+        record(study, RecordConfig(corpus="mine", traces=str(file)), OPTIONS)
+    record(study, RecordConfig(corpus="mine", traces=str(file), response_template="A:"), OPTIONS)
+    (trace,) = study.traces("mine")
+    assert (trace.raw_prompt, trace.thinking, trace.answer) == ("Q: Why? A:", "Because.", "So.")
+    finished = study.manifest["stages"]["record:mine:adapter"]["finished"]
+    record(study, RecordConfig(corpus="mine"), OPTIONS)  # the same recording, however its traces came in
+    assert study.manifest["stages"]["record:mine:adapter"]["finished"] == finished
+    with pytest.raises(BadInput, match="goes with --traces"):
+        record(study, RecordConfig(corpus="mine", response_template="A:"), OPTIONS)
 
 
 def test_long_traces_are_truncated_or_dropped_and_counted(study: Study) -> None:

@@ -3,6 +3,7 @@
 import gzip
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -252,3 +253,19 @@ def test_hub_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(BadInput, match=r"pip install 'lorascope\[hub\]'"):
         read_traces("hub:owner/name")
+
+
+def test_traces_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    file = tmp_path / "train.jsonl"
+    write_traces(file, [Trace("a", "q", "t", "x")])
+
+    def cut_off() -> Iterator[Trace]:
+        yield Trace("b", "q", "t", "x" * 100_000)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_traces(file, cut_off())
+    with pytest.raises(UnicodeEncodeError):  # stands for any failure while bytes are written
+        write_traces(file, [Trace("b", "q", "t", "\ud800")])
+    assert [trace.id for trace in load_traces(file)] == ["a"]
+    assert [p.name for p in tmp_path.iterdir()] == ["train.jsonl"]

@@ -110,6 +110,11 @@ def split_source(config: NewConfig, seed: int) -> tuple[list[Trace], list[Trace]
         level = config.difficulty
         train = make_problems(families, config.train_problems, seed, level, "train")
         heldout = make_problems(families, n_heldout, seed, level, "heldout")
+        if bare := [p.family for p in (*train, *heldout) if not p.thinking and not p.answer]:
+            raise BadInput(
+                f"The task {bare[0]} has no worked traces to train on; leave it for lorascope evaluate STUDY --on "
+                f"{bare[0]}."
+            )
         return [to_trace(p) for p in train], [to_trace(p) for p in heldout]
     template = config.response_template or None
     return split_by_question(

@@ -5,7 +5,6 @@ a batch, T tokens, N directions, D hidden width.
 """
 
 import hashlib
-import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -47,6 +46,8 @@ class RecordConfig:
     """Corpus to record: train, heldout, or a new name given with --traces."""
     traces: str | None = None
     """Traces of a new corpus: JSON, JSON Lines, Parquet, gzip, or hub:NAME."""
+    response_template: str = ""
+    """For traces of plain text: the text after which the response begins."""
     source: str = "adapter"
     """Whose scalars, comma-separated: adapter, or base (the same read vectors on the base model's run)."""
     token_budget: int = 4096
@@ -73,6 +74,8 @@ def record(study: Study, config: RecordConfig, options: Options) -> dict[str, An
             raise BadInput(f"There is no source {source!r}; choose from {', '.join(SOURCES)}.")
     if config.token_budget < 1 or (config.limit is not None and config.limit < 1):
         raise BadInput("--token-budget and --limit must be at least 1.")
+    if config.response_template and config.traces is None:
+        raise BadInput("--response-template goes with --traces: recorded corpora are split already.")
     study.require("adapter/adapter_config.json", "lorascope train STUDY")
     if config.traces is not None:
         add_corpus(study, config)
@@ -80,7 +83,7 @@ def record(study: Study, config: RecordConfig, options: Options) -> dict[str, An
     load = cache(lambda: load_model(study.model_name, device=options.device, dtype=options.dtype))
     results: dict[str, Any] = {}
     for source in sources:
-        alone = replace(config, source=source, traces=None)
+        alone = replace(config, source=source, traces=None, response_template="")
 
         def work(alone: RecordConfig = alone) -> dict[str, Any]:
             model, tokenizer = load()
@@ -108,12 +111,10 @@ def add_corpus(study: Study, config: RecordConfig) -> None:
         raise BadInput("The corpora train and heldout were fixed with the study; give --traces another --corpus.")
     assert config.traces is not None
     file = study.corpus_file(config.corpus)
-    traces = read_traces(config.traces, limit=config.limit)
+    traces = read_traces(config.traces, limit=config.limit, response_template=config.response_template or None)
     _, counts = study.renderer(load_tokenizer(study.model_name)).render_all(traces)
     file.parent.mkdir(exist_ok=True)
-    temporary = file.with_name(file.name + ".tmp")
-    write_traces(temporary, traces)
-    os.replace(temporary, file)
+    write_traces(file, traces)
     entry = {"source": config.traces, "traces": len(traces), "length_rule": counts}
     study.update_manifest(corpora={config.corpus: entry})
 

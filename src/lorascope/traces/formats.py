@@ -6,6 +6,7 @@ A new format is one function from a row to a Trace, and its line in ROW_FORMATS.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -123,9 +124,15 @@ def split_thinking(text: str) -> tuple[str, str]:
 
 
 def write_traces(path: str | Path, traces: Iterable[Trace]) -> None:
-    """Write traces as normalised JSON Lines, every field on every line."""
+    """Write traces as normalised JSON Lines, every field on every line; whole or not at all."""
+    path = Path(path)
     lines = [json.dumps(asdict(trace), ensure_ascii=False) + "\n" for trace in traces]
-    Path(path).write_text("".join(lines), encoding="utf-8")
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text("".join(lines), encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_traces(path: str | Path) -> list[Trace]:
