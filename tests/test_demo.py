@@ -6,6 +6,8 @@ import pytest
 
 from lorascope import demo
 from lorascope.config import Options
+from lorascope.creation import NewConfig, create_study
+from lorascope.errors import BadInput
 from lorascope.study import Study
 from tiny_folder import save_tiny
 
@@ -27,3 +29,18 @@ def test_every_stage_runs_and_the_report_is_there(
     again = demo.run_demo(tmp_path / "study", demo.DemoConfig(quick=quick), Options())
     assert again["accuracy"] == figures["accuracy"]
     assert not [row for row in Study.open(tmp_path / "study").status() if row["state"] != "done"]
+
+
+@pytest.mark.parametrize("other", ["model", "traces", "begun"])
+def test_a_study_of_something_else_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str) -> None:
+    model = save_tiny(tmp_path / "model")
+    monkeypatch.setattr(demo, "MODEL", str(save_tiny(tmp_path / "another") if other == "model" else model))
+    if other == "begun":
+        Study.create(tmp_path / "study", model=str(model), system="")
+    else:
+        tasks = "tasks:sort" if other == "traces" else f"tasks:{demo.TASKS}"
+        create_study(tmp_path / "study", NewConfig(str(model), tasks, train_problems=12), Options())
+    before = Study.open(tmp_path / "study").manifest
+    with pytest.raises(BadInput, match="not the demo's; name another folder"):
+        demo.run_demo(tmp_path / "study", demo.DemoConfig(), Options())
+    assert Study.open(tmp_path / "study").manifest == before

@@ -9,7 +9,8 @@ from typing import Any
 
 from lorascope.ablation import AblateConfig, ablate
 from lorascope.config import Options
-from lorascope.creation import NewConfig, create_study
+from lorascope.creation import NewConfig, create_study, local_path
+from lorascope.errors import BadInput
 from lorascope.evaluation import EvaluateConfig, evaluate
 from lorascope.example_search import ExamplesConfig, examples
 from lorascope.explain import ExplainConfig, explain_features
@@ -41,9 +42,11 @@ def run_demo(path: Path | None, config: DemoConfig, options: Options) -> dict[st
     """Run every stage in turn (those already done are skipped) and return the headline figures.
 
     Raises:
-        BadInput: the folder is there but is not a study.
+        BadInput: the folder is there but holds no study, or one of something else.
     """
     path = path or Path("demo-study")
+    if (path / "study.json").exists():
+        check_own(Study.open(path))
     started = time.perf_counter()
     half = 2 if config.quick else 1
 
@@ -62,6 +65,13 @@ def run_demo(path: Path | None, config: DemoConfig, options: Options) -> dict[st
         stage()
         say(f"[{number}/{len(stages)}] {title}: {time.perf_counter() - begun:.0f} s")
     return headline(Study.open(path), time.perf_counter() - started)
+
+
+def check_own(study: Study) -> None:
+    """Refuse a study that the demo did not make: its adapter would be trained anew."""
+    made = study.manifest["corpora"].get("train", {}).get("source")
+    if (study.model_name, made) != (local_path(MODEL), f"tasks:{TASKS}"):
+        raise BadInput(f"The model or the traces of {study.path} are not the demo's; name another folder.")
 
 
 def plan(
