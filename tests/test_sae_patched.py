@@ -1,5 +1,6 @@
 """Patched KL on a tiny model: its floor, its baselines and its pooling against brute force."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,20 @@ def test_command_trains_and_patches_and_patching_options_leave_the_sae_alone(stu
     again = decompose(study, SAEConfig(k=3, expansion=2, batch=64, tokens=3000, patched=False), OPTIONS)
     assert (study.path / "sae/cfg.json").stat().st_mtime_ns == stamp
     assert "patched_kl" not in again
+
+
+def test_a_new_autoencoder_takes_the_old_ones_patched_kl_away(study: Study) -> None:
+    config = SAEConfig(k=3, expansion=2, batch=64, tokens=3000, patched_tokens=300)
+    decompose(study, config, OPTIONS)
+    assert "patched_kl" in study.summary
+    decompose(study, dataclasses.replace(config, patched=False), OPTIONS)  # the same one: its patched KL still holds
+    assert {"patched_kl", "adapter_off_kl"} <= set(study.summary)
+    assert (study.path / "sae/patched_kl.json").exists()
+    decompose(study, dataclasses.replace(config, k=4, patched=False), OPTIONS)
+    assert not {"patched_kl", "adapter_off_kl"} & set(study.summary)
+    assert study.summary["sae"]["l0"] > 0
+    assert not (study.path / "sae/patched_kl.json").exists()
+    assert "sae:patched" not in study.manifest["stages"]
 
 
 def test_assistant_mean_is_over_response_tokens(study: Study) -> None:

@@ -21,6 +21,8 @@ def decompose(study: Study, config: SAEConfig, options: Options) -> dict[str, An
     # What patched KL is told must not make the trained SAE stale.
     default = SAEConfig()
     result = train_sae(study, replace(config, patched=default.patched, patched_tokens=default.patched_tokens), options)
+    if any(row["stage"] == "sae:patched" and row["state"] != "done" for row in study.status()):
+        study.forget("sae:patched", "patched_kl", "adapter_off_kl")  # it was measured on what is there no more
     if config.patched:
         result = result | patched_kl(study, PatchConfig(config.heldout, config.patched_tokens), options)
     return result
