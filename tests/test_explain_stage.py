@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from lorascope.errors import BadInput, MissingStage, RunFailed
 from lorascope.explain import ExplainConfig, explain_features, rule_from_json, summarise_rows
 from lorascope.explain.rows import keep_rows, read_rows
 from lorascope.study import Study, read_json, write_json
+from lorascope.views import explanation_scores
 from planted_text import planted_study
 
 CONFIG = ExplainConfig(kinds="direction", examples=30, learn=128)
@@ -70,7 +73,10 @@ def test_headline_numbers(explained: tuple[Study, dict[str, str], dict[str, Any]
     assert summary["detection_gain"] == result["all"]["detection_gain"]
     for key in ("detection", "detection_wrong", "detection_gain"):
         assert summary[key]["low"] <= summary[key]["mean"] <= summary[key]["high"]
-    assert "explain" in summary["stages"]
+    assert "explain:heldout:direction" in summary["stages"]
+    assert summary["explanations"] == {
+        "direction": {"corpus": "heldout", "features": 12, "tried": 12, "scored": len(rows), "limit": None}
+    }
 
 
 def test_a_cut_off_run_continues_to_the_same_bytes(tmp_path: Path) -> None:
@@ -81,7 +87,8 @@ def test_a_cut_off_run_continues_to_the_same_bytes(tmp_path: Path) -> None:
     for file, data in zip(files, whole, strict=True):
         lines = data.splitlines(keepends=True)
         file.write_bytes(b"".join(lines[:5]) + lines[5][:40])
-    study.update_manifest(stages={"explain": {**study.manifest["stages"]["explain"], "config": None}})
+    name = "explain:heldout:direction"
+    study.update_manifest(stages={name: {**study.manifest["stages"][name], "config": None}})
     explain_features(study, CONFIG, Options())
     assert [file.read_bytes() for file in files] == whole
     assert not list((study.path / "explanations").rglob("superseded.jsonl"))
@@ -113,8 +120,8 @@ def test_nothing_is_done_twice(tmp_path: Path) -> None:
     assert (study.path / "explanations" / "direction.jsonl").stat().st_mtime_ns == stamp
 
 
-def test_latents_are_explained_too(tmp_path: Path) -> None:
-    study, _ = planted_study(tmp_path / "study", traces=60)
+def add_latents(study: Study) -> None:
+    """An SAE of five latents, one per direction, and their levels."""
     (study.path / "sae").mkdir()
     weights = {"W_enc": np.eye(6, 5), "b_enc": np.zeros(5), "threshold": np.full(5, 0.5)}
     weights |= {"W_dec": np.eye(5, 6), "b_dec": np.zeros(6)}
@@ -122,22 +129,80 @@ def test_latents_are_explained_too(tmp_path: Path) -> None:
     write_json(study.path / "sae" / "cfg.json", {"apply_b_dec_to_input": False})
     levels = read_json(study.path / "examples" / "levels.json")
     write_json(study.path / "examples" / "levels.json", levels | {"latent": {f"sae.{k}": 0.0 for k in range(5)}})
+
+
+def test_latents_are_explained_too(tmp_path: Path) -> None:
+    study, _ = planted_study(tmp_path / "study", traces=60)
+    add_latents(study)
     result = explain_features(study, ExplainConfig(examples=30, learn=128), Options())
     assert rows_of(study, "latent")["sae.0"]["text"] == "fires on ' is'"
     assert result["all"]["n"] == 17
     assert result["latent"]["n"] == 5
 
 
+def test_each_kind_has_a_record_and_the_headline_is_over_all_of_them(tmp_path: Path) -> None:
+    study, _ = planted_study(tmp_path / "study", traces=60)
+    add_latents(study)
+    together = replace(CONFIG, kinds="direction,latent")
+    explain_features(study, together, Options())
+    whole = study.summary
+    finished = {name: record["finished"] for name, record in study.manifest["stages"].items()}
+    assert list(finished) == ["explain:heldout:direction", "explain:heldout:latent"]
+    result = explain_features(study, replace(CONFIG, kinds="latent"), Options())
+    assert study.summary == whole  # not of the latents alone
+    assert {name: record["finished"] for name, record in study.manifest["stages"].items()} == finished
+    assert result["all"]["n"] == 17
+    assert [row["kind"] for row in explanation_scores(study)["rows"]] == ["all", "direction", "latent"]
+
+
+def test_controls_are_scored_but_not_in_the_headline(tmp_path: Path) -> None:
+    study, _ = planted_study(tmp_path / "study", traces=60)
+    explain_features(study, CONFIG, Options())
+    before = study.summary
+    for corpus in ("train", "heldout"):
+        shutil.copytree(study.path / "scalars" / corpus / "adapter", study.path / "scalars" / corpus / "base")
+    levels = read_json(study.path / "examples" / "levels.json")
+    write_json(
+        study.path / "examples" / "levels.json",
+        levels | {"base": {f"base.{name}": level for name, level in levels["direction"].items()}},
+    )
+    explain_features(study, replace(CONFIG, kinds="base"), Options())
+    assert study.summary["detection"] == before["detection"]
+    assert study.summary["explanations"]["base"]["features"] == 12
+    assert [row["kind"] for row in explanation_scores(study)["rows"]] == ["all", "direction", "base"]
+
+
+def test_a_limited_run_says_so(tmp_path: Path) -> None:
+    study, _ = planted_study(tmp_path / "study", traces=60)
+    explain_features(study, CONFIG, Options())
+    explain_features(study, replace(CONFIG, limit=4), Options())
+    result = study.manifest["stages"]["explain:heldout:direction"]["result"]
+    assert (result["features"], result["n"], result["limit"]) == (12, 4, 4)
+    said = study.summary["explanations"]["direction"]
+    assert (said["features"], said["tried"], said["limit"]) == (12, 4, 4)
+    assert said["scored"] == result["n_detection"]
+    assert explanation_scores(study)["rows"][1]["label"] == "directions (4 of 12, drawn)"
+
+
+def test_scoring_on_another_corpus_takes_the_place_of_the_first(tmp_path: Path) -> None:
+    study, _ = planted_study(tmp_path / "study", traces=60)
+    explain_features(study, CONFIG, Options())
+    (study.path / "scalars" / "copy").symlink_to(study.path / "scalars" / "heldout")
+    explain_features(study, replace(CONFIG, corpus="copy"), Options())
+    assert list(study.manifest["stages"]) == ["explain:copy:direction"]
+    assert study.summary["explanations"]["direction"]["corpus"] == explanation_scores(study)["corpus"] == "copy"
+
+
 def test_limit_and_traces_also_in_training(tmp_path: Path) -> None:
     study, _ = planted_study(tmp_path / "study", traces=60)
     result = explain_features(study, ExplainConfig(kinds="direction", limit=4, learn=64, max_tokens=1000), Options())
     assert len(rows_of(study)) == 4
-    left_out = result["traces_left_out"]["direction"]
+    left_out = result["direction"]["traces_left_out"]
     assert left_out["heldout"]["also_in_training"] == 0
     assert left_out["train"]["over_limit"] > 30
     (study.path / "scalars" / "copy").symlink_to(study.path / "scalars" / "train")
     result = explain_features(study, ExplainConfig(kinds="direction", corpus="copy"), Options())
-    assert result["traces_left_out"]["direction"]["copy"]["also_in_training"] == 60
+    assert result["direction"]["traces_left_out"]["copy"]["also_in_training"] == 60
     assert result["all"]["detection"] is None
     assert all("scoring corpus" in row["reason"] for row in rows_of(study).values() if row["rule"])
 

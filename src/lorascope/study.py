@@ -31,7 +31,7 @@ VERSIONED = ("lorascope", "torch", "transformers", "tokenizers", "numpy", "safet
 # Options that change results; the others (threads, json, verbose) do not make a stage stale.
 RESULT_OPTIONS = ("seed", "dtype")
 # Files that several records of one stage fill together: writing one again outdates no other record.
-SHARED_OUTPUTS = frozenset({"examples/levels.json", "ablation/floor.json", "ablation/mean/floor.json"})
+SHARED_OUTPUTS = frozenset({"examples/levels.json"})
 
 
 def atomic_write_bytes(path: Path, data: bytes) -> None:

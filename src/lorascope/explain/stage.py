@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from lorascope.explain.scoring import (
     pose_fuzzing,
     score_answers,
 )
-from lorascope.explain.summary import cluster_of, summarise_rows
+from lorascope.explain.summary import cluster_of, pool_kinds, summarise_rows
 from lorascope.explain.windows import draw_windows
 from lorascope.features import FeatureSet, load_features
 from lorascope.progress import progress
@@ -81,6 +81,8 @@ class Job:
     config: ExplainConfig
     seed: int
     kind: str
+    n_features: int
+    """Of the kind, before --limit."""
     numbers: dict[str, int]
     training: Side
     scoring: Side
@@ -89,7 +91,11 @@ class Job:
 
 
 def explain_features(study: Study, config: ExplainConfig, options: Options) -> dict[str, Any]:
-    """Write `explanations/KIND.jsonl` for each kind and the mean scores to `summary.json`; returns those by kind.
+    """Write `explanations/KIND.jsonl` for each kind and the mean scores to `summary.json`.
+
+    Returns:
+        `{"all": ..., KIND: ...}`: mean scores as `summarise_rows` gives them; `all` pools whatever kinds are explained,
+        in this run or before, but controls.
 
     Raises:
         BadInput: an unknown kind or explainer, or scoring on the training corpus.
@@ -103,47 +109,62 @@ def explain_features(study: Study, config: ExplainConfig, options: Options) -> d
     least = min(config.examples, config.learn, config.window, config.max_tokens)
     if not kinds or least < 1 or (config.limit is not None and config.limit < 1):
         raise BadInput("Name at least one kind, and give numbers of at least 1 to the options of explain.")
-    levels_file = study.require("examples/levels.json", "lorascope examples STUDY")
+    levels = read_json(study.require("examples/levels.json", "lorascope examples STUDY"))
     study.require("tokenizer/tokenizer.json", "lorascope record STUDY")
     sides = {kind: (load_features(study, TRAIN, kind), load_features(study, config.corpus, kind)) for kind in kinds}
-    folders = {f.store.folder.relative_to(study.path) for pair in sides.values() for f in pair}
-    result = study.run(
-        "explain",
-        config,
-        options,
-        inputs=[
-            *sorted((folder / INDEX).as_posix() for folder in folders),
-            "examples/levels.json",
-            "tokenizer/tokenizer.json",
-            *(["sae/sae_weights.safetensors"] if "latent" in kinds else []),
-        ],
-        outputs=[f"explanations/{kind}.jsonl" for kind in kinds],
-        work=partial(_explain_all, study, config, options.seed, sides, read_json(levels_file)),
-    )
-    study.summarise({name: result["all"][name] for name in ("detection", "detection_wrong", "detection_gain")})
-    return result
+    vocabulary = cache(lambda: make_vocabulary(vocabulary_texts(open_tokenizer(study.path / "tokenizer"))))
+    results: dict[str, Any] = {}
+    for kind, pair in sides.items():
+
+        def work(kind: str = kind, pair: tuple[FeatureSet, FeatureSet] = pair) -> dict[str, Any]:
+            return _explain_one(study, _prepare(study, config, options.seed, kind, *pair, levels, vocabulary()))
+
+        results[kind] = study.run(
+            f"explain:{config.corpus}:{kind}",
+            replace(config, kinds=kind),
+            options,
+            inputs=[
+                *sorted((f.store.folder.relative_to(study.path) / INDEX).as_posix() for f in pair),
+                "examples/levels.json",
+                "tokenizer/tokenizer.json",
+                *(["sae/sae_weights.safetensors"] if kind == "latent" else []),
+            ],
+            outputs=[f"explanations/{kind}.jsonl"],
+            work=work,
+        )
+    return {"all": _summarise(study, config, results)} | results
 
 
-def _explain_all(
-    study: Study,
-    config: ExplainConfig,
-    seed: int,
-    sides: dict[str, tuple[FeatureSet, FeatureSet]],
-    levels: dict[str, dict[str, float]],
-) -> dict[str, Any]:
-    vocabulary = make_vocabulary(vocabulary_texts(open_tokenizer(study.path / "tokenizer")))
-    by_kind: dict[str, list[Row]] = {}
-    left_out: dict[str, Any] = {}
-    for kind, (training, scoring) in sides.items():
-        job = _prepare(study, config, seed, kind, training, scoring, levels, vocabulary)
-        by_kind[kind] = _score_all(study, job, _explain_kind(study, job))
-        left_out[kind] = {TRAIN: job.training.reading.left_out, config.corpus: job.scoring.reading.left_out}
-    everything = [row for rows in by_kind.values() for row in rows]
-    return {
-        "all": summarise_rows(everything, np.random.default_rng(seed)),
-        **{kind: summarise_rows(rows, np.random.default_rng(seed)) for kind, rows in by_kind.items()},
-        "traces_left_out": left_out,
+def _explain_one(study: Study, job: Job) -> dict[str, Any]:
+    """Explain and score one kind; its mean scores, of how many of its features, and the traces left out."""
+    rows = _score_all(study, job, _explain_kind(study, job))
+    return summarise_rows(rows, np.random.default_rng(job.seed)) | {
+        "features": job.n_features,
+        "limit": job.config.limit,
+        "traces_left_out": {
+            TRAIN: job.training.reading.left_out,
+            job.config.corpus: job.scoring.reading.left_out,
+        },
     }
+
+
+def _summarise(study: Study, config: ExplainConfig, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Write the headline, over all kinds that are explained and not just this run's, and what each kind's is of."""
+    pooled = pool_kinds(study)
+    if pooled["n"]:
+        study.summarise({name: pooled[name] for name in ("detection", "detection_wrong", "detection_gain")})
+    said = {
+        kind: {
+            "corpus": config.corpus,
+            "features": result["features"],
+            "tried": result["n"],
+            "scored": result["n_detection"],
+            "limit": result["limit"],
+        }
+        for kind, result in results.items()
+    }
+    study.summarise({"explanations": said})
+    return pooled
 
 
 def _prepare(
@@ -176,7 +197,7 @@ def _prepare(
     ]
     numbers = {training.ids[k]: int(k) for k in chosen}
     candidates = make_candidates(readings[0].corpus, vocabulary)
-    return Job(config, seed, kind, numbers, made[0], made[1], vocabulary, candidates)
+    return Job(config, seed, kind, len(training.ids), numbers, made[0], made[1], vocabulary, candidates)
 
 
 def _identify(reading: Reading) -> str:

@@ -8,13 +8,30 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lorascope.explain.rows import Row
+from lorascope.explain.rows import Row, read_rows
 from lorascope.stats import bootstrap_mean
+from lorascope.study import Study
+
+CONTROLS = ("base",)
+"""Kinds of features that others are compared with."""
 
 
 def cluster_of(feature: str) -> str:
     """The two polarities of a direction are one cluster: the id without its sign."""
     return feature.rstrip("+-")
+
+
+def explain_records(study: Study) -> dict[str, dict[str, Any]]:
+    """The record of each kind that is explained; one each, since the corpora that it is scored on share its file."""
+    stages = study.manifest["stages"]
+    return {name.split(":")[2]: stages[name] for name in sorted(stages) if name.startswith("explain:")}
+
+
+def pool_kinds(study: Study) -> dict[str, Any]:
+    """`summarise_rows` over every kind that is explained, whichever run did it; controls stand for themselves."""
+    kinds = [kind for kind in explain_records(study) if kind not in CONTROLS]
+    rows = [row for kind in kinds for row in read_rows(study.path / "explanations" / f"{kind}.jsonl")]
+    return summarise_rows(rows, np.random.default_rng(study.manifest["seed"]))
 
 
 def summarise_rows(rows: Sequence[Row], rng: np.random.Generator) -> dict[str, Any]:

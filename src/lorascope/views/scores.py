@@ -2,8 +2,9 @@
 
 from typing import Any
 
+from lorascope.explain import CONTROLS, explain_records, pool_kinds
 from lorascope.study import Study
-from lorascope.views.reading import Json, missing, ready, stage_records
+from lorascope.views.reading import Json, missing, ready
 
 TASKS = ("detection", "fuzzing")
 NAMES = {"all": "all features", "direction": "directions", "latent": "latents", "base": "control: base model"}
@@ -13,23 +14,29 @@ def explanation_scores(study: Study) -> Json:
     """Mean scores by kind of feature.
 
     Returns:
-        `{"available", "corpus", "explainer", "rows": [{"kind", "label", "n", "explained", "reasons", "tasks":
-        {"detection": {"own": {"value", "low", "high", "n"}, "wrong": {..}, "gain": {..}} or None, "fuzzing": ..}}]}`;
-        balanced accuracies (0.5 is chance), intervals that resample directions whole.
+        `{"available", "corpus", "explainer", "rows": [{"kind", "label", "n", "features", "explained", "reasons",
+        "tasks": {"detection": {"own": {"value", "low", "high", "n"}, "wrong": {..}, "gain": {..}} or None, "fuzzing":
+        ..}}]}`; balanced accuracies (0.5 is chance), intervals that resample directions whole; `all` is without
+        controls.
     """
-    records = [record for record in stage_records(study, "explain").values() if record.get("result")]
+    records = explain_records(study)
     if not records:
         return missing(study, "explanations and their scores", "lorascope explain STUDY")
-    result, config = records[-1]["result"], records[-1].get("config") or {}
-    rows = [score_row(kind, result[kind]) for kind in NAMES if isinstance(result.get(kind), dict)]
-    view = {"available": True, "corpus": config.get("corpus"), "explainer": config.get("explainer"), "rows": rows}
-    return dict(ready(view))
+    found = {kind: record["result"] for kind, record in records.items()}
+    features = sum(result["features"] for kind, result in found.items() if kind not in CONTROLS)
+    found["all"] = pool_kinds(study) | {"features": features}
+    rows = [score_row(kind, found[kind]) for kind in NAMES if found.get(kind, {}).get("n")]
+    configs = [record["config"] for record in records.values()]
+    said = {key: ", ".join(sorted({config[key] for config in configs})) for key in ("corpus", "explainer")}
+    return dict(ready({"available": True, "rows": rows} | said))
 
 
 def score_row(kind: str, found: Json) -> Json:
-    """One kind's row."""
-    kept = {key: found.get(key) for key in ("n", "explained", "reasons")}
-    return {"kind": kind, "label": NAMES[kind]} | kept | {"tasks": {task: task_scores(found, task) for task in TASKS}}
+    """One kind's row; its label says so where only some features were drawn (`--limit`)."""
+    n, features = found["n"], found["features"]
+    label = NAMES[kind] + (f" ({n} of {features}, drawn)" if n < features else "")
+    kept = {key: found[key] for key in ("n", "features", "explained", "reasons")}
+    return {"kind": kind, "label": label} | kept | {"tasks": {task: task_scores(found, task) for task in TASKS}}
 
 
 def task_scores(found: Json, task: str) -> Json | None:
