@@ -1,6 +1,7 @@
 """Verifiable tasks with worked traces, question files, and the verifiers of both."""
 
 from lorascope.tasks.answers import score
+from lorascope.tasks.benchmarks import gather_problems
 from lorascope.tasks.catalogue import (
     DIFFICULTIES,
     FAMILIES,
@@ -21,6 +22,7 @@ __all__ = [
     "Score",
     "Slip",
     "family_named",
+    "gather_problems",
     "make_problems",
     "read_questions",
     "read_weights",

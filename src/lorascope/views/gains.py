@@ -18,9 +18,10 @@ def recovery_view(study: Study) -> Json:
 
     Returns:
         `{"available", "rows": [{"benchmark", "n", "models": [{"name", "label", "accuracy", "low", "high", "gain":
-        {"value", "low", "high"} or None}], "recovery", "recovery_reason"}], "sentences": [..], "facts": [{"model",
-        "label", "n", "accuracy", "unparsed", "unfinished", "mean_tokens", "perplexity"}], "base_prompt",
-        "settings"}`; the first row is over all benchmarks. Accuracies are shares.
+        {"value", "low", "high"} or None}], "recovery", "recovery_reason", "measured": {..} or None}], "sentences":
+        [..], "facts": [{"model", "label", "n", "accuracy", "unparsed", "unfinished", "mean_tokens", "perplexity"}],
+        "base_prompt", "settings"}`; the first row is over all benchmarks of the last run, which facts are about, too;
+        rows of earlier runs stand last. Accuracies are shares.
     """
     found = json_file(study, "eval/recovery.json")
     if not found:
@@ -31,7 +32,7 @@ def recovery_view(study: Study) -> Json:
     view = {
         "available": True,
         "rows": rows,
-        "sentences": sentences(rows[0]),
+        "sentences": [*sentences(rows[0]), *earlier(rows)],
         "facts": facts,
         "base_prompt": details.get("base_prompt"),
         "settings": details.get("settings") or {},
@@ -55,7 +56,15 @@ def recovery_row(row: Json) -> Json:
         for name in names
         if accuracies[name]
     ]
-    return {key: row.get(key) for key in ("benchmark", "n", "recovery", "recovery_reason")} | {"models": models}
+    kept = ("benchmark", "n", "recovery", "recovery_reason", "measured")
+    return {key: row.get(key) for key in kept} | {"models": models}
+
+
+def earlier(rows: list[Json]) -> list[str]:
+    """Which benchmarks the first row does not cover, since earlier runs measured them."""
+    sets = [(row["measured"] or {}).get("set") for row in rows]
+    names = [row["benchmark"] for row, own in zip(rows, sets, strict=True) if own != sets[0]]
+    return [f"Not among these problems, but measured alike by earlier runs: {joined(names)}."] if names else []
 
 
 def sentences(row: Json) -> list[str]:

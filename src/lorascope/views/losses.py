@@ -65,7 +65,7 @@ def recording_losses(study: Study) -> list[Json]:
 
 
 def evaluation_losses(study: Study) -> list[Json]:
-    """Responses without a readable answer, and those cut at the limit."""
+    """Responses without a readable answer, those cut at the limit, and samples that stand in no table."""
     details = json_file(study, "eval/details.json") or {}
     limit = (details.get("settings") or {}).get("max_new_tokens")
     rows: list[Json] = []
@@ -74,6 +74,9 @@ def evaluation_losses(study: Study) -> list[Json]:
         rows.append(entry(stage, "answers not read", round(model["unparsed"] * n), n, "counted as wrong"))
         cut = f"cut at {limit} tokens; right only if an answer could be read"
         rows.append(entry(stage, "responses not finished", round(model["unfinished"] * n), n, cut))
+    if details:
+        rule = "of other limits or seeds than the last run's, kept in eval/sets"
+        rows.append(entry("evaluate", "sets of samples not shown", len(details.get("not_shown") or []), None, rule))
     return rows
 
 
