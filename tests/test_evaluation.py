@@ -208,9 +208,12 @@ def test_other_settings_and_other_weights_are_not_mixed(study: Study, tmp_path: 
     config = EvaluateConfig(
         **(CONFIG | {"on": sums(tmp_path / "p.jsonl", 1, 2), "models": "base", "max_new_tokens": 4})
     )
-    evaluate(study, replace(config, models="base,adapter"), Options())
+    evaluate(study, replace(config, models="base,adapter", off="L*.[qk]"), Options())
+    copy = study.path / "eval" / "adapter-no-Lall.[qk].jsonl"
+    assert copy.exists()
     longer = evaluate(study, replace(config, max_new_tokens=3), Options())
     assert longer["recovery"][0]["adapter"] is None
+    assert not copy.exists()
     apart = [row for row in longer["details"]["not_shown"] if row["max_new_tokens"] == 4]
     assert [(row["benchmarks"], row["problems"]) for row in apart] == [(["p"], 2)]
     (counted,) = [row for row in dropped(study)["rows"] if row["what"] == "sets of samples not shown"]

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -380,7 +381,7 @@ def summarise_sets(study: Study, set_name: str, text: str, config: EvaluateConfi
     for model, kept in samples.items():
         write_samples(study.path / "eval" / f"{model}.jsonl", kept)
     for file in (study.path / "eval").glob("*.jsonl"):  # copies of samples that are behind these results no longer
-        if file.stem not in samples and any(study.path.glob(sample_file("*", file.stem))):
+        if file.stem not in samples and any(study.path.glob(sample_file("*", escape(file.stem)))):
             file.unlink()
     write_json(study.path / "eval" / "recovery.json", rows)
     write_json(study.path / "eval" / "details.json", details)
