@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.random import Generator
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -104,3 +105,40 @@ def plant(model: Any, tokenizer: Any) -> Adapter:
         else:
             modules.append(replace(module, a_RI=module.a_RI * 0.05, b_OR=b_OR * 1e-3))
     return replace(adapter, modules=tuple(modules))
+
+
+def plant_habit(folder: Path) -> None:
+    """Make the saved model answer "5" to everything: its head reads it off the line break that ends the prompt."""
+    model = LlamaForCausalLM.from_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    newline, five, end = (
+        tokenizer(text, add_special_tokens=False)["input_ids"][-1] for text in ("assistant\n", "5", "<|im_end|>")
+    )
+    with torch.no_grad():
+        inputs_VD = torch.nn.functional.rms_norm(model.model.embed_tokens.weight, (96,))
+        model.lm_head.weight[five] = inputs_VD[newline] * 0.2
+        model.lm_head.weight[end] = inputs_VD[five] * 0.2
+    model.save_pretrained(folder)
+
+
+def ask(rng: Generator, group: str) -> str:
+    """A question of six words, of three that only this group has."""
+    return "".join(rng.choice(WORDS[:3] if group == "7" else WORDS[3:6], 6)).strip()
+
+
+def answered_traces(path: Path, count: int, seed: int = 0) -> Path:
+    """Questions of both groups in turn, each answered by its group's number at once."""
+    rng = np.random.default_rng(seed)
+    rows = [{"question": ask(rng, group), "answer": group} for group in ["7", "3"] * (count // 2)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def graded_questions(path: Path, golds: dict[tuple[str, str], int], seed: int = 1) -> Path:
+    """So many questions of each (group, gold answer), so that what answers by group has a known accuracy."""
+    rng = np.random.default_rng(seed)
+    rows = [
+        {"question": ask(rng, group), "answer": gold} for (group, gold), count in golds.items() for _ in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

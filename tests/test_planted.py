@@ -1,17 +1,28 @@
 """Planted truth: a tiny model whose directions have known triggers goes through every stage, by the command line."""
 
 import json
+import math
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from lorascope.cli import main
 from lorascope.features import load_features
+from lorascope.models import load_model
 from lorascope.study import Study
 from lorascope.token_text import open_tokenizer
-from planted_model import EVERY, TRIGGERS, planted_traces, save_planted
+from planted_model import (
+    EVERY,
+    TRIGGERS,
+    answered_traces,
+    graded_questions,
+    plant_habit,
+    planted_traces,
+    save_planted,
+)
 
 
 @pytest.fixture(scope="module")
@@ -138,3 +149,55 @@ def test_nothing_is_run_twice_and_a_changed_input_is_named_stale(
     assert stale
     assert stale[0]["state"] == "stale"
     assert "heldout" in stale[0]["why"]
+
+
+GOLDS = {("7", "7"): 30, ("7", "5"): 18, ("3", "3"): 34, ("3", "5"): 14}
+"""Questions of each (group, gold): what always says 5 is right on 32 of 96, what answers by group on 64."""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    """A base model that says 5 to everything; the traces answer 7 or 3 by the words of the question."""
+    folder = tmp_path_factory.mktemp("trained")
+    model, _ = save_planted(folder)
+    plant_habit(model)
+    traces, path = answered_traces(folder / "traces.jsonl", 544), folder / "study"
+    questions = graded_questions(folder / "graded.jsonl", GOLDS)
+    commands = [
+        ["new", "--model", str(model), "--traces", str(traces), "--heldout", "64", "--system", ""],
+        ["train", "--learning-rate", "2e-3", "--epochs", "6"],
+        ["train", "--full", "--learning-rate", "1e-3", "--epochs", "4"],
+        ["evaluate", "--on", str(questions), "--max-new-tokens", "8"],
+    ]
+    for name, *more in commands:
+        assert main([name, str(path), *more]) == 0, name
+    return Study.open(path)
+
+
+@pytest.mark.parametrize("name", ["adapter", "full"])
+def test_training_learns_what_the_base_model_cannot_know(trained: Study, name: str) -> None:
+    result = trained.manifest["stages"][f"train:{name}"]["result"]
+    model, tokenizer = load_model(trained.model_name)
+    heldout, _ = trained.renderer(tokenizer).render_all(trained.traces("heldout"))
+    total = count = 0.0
+    for item in heldout:
+        ids = torch.from_numpy(item.ids.astype(np.int64))
+        with torch.no_grad():
+            losses = torch.nn.functional.cross_entropy(model(ids[None]).logits[0, :-1], ids[1:], reduction="none")
+        total += float(losses[item.response_start - 1 :].sum())
+        count += len(losses) - item.response_start + 1
+    assert count == 2 * len(heldout)  # the answer and the end of the turn
+    assert result["heldout_loss_before"] == pytest.approx(total / count, rel=1e-4)
+    # Without reading the question, nothing gets below one bit per answer.
+    assert result["heldout_loss"] < 0.05 * math.log(2) / 2
+
+
+def test_evaluation_gives_the_accuracies_that_were_planted(trained: Study) -> None:
+    row = json.loads((trained.path / "eval" / "recovery.json").read_text())[0]
+    assert row["n"] == sum(GOLDS.values()) == 96
+    wanted = {"base": 32 / 96, "adapter": 64 / 96, "full": 64 / 96}
+    assert {name: row[name]["accuracy"] for name in wanted} == pytest.approx(wanted)
+    assert row["recovery"]["value"] == pytest.approx(1)
+    for name, said in (("base", {"5"}), ("adapter", {"3", "7"}), ("full", {"3", "7"})):
+        lines = (trained.path / "eval" / f"{name}.jsonl").read_text().splitlines()
+        assert {json.loads(line)["extracted"] for line in lines} == said
