@@ -1,6 +1,7 @@
 # make demo [QUICK=1] [STUDY=demo-study]   the whole path on the embedded default model
 # make test                                set up what the tests need and run them
 # make check                               lint, types and tests: what CI runs
+# make bench [ONLY=train,record]           measure against peers, in an environment of their own
 
 # Any pip arguments: another version, or a CPU-only build by adding --index-url.
 TORCH ?= torch==2.13.0
@@ -13,7 +14,7 @@ TESTS ?= tests
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c .venv/torch.txt
 
-.PHONY: demo test lint types check format venv clean distclean
+.PHONY: demo test bench lint types check format venv clean distclean
 
 demo: .venv/made-demo
 	$(BIN)/lorascope demo $(STUDY) $(if $(QUICK),--quick)
@@ -21,6 +22,9 @@ demo: .venv/made-demo
 test: .venv/made-test
 	@chromium=$$(sh scripts/find_chromium.sh $(BIN)/python) || exit 2; \
 	LORASCOPE_CHROMIUM="$$chromium" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --cov=lorascope $(TESTS)
+
+bench: .venv-bench/made
+	.venv-bench/bin/python benchmarks/bench.py $(if $(ONLY),--only $(ONLY))
 
 lint: .venv/made-dev
 	$(BIN)/ruff check .
@@ -60,9 +64,19 @@ venv: .venv/made-demo
 	$(PIP) -e '.[peft,web,math,dev]'
 	@touch $@
 
+# The peers bring packages that the project must not depend on. dictionary-learning asks for an old torch, but only its
+# trainer is used, which needs einops alone.
+.venv-bench/made: .venv/torch.txt pyproject.toml
+	sh scripts/make_venv.sh .venv-bench
+	@echo "Installing the peers that the benchmarks measure against (once, about two minutes)"
+	.venv-bench/bin/python -m pip --disable-pip-version-check install -q $(TORCH)
+	.venv-bench/bin/python -m pip --disable-pip-version-check install -q -c .venv/torch.txt -e '.[peft]' trl sae-lens nnsight einops matplotlib
+	.venv-bench/bin/python -m pip --disable-pip-version-check install -q --no-deps dictionary-learning
+	@touch $@
+
 clean:
 	rm -rf build dist htmlcov .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean
-	rm -rf .venv
+	rm -rf .venv .venv-bench

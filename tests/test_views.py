@@ -309,7 +309,7 @@ def test_provenance(study: Study) -> None:
     view = provenance(study)
     assert "torch" in view["versions"]
     names = [stage["name"] for stage in view["stages"]]
-    assert {"sae", "explain", "examples:train:direction"} <= set(names)
+    assert {"sae", "explain:heldout:direction", "examples:train:direction"} <= set(names)
     assert all(stage["seed"] == 0 and stage["seconds"] >= 0 for stage in view["stages"])
 
 

@@ -79,6 +79,8 @@ class GateFunction(torch.autograd.Function):
     def backward(ctx: Any, slope: Tensor) -> Any:
         """Gradients of (x, gates, linear)."""
         linear: Linear = ctx.linear
+        assert linear.a_RI is not None
+        assert linear.b_OR is not None
         (z_TR,) = ctx.saved_tensors
         slope_TO = slope.reshape(-1, slope.shape[-1])
         u_TR = slope_TO.float() @ linear.b_OR

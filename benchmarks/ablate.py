@@ -1,0 +1,133 @@
+"""Ablation on SmolLM2: exact leave-one-out and screening of all directions beside one full forward per direction.
+
+    python benchmarks/ablate.py STUDY
+
+The peer runs every direction's edited model in full, batched, fp32, and scores the same positions; since each of its
+runs costs the same, a sample of them is timed.
+"""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import HEAD, MODEL, TRUNK, gemm_rate, main, row, seconds
+
+TRACES, TIMED, SEEDS = 16, 14, 5
+
+
+def ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 0, for a Spearman correlation (there are no ties)."""
+    return np.argsort(np.argsort(values))
+
+
+def measure(study_path: Path) -> dict[str, Any]:
+    """Rows of exact ablation and of screening."""
+    from lorascope import edits
+    from lorascope.ablation import make_targets
+    from lorascope.adapter import Adapter
+    from lorascope.attached import attach
+    from lorascope.kl import assistant_positions
+    from lorascope.leave_one_out import leave_out
+    from lorascope.models import load_model
+    from lorascope.screening import screen
+    from lorascope.study import Study
+    from lorascope.traces import pad_ids, plan_batches
+
+    study = Study.open(study_path)
+    model, tokenizer = load_model(MODEL)
+    model.requires_grad_(False)
+    rendered, _ = study.renderer(tokenizer).render_all(study.traces("heldout"))
+    longest = sorted(rendered, key=lambda r: -len(r.ids))
+    traces = longest[:: max(1, len(longest) // TRACES)][:TRACES]
+    adapter = Adapter.load(study.path / "adapter")
+    tokens = sum(len(r.ids) for r in traces)
+    scored = sum(len(assistant_positions(r)) for r in traces)
+    batches = []
+    for batch in plan_batches([len(r.ids) for r in traces], 4096):
+        positions = [assistant_positions(traces[i]) for i in batch]
+        at = np.repeat(np.arange(len(batch)), [len(p) for p in positions]), np.concatenate(positions)
+        batches.append((pad_ids([traces[i].ids for i in batch], 0)[0], tuple(map(torch.from_numpy, at))))
+
+    with attach(model, adapter) as attached:
+
+        @torch.no_grad()
+        def log_probabilities() -> torch.Tensor:
+            parts = []
+            for ids_BT, at in batches:
+                hidden = model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state[at]
+                parts.append(torch.log_softmax(model.lm_head(hidden), dim=-1))
+            return torch.cat(parts)
+
+        reference = log_probabilities()
+
+        def naive(address: str) -> float:
+            with attached.edit(edits.off(address)):
+                changed = log_probabilities()
+            return float((reference.exp() * (reference - changed)).sum(dim=-1).mean())
+
+        sample = adapter.addresses[:: len(adapter.addresses) // TIMED]
+        naive(sample[0])
+        values: dict[str, float] = {}
+        times = [seconds(lambda a=a: values.setdefault(a, naive(a))) for a in sample]
+        all_naive = statistics.median(times) * len(adapter.addresses)
+        targets = make_targets(adapter.addresses, "direction")
+        found: list[Any] = []
+        exact_seconds = seconds(lambda: found.extend(leave_out(attached, traces, targets, 0.0, 4096)))
+        sums, floor_runs = found
+        exact = np.array([sums[t.by, t.name][:, 0, 0].sum() for t in targets]) / scored
+        by_address = dict(zip(adapter.addresses, exact, strict=True))
+        off = {a: abs(by_address[a] - value) for a, value in values.items()}
+        agree = all(error <= max(1e-3 * values[a], 1e-7) for a, error in off.items())
+        screened, screen_times = [], []
+        for seed in range(SEEDS):
+            screen_times.append(seconds(lambda seed=seed: screened.append(screen(attached, traces, seed=seed))))
+    estimates = [s.kl_KSG(np.eye(len(exact), dtype=bool)).mean(axis=0).sum(axis=0) / scored for s in screened]
+    spearman = [float(np.corrcoef(ranks(exact), ranks(e))[0, 1]) for e in estimates]
+    leaders = set(np.argsort(-exact)[:20])
+    hits = [len(leaders & set(np.argsort(-e)[:20])) for e in estimates]
+    bias = [float(np.median(e / exact)) for e in estimates]
+    passes = [len(s.gradients_KSN) for s in screened]
+    rate = gemm_rate()
+    exact_flops = len(exact) * (TRUNK * tokens + 2 * HEAD * scored)
+    screen_flops = 2 * TRUNK * tokens * (1 + statistics.median(passes)) + 4 * HEAD * scored
+    spent = statistics.median(screen_times)
+    return {
+        "ablate_exact_vs_naive": row(
+            all_naive / exact_seconds,
+            exact_seconds,
+            all_naive,
+            "seconds for all directions",
+            share_of_gemm_limit=exact_flops / exact_seconds / rate,
+            values_agree=agree,
+            largest_relative_difference=max(error / values[a] for a, error in off.items()),
+            floor=max(floor_runs.values()),
+            tokens=tokens,
+        ),
+        "ablate_screen_vs_naive": row(
+            statistics.median(all_naive / t for t in screen_times),
+            spent,
+            all_naive,
+            "seconds for all directions",
+            share_of_gemm_limit=screen_flops / spent / rate,
+            passes=passes,
+            traces=len(traces),
+            tokens=tokens,
+        ),
+        "screen_spearman": row(
+            statistics.median(spearman),
+            statistics.median(spearman),
+            1.0,
+            "rank correlation with exact",
+            seeds=spearman,
+            median_ratio_to_exact=statistics.median(bias),
+            top_20_found=statistics.median(hits),
+        ),
+    }
+
+
+if __name__ == "__main__":
+    main(measure)

@@ -1,0 +1,158 @@
+"""All benchmarks beside their peers: `make bench`, or some of them: `python benchmarks/bench.py --only train,record`.
+
+    python benchmarks/bench.py [--study bench-study] [--only FILE,FILE]
+
+Makes a small study of SmolLM2 first (an adapter trained for some steps, its recording), runs every file of rows in a
+process of its own, merges what it gives into `benchmarks/results.json`, and writes the README's table between its
+markers and the plot of the scaling runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from common import MODEL, machine
+
+HERE = Path(__file__).resolve().parent
+RESULTS, README, PLOT = HERE / "results.json", HERE.parent / "README.md", HERE.parent / "docs" / "scaling.svg"
+FILES = ("train", "record", "ablate", "sae", "examples", "steer", "scaling")
+BEGIN, END = "<!-- benchmarks -->", "<!-- end of benchmarks -->"
+STEPS = 24
+
+TABLE = {
+    "train_vs_trl": ("rank-1 training on SmolLM2", "TRL SFTTrainer + PEFT", "2.0"),
+    "train_memory_vs_trl": ("its peak memory (less is better)", "the same", "at most 0.75"),
+    "train_roofline": ("its share of the GEMM limit", "measured GEMM rate", "0.55"),
+    "record_vs_bare": ("recording every scalar", "the bare trunk's forward", "0.95"),
+    "record_vs_hooks": ("recording every scalar", "PEFT + a hook on every `lora_A`", "1.4"),
+    "ablate_exact_vs_naive": ("exact leave-one-out, 210 directions", "one full forward each", "1.6"),
+    "ablate_screen_vs_naive": ("screening, 210 directions", "one full forward each", "18"),
+    "screen_spearman": ("its rank correlation with exact", "", "0.95"),
+    "sae_vs_saelens": ("SAE training", "SAELens", "4"),
+    "sae_vs_dictionary_learning": ("SAE training", "dictionary_learning", "3"),
+    "examples_scalars_per_s": ("exact top 50, both polarities", "copying as many numbers", "1e8 scalars/s"),
+    "steer_vs_peft": ("steered generation", "PEFT generate, unsteered", "0.9"),
+}
+
+
+def lorascope(*arguments: str) -> None:
+    """One command of the product."""
+    subprocess.run([sys.executable, "-m", "lorascope", *arguments], check=True, stdout=sys.stderr)
+
+
+def prepare(study: Path) -> None:
+    """The study that the rows are measured on; what is there is not made again."""
+    if not (study / "study.json").exists():
+        new = ["--model", MODEL, "--traces", "tasks:chain=3,letters=3,sort", "--system", ""]
+        lorascope("new", str(study), *new, "--train-problems", "768", "--heldout", "64")
+    train = ["--max-steps", str(STEPS), "--learning-rate", "2e-3", "--eval-every", "1000", "--eval-traces", "8"]
+    lorascope("train", str(study), *train)
+    lorascope("record", str(study))
+
+
+def with_gpu(key: str) -> str:
+    """A key of results; a GPU's have their own."""
+    import torch
+
+    return f"{key}_cuda" if torch.cuda.is_available() else key
+
+
+def measure(study: Path, files: list[str]) -> dict[str, Any]:
+    """Run files of rows and merge their results into what earlier runs found."""
+    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for name in files:
+        started = time.perf_counter()
+        command = [sys.executable, str(HERE / f"{name}.py"), str(study)]
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        rows = json.loads(output.splitlines()[-1])
+        stamp = {"machine": machine(), "date": time.strftime("%Y-%m-%d")}
+        results |= {with_gpu(key): found | stamp for key, found in rows.items()}
+        RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+        print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+    return results
+
+
+def number(value: float) -> str:
+    """Three figures that a reader takes in at once."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def table(results: dict[str, Any]) -> str:
+    """The README's table; a row that was not measured is left out."""
+    lines = ["| work | beside | ours | peer's | ratio | floor |", "|---|---|---|---|---|---|"]
+    for key, (work, peer, floor) in TABLE.items():
+        found = results.get(key)
+        if found:
+            unit = found["unit"].split(",")[0]
+            lines.append(
+                f"| {work} | {peer} | {number(found['ours'])} {unit} | {number(found['peer'])} | "
+                f"**{number(found['ratio'])}** | {floor} |"
+            )
+    dates = sorted({found["date"] for found in results.values()})
+    machines = sorted({found["machine"] for found in results.values()})
+    made = f"Medians of `make bench`, {' and '.join(dates)}; {'; '.join(machines)}."
+    return "\n".join([BEGIN, made, "", *lines, END])
+
+
+def write_readme(results: dict[str, Any]) -> None:
+    """Put the table between the README's markers."""
+    text = README.read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    if rest:
+        README.write_text(before + table(results) + after, encoding="utf-8")
+
+
+def plot(results: dict[str, Any]) -> None:
+    """Time and memory at 1, 4 and 16 times the work, on logarithmic axes."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "lorascope"
+    from matplotlib import pyplot
+
+    rows = {key.removeprefix("scaling_"): r["runs"] for key, r in results.items() if key.startswith("scaling_")}
+    if not rows:
+        return
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
+    for name, runs in rows.items():
+        sizes = [run["size"] for run in runs]
+        left.plot(sizes, [run["seconds"] / runs[0]["seconds"] for run in runs], "o-", label=name)
+        right.plot(sizes, [run["peak"] for run in runs], "o-", label=name)
+    left.plot([1, 16], [1, 16], "k:", label="linear")
+    left.set(xscale="log", yscale="log", xlabel="work", ylabel="time (once = 1)", title="Time grows with the work")
+    right.set(xscale="log", ylim=(0, None), xlabel="work", ylabel="GiB at the peak", title="Memory does not")
+    for axes in (left, right):
+        axes.set_xticks([1, 4, 16], ["1x", "4x", "16x"], minor=False)
+        axes.minorticks_off()
+    left.set_yticks([1, 4, 16], ["1x", "4x", "16x"])
+    left.legend(frameon=False)
+    figure.savefig(PLOT, metadata={"Date": None})
+
+
+def main() -> None:
+    """Prepare, measure, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--study", type=Path, default=Path("bench-study"))
+    parser.add_argument("--only", default=",".join(FILES), help="comma list of files of rows")
+    options = parser.parse_args()
+    files = options.only.split(",")
+    if unknown := [name for name in files if name not in FILES]:
+        parser.error(f"there are no rows {unknown[0]!r}; choose from {', '.join(FILES)}")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    prepare(options.study)
+    results = measure(options.study, files)
+    write_readme(results)
+    plot(results)
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""What all benchmarks share: rows of results, the machine, its GEMM rate, interleaved timing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+MODEL = "smollm2-135m-instruct"
+TRUNK, HEAD = 106.2e6, 28.3e6
+"""SmolLM2-135M's parameters in linear maps of the trunk, and in the LM head."""
+
+
+def row(ratio: float, ours: float, peer: float, unit: str, **more: Any) -> dict[str, Any]:
+    """One result: our figure, the peer's, and their ratio, larger better unless the unit says otherwise."""
+    return {"ratio": ratio, "ours": ours, "peer": peer, "unit": unit} | more
+
+
+def compare(
+    ours: Callable[[], Any], peer: Callable[[], Any], repeats: int = 5, warmup: int = 1
+) -> tuple[float, float, float]:
+    """Median seconds of both, run in turn so that the machine's noise meets both, and the median of peer / ours."""
+    for _ in range(warmup):
+        ours()
+        peer()
+    pairs = [(seconds(ours), seconds(peer)) for _ in range(repeats)]
+    mine, theirs = (statistics.median(times) for times in zip(*pairs, strict=True))
+    return mine, theirs, statistics.median(p / o for o, p in pairs)
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    """How long a call takes."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def gemm_rate(size: int = 2048, repeats: int = 7) -> float:
+    """FLOP/s of an fp32 product of two square matrices: the best of some runs, as the limit of this machine."""
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    a @ b
+    return 2 * size**3 / min(seconds(lambda: a @ b) for _ in range(repeats))
+
+
+def copy_rate(megabytes: int = 256, repeats: int = 5) -> float:
+    """Bytes per second read and written by a large copy."""
+    source = torch.zeros(megabytes << 18)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    return 2 * (megabytes << 20) / min(seconds(lambda: target.copy_(source)) for _ in range(repeats))
+
+
+def peak_memory() -> float:
+    """Largest resident size of this process so far, GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def machine() -> str:
+    """One line on where the numbers were made."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return f"{platform.machine()}, {os.cpu_count()} CPUs, {gpu}, torch {torch.__version__}"
+
+
+def main(measure: Callable[[Path], dict[str, Any]]) -> None:
+    """Run one file of benchmarks: `FILE STUDY`, the rows as JSON on the last line of stdout."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("study", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(os.cpu_count() or 1)
+    print(json.dumps(measure(options.study)))

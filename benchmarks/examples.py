@@ -1,0 +1,91 @@
+"""Example search: scalars per second for the exact top 50 of both polarities, checked against a brute-force search.
+
+python benchmarks/examples.py STUDY
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import copy_rate, main, row, seconds
+
+TOKENS, DIRECTIONS, TRACE, K, PER_TRACE, REPEATS = 1_000_000, 210, 500, 50, 4, 5
+
+
+def write_store(folder: Path, z_TN: np.ndarray) -> Any:
+    """A store of heavy-tailed scalars, as recording would have written it."""
+    from lorascope.store import Store
+    from lorascope.store_writer import StorePlan, StoreWriter, plan_shards
+
+    lengths = [TRACE] * (len(z_TN) // TRACE)
+    plan = StorePlan(
+        addresses=[f"L{i // 7}.{['q', 'k', 'v', 'o', 'gate', 'up', 'down'][i % 7]}" for i in range(z_TN.shape[1])],
+        effect_per_scalar=[1.0] * z_TN.shape[1],
+        trace_ids=[str(i) for i in range(len(lengths))],
+        lengths=lengths,
+        response_starts=[0] * len(lengths),
+        shards=[[list(range(first, stop))] for first, stop in plan_shards(lengths, 1 << 16)],
+        about={},
+    )
+    writer = StoreWriter(folder, plan)
+    writer.calibrate(np.abs(z_TN[:TRACE]).max(axis=0))
+    for number in writer.missing():
+        shard = writer.begin(number)
+        for i in plan.shards[number][0]:
+            part = z_TN[i * TRACE : (i + 1) * TRACE]
+            writer.put(shard, i, part, np.zeros(TRACE), np.ones(TRACE), np.zeros(TRACE, bool))
+        writer.commit(shard)
+    writer.finish()
+    return Store.open(folder)
+
+
+def brute_force(acts_T: np.ndarray) -> set[int]:
+    """The best K positions, at most PER_TRACE of a trace, ties to the earlier token."""
+    order = np.lexsort((np.arange(len(acts_T)), -acts_T))
+    kept: list[int] = []
+    used: dict[int, int] = {}
+    for position in order:
+        trace = int(position) // TRACE
+        if used.get(trace, 0) < PER_TRACE:
+            used[trace] = used.get(trace, 0) + 1
+            kept.append(int(position))
+        if len(kept) == K:
+            break
+    return set(kept)
+
+
+def measure(_: Path) -> dict[str, Any]:
+    """One row; the peer's figure is the rate at which this machine copies as many half-precision numbers."""
+    from functools import partial
+
+    from lorascope.example_search import ExamplesConfig, search
+    from lorascope.features import FeatureSet, firing_levels, polarity_codes
+
+    rng = np.random.default_rng(0)
+    z_TN = rng.standard_t(4, (TOKENS, DIRECTIONS)).astype(np.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        store = write_store(Path(folder) / "store", z_TN)
+        del z_TN
+        ids = [f"{a}{sign}" for a in store.addresses for sign in "+-"]
+        encode = partial(polarity_codes, effect_N=store.effect_per_scalar)
+        features = FeatureSet("direction", ids, "effect", False, store, encode)
+        levels = firing_levels(features)
+        config, found = ExamplesConfig(k=K, per_trace=PER_TRACE), []
+        search(features, levels, config, 0)
+        times = [seconds(lambda: found.append(search(features, levels, config, 0))) for _ in range(REPEATS)]
+        top, recall = found[-1].top, []
+        for feature in rng.choice(len(ids), 20, replace=False):
+            mine = set(top.position[top.feature == feature].tolist())
+            recall.append(len(mine & brute_force(features.columns([feature])[:, 0])) / K)
+    speed = TOKENS * DIRECTIONS / statistics.median(times)
+    limit = copy_rate() / 2 / 2
+    more = {"recall": float(np.mean(recall)), "peer_is": "half-precision numbers copied per second"}
+    return {"examples_scalars_per_s": row(speed / limit, speed, limit, "scalars/s", **more)}
+
+
+if __name__ == "__main__":
+    main(measure)

@@ -1,0 +1,59 @@
+"""Steered generation: tokens per second with one direction pushed on every generated token, beside PEFT unsteered.
+
+    python benchmarks/steer.py STUDY
+
+Both continue the same prompts by as many tokens, greedily, in one batch; neither may stop early.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import MODEL, compare, main, row
+
+PROMPTS, NEW, REPEATS = 8, 64, 5
+
+
+def measure(study_path: Path) -> dict[str, Any]:
+    """One row."""
+    from peft import PeftModel
+
+    from lorascope import edits
+    from lorascope.adapter import Adapter
+    from lorascope.attached import attach
+    from lorascope.generation import Sampling, generate_batch
+    from lorascope.models import load_model
+    from lorascope.study import Study
+
+    study = Study.open(study_path)
+    model, tokenizer = load_model(MODEL)
+    renderer = study.renderer(tokenizer)
+    prompts = [renderer.prompt_ids(trace.question) for trace in study.traces("heldout")[:PROMPTS]]
+    adapter = Adapter.load(study.path / "adapter")
+    with_peft = PeftModel.from_pretrained(load_model(MODEL)[0], str(study.path / "adapter")).eval()
+    width = max(map(len, prompts))
+    pad = tokenizer.pad_token_id or 0
+    ids_BT = torch.tensor([[pad] * (width - len(p)) + p for p in prompts])
+    mask_BT = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    produced: list[int] = []
+
+    def ours() -> None:
+        with torch.no_grad(), attach(model, adapter) as attached, attached.edit(edits.add("L20.gate", 1.0)):
+            results = generate_batch(attached, renderer, prompts, Sampling(max_new_tokens=NEW))
+            produced.append(sum(len(r.ids) + r.finished for r in results))
+
+    @torch.no_grad()
+    def peer() -> None:
+        with_peft.generate(
+            input_ids=ids_BT, attention_mask=mask_BT, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False
+        )
+
+    mine, theirs, _ = compare(ours, peer, REPEATS)
+    own, other = produced[-1] / mine, PROMPTS * NEW / theirs
+    return {"steer_vs_peft": row(own / other, own, other, "tokens/s", tokens=produced[-1])}
+
+
+if __name__ == "__main__":
+    main(measure)
