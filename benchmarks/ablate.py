@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from common import HEAD, MODEL, TRUNK, gemm_rate, main, row, seconds
 
-TRACES, TIMED, SEEDS = 16, 14, 5
+TRACES, TIMED, SEEDS = 28, 14, 5
 
 
 def ranks(values: np.ndarray) -> np.ndarray:

@@ -48,8 +48,8 @@ def open_store(study: Study, corpus: str = "train", source: str = "adapter") -> 
     return Store.open(store_folder(study.path, corpus, source))
 
 
-def inputs_by_hooks(model: Any, adapter: Adapter, ids: list[int]) -> np.ndarray:
-    """a·x of every direction from plain forward hooks on the adapted modules, one sequence alone."""
+def module_inputs(model: Any, adapter: Adapter, ids: list[int]) -> dict[str, torch.Tensor]:
+    """What each adapted module is given, [T, I], from plain forward hooks on one sequence alone."""
     seen: dict[str, torch.Tensor] = {}
 
     def keep(path: str) -> Any:
@@ -63,6 +63,12 @@ def inputs_by_hooks(model: Any, adapter: Adapter, ids: list[int]) -> np.ndarray:
         model(input_ids=torch.tensor([ids]))
     for handle in handles:
         handle.remove()
+    return seen
+
+
+def inputs_by_hooks(model: Any, adapter: Adapter, ids: list[int]) -> np.ndarray:
+    """a·x of every direction."""
+    seen = module_inputs(model, adapter, ids)
     return torch.cat([seen[m.path] @ m.a_RI.T for m in adapter.modules], dim=1).numpy()
 
 
@@ -241,3 +247,25 @@ def test_sinks_are_found_in_padded_batches_by_trace(study: Study, base: Path) ->
     assert sum(int(sink.sum()) for _, sink in parts) == 2  # "What" in a, "Wait" in b
     for item, (_, sink) in zip(rendered, parts, strict=True):
         np.testing.assert_array_equal(sink, item.ids == wait)
+
+
+def test_the_bases_own_outputs_are_measured_for_comparison(study: Study, base: Path) -> None:
+    record(study, RecordConfig(), OPTIONS)
+    found = json.loads((open_store(study).folder / "output_rms.json").read_text())
+    model, tokenizer = load_model(str(base))
+    adapter = Adapter.load(study.path / "adapter")
+    store = open_store(study)
+    squares, tokens = dict.fromkeys(adapter.addresses, 0.0), int((~store.sink).sum())
+    for trace in study.traces("train"):
+        ids = study.renderer(tokenizer).render(trace).ids.tolist()
+        kept = ~store.sink[slice(*store.offsets[store.trace_ids.index(trace.id) :][:2])]
+        with attach(model, adapter):
+            inputs = module_inputs(model, adapter, ids)
+        for module in adapter.modules:
+            linear = model.get_submodule(module.path)
+            output = torch.nn.functional.linear(inputs[module.path], linear.weight, linear.bias)[kept]
+            for address in adapter.addresses[module.columns]:
+                squares[address] += float(output.detach().pow(2).sum())
+    assert found["address"] == adapter.addresses
+    assert found["tokens"] == tokens
+    np.testing.assert_allclose(found["rms"], [(squares[a] / tokens) ** 0.5 for a in adapter.addresses], rtol=1e-3)

@@ -176,7 +176,7 @@ def test_map_at_rank_two_shows_the_larger_direction(tmp_path: Path) -> None:
     assert view["rank"] == 2
     assert view["grids"][0]["values"] == [[None, pytest.approx(float((b @ a).norm()), rel=1e-5)]]
     assert signed_map(["L0.q#0", "L0.q#1", "norm"], [1.0, -3.0, 0.5])["values"] == [[-3.0, None], [None, 0.5]]
-    assert [grid["available"] for grid in view["grids"]] == [True, False, False, False]
+    assert [grid["available"] for grid in view["grids"]] == [True, False, False, False, False]
 
 
 def test_feature_table(study: Study) -> None:

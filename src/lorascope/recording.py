@@ -7,7 +7,7 @@ a batch, T tokens, N directions, D hidden width.
 import hashlib
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -17,17 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lorascope.adapter import Adapter
-from lorascope.attached import Attached, attach
+from lorascope.adapter import AdaptedModule, Adapter
+from lorascope.attached import Attached, attach, find_module
 from lorascope.config import Options
 from lorascope.edits import Edit
 from lorascope.errors import BadInput
 from lorascope.fused import fused_reading
 from lorascope.models import load_model, load_tokenizer
 from lorascope.progress import progress
-from lorascope.store import store_folder
+from lorascope.store import Store, store_folder
 from lorascope.store_writer import StorePlan, StoreWriter, plan_shards
-from lorascope.study import Study
+from lorascope.study import Study, write_json
 from lorascope.traces import Rendered, pad_ids, plan_batches, read_traces, write_traces
 
 SINK_RATIO = 10.0
@@ -36,6 +36,9 @@ than its trace's median. Massive activations stand far off: 90 to 170 times on t
 other token stays below 2 (docs/log.md)."""
 SHARD_TOKENS = 1 << 16  # at most this much work is lost when a run is cut off
 MAX_SHARDS = 256  # each is an open file of every reader
+OUTPUT_RMS = "output_rms.json"
+"""Beside the adapter's store: how long the base's own outputs are, from `OUTPUT_TRACES` traces."""
+OUTPUT_TRACES = 16
 
 
 @dataclass(frozen=True)
@@ -94,11 +97,16 @@ def record(study: Study, config: RecordConfig, options: Options) -> dict[str, An
             alone,
             options,
             inputs=[f"traces/{config.corpus}.jsonl", "adapter"],
-            outputs=[f"scalars/{config.corpus}/{source}/index.json"],
+            outputs=[f"scalars/{config.corpus}/{source}/{name}" for name in written(source)],
             work=work,
         )
     study.summarise({"recording": {config.corpus: results}})
     return {"corpus": config.corpus, "sources": results}
+
+
+def written(source: str) -> list[str]:
+    """What tells that a source's store is whole."""
+    return ["index.json", OUTPUT_RMS] if source == "adapter" else ["index.json"]
 
 
 def add_corpus(study: Study, config: RecordConfig) -> None:
@@ -147,6 +155,8 @@ def record_source(study: Study, config: RecordConfig, model: Any, tokenizer: Any
     folder = store_folder(study.path, config.corpus, config.source)
     with attach(model, adapter) as attached, fused_reading(attached):
         counts = fill_store(folder, plan, rendered, attached, SOURCES[config.source], config.corpus)
+        if config.source == "adapter":
+            write_json(folder / OUTPUT_RMS, output_rms(attached, rendered, Store.open(folder)))
     return counts | {"length_rule": length_rule, "sink_rule": about["sink_rule"]}
 
 
@@ -174,6 +184,37 @@ def plan_recording(adapter: Adapter, rendered: list[Rendered], token_budget: int
         ],
         about=about,
     )
+
+
+@torch.inference_mode()
+def output_rms(attached: Attached, rendered: list[Rendered], store: Store) -> dict[str, Any]:
+    """How long the base's own output is where each direction writes: `{"address", "rms", "tokens"}`, lists of N.
+
+    `rms` is the root mean square of ‖W·x‖ in the adapted model's run, over `OUTPUT_TRACES` spread traces' tokens but
+    attention sinks. An effect relative to it can be compared across types of matrices, whose spaces differ.
+    """
+    modules = attached.adapter.modules
+    squares, tokens = np.zeros(len(modules)), 0
+    kept_T = torch.zeros(0, dtype=torch.bool)
+
+    def measure(number: int, part: AdaptedModule, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        z_TR = inputs[0][0].float() @ part.a_RI.T.to(output.device)
+        base_TO = output[0].float() - part.scale * z_TR @ part.b_OR.T.to(output.device)
+        squares[number] += float(base_TO[kept_T.to(output.device)].pow(2).sum())
+
+    with ExitStack() as stack:
+        for number, part in enumerate(modules):
+            hook = find_module(attached.model, part).register_forward_hook(
+                lambda _, inputs, output, number=number, part=part: measure(number, part, inputs, output)
+            )
+            stack.callback(hook.remove)
+        for i in range(0, len(rendered), -(-len(rendered) // OUTPUT_TRACES)):
+            kept_T = torch.from_numpy(~store.sink[store.offsets[i] : store.offsets[i + 1]])
+            tokens += int(kept_T.sum())
+            attached.trunk([rendered[i].ids.tolist()])
+    rms = np.sqrt(squares / max(tokens, 1))
+    per_direction = [float(value) for value, part in zip(rms, modules, strict=True) for _ in range(part.rank)]
+    return {"address": attached.addresses, "rms": per_direction, "tokens": tokens}
 
 
 Read = Callable[[Attached, Tensor], Tensor]

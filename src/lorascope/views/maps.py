@@ -15,10 +15,11 @@ from lorascope.store import store_folder
 from lorascope.study import Study
 from lorascope.views.ablation_tables import COMMAND, ablation_table, direction_kl
 from lorascope.views.effects import direction_effects
-from lorascope.views.reading import Json, missing, ready
+from lorascope.views.reading import Json, json_file, missing, ready
 
 OUTSIDE = "-"
 """The column of modules that are in no numbered layer."""
+RECORD = "lorascope record STUDY --corpus {}"
 ABOUT = {
     "norm": {
         "label": "Weight change",
@@ -32,7 +33,14 @@ ABOUT = {
         "unit": "rms of s·‖b‖·z",
         "scale": "log",
         "caption": "Root mean square, over ordinary tokens, of the length that the direction writes. Matrix types "
-        "write into different spaces, so compare along a row; for comparisons across types use KL.",
+        "write into different spaces, so compare along a row; across types use the relative effect or KL.",
+    },
+    "relative": {
+        "label": "Relative effect",
+        "unit": "rms of s·‖b‖·z over rms of ‖W·x‖",
+        "scale": "log",
+        "caption": "The effect as a share of the base matrix's own output, so that types can be compared. That output "
+        "is measured in the adapted model on a sample of traces.",
     },
     "kl": {
         "label": "KL when off",
@@ -73,14 +81,24 @@ def direction_map(study: Study, corpus: str = "train") -> Json:
     grids = [place.grid("norm", per_direction)]
     if store_folder(study.path, corpus, "adapter").is_dir():
         effects = direction_effects(study, corpus)
-        grids += [place.grid("effect", effects["rms"]), place.grid("density", effects["participation"])]
+        grids += [place.grid("effect", effects["rms"]), relative_grid(study, place, corpus, effects["rms"])]
+        grids += [kl_grid(study, place), place.grid("density", effects["participation"])]
     else:
-        command = f"lorascope record STUDY --corpus {corpus}"
-        grids += [absent(study, "effect", command), absent(study, "density", command)]
-    grids.insert(2, kl_grid(study, place))
+        command = RECORD.format(corpus)
+        grids += [absent(study, "effect", command), absent(study, "relative", command), kl_grid(study, place)]
+        grids += [absent(study, "density", command)]
     rank = max(m.rank for m in adapter.modules)
     shown = {"available": True, "rank": rank, "corpus": corpus, "layers": layers, "types": types, "grids": grids}
     return dict(ready(shown))
+
+
+def relative_grid(study: Study, place: "Places", corpus: str, rms_N: Sequence[float]) -> Json:
+    """Effects over the rms of the base's own outputs, or what to run."""
+    measured = json_file(study, f"scalars/{corpus}/adapter/output_rms.json")
+    if not measured or len(measured["rms"]) != len(rms_N):
+        return absent(study, "relative", RECORD.format(corpus))
+    relative = [effect / own if own > 0 else None for effect, own in zip(rms_N, measured["rms"], strict=True)]
+    return place.grid("relative", relative)
 
 
 def factor_product(a_RI: npt.NDArray[Any], b_OR: npt.NDArray[Any]) -> npt.NDArray[Any]:
