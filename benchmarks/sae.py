@@ -35,7 +35,7 @@ def sparse_rows(width: int, count: int, seed: int = 0) -> np.ndarray:
         rows[part] = (strength[part, :, None] * atoms[which[part]]).sum(axis=1)
     rows += 0.05 * rng.standard_normal(rows.shape).astype(np.float32)
     rows -= rows.mean(axis=0)
-    return rows * (np.sqrt(width) / np.sqrt((rows**2).sum(axis=1).mean()))
+    return rows * np.float32(np.sqrt(width / (rows**2).sum(axis=1).mean()))
 
 
 class Batches:
