@@ -2,7 +2,8 @@
 
     python benchmarks/sae.py STUDY
 
-Two sizes: 210 → 1,680 on the study's state, 448 → 3,584 on rows of known sparse codes. Every contestant takes the same
+Two sizes: 210 → 1,680 on the study's state, and 448 → 3,584 on the first 448 of the states of three successive tokens.
+Every contestant takes the same
 standardised batches from memory, so data loading is nobody's cost; the variance unexplained of all is given too.
 """
 
@@ -54,14 +55,11 @@ class Batches:
 def ours(rows: np.ndarray, steps: int) -> tuple[Callable[[int], None], Callable[[], float]]:
     """Our loop as the SAE stage runs it: a function that makes so many steps, and the last batches' unexplained."""
     from lorascope.sae.steps import initial_weights
-    from lorascope.sae.training import INITIAL_NORM, SAEConfig, run_steps
+    from lorascope.sae.training import SAEConfig, run_steps
 
     generator = torch.Generator().manual_seed(0)
     rng = np.random.default_rng(0)
-    latents = 8 * rows.shape[1]
-    weights = initial_weights(
-        torch.from_numpy(rows[rng.permutation(len(rows))[:latents]]), latents, INITIAL_NORM, generator
-    )
+    weights = initial_weights(rows.shape[1], 8 * rows.shape[1], generator)
     source = iter(Batches(rows))
 
     class Held:
@@ -171,7 +169,9 @@ def state_rows(study_path: Path) -> np.ndarray:
 
 def measure(study_path: Path) -> dict[str, Any]:
     """Both peers at both sizes; the smaller ratio counts."""
-    sizes = {"210 → 1,680": state_rows(study_path), "448 → 3,584": sparse_rows(448, 60_000)}
+    state = state_rows(study_path)
+    wide = np.concatenate([state[:-2], state[1:-1], state[2:]], axis=1)[:, :448]
+    sizes = {"210 → 1,680": state, "448 → 3,584": np.ascontiguousarray(wide)}
     found: dict[str, list[dict[str, Any]]] = {"sae_vs_saelens": [], "sae_vs_dictionary_learning": []}
     rate = gemm_rate()
     for size, rows in sizes.items():

@@ -67,7 +67,7 @@ def copies(weights: Weights) -> list[torch.Tensor]:
 @pytest.mark.parametrize("n_dead", [0, 3, 30])
 def test_gradients_equal_autograd(n_dead: int) -> None:
     generator = torch.Generator().manual_seed(3)
-    weights = initial_weights(torch.randn(40, 12, generator=generator), 48, 0.4, generator)
+    weights = initial_weights(12, 48, generator)
     for tensor in weights.parameters():
         tensor += 0.05 * torch.randn(tensor.shape, generator=generator)
     x = torch.randn(40, 12, generator=generator)
@@ -90,7 +90,7 @@ def test_first_hundred_steps_follow_the_dense_reference(store: Store, window: in
     rows = Rows(store, choose_unit(measure_moments(store), "effect"))
     monkeypatch.setattr(training, "DEAD_WINDOW", window)
     generator = torch.Generator().manual_seed(0)
-    weights = initial_weights(torch.from_numpy(next(rows.batches(48, np.random.default_rng(1)))), 48, 0.1, generator)
+    weights = initial_weights(12, 48, generator)
     parameters = copies(weights)
     ours = list(run_steps(weights, rows, config, np.random.default_rng(7), generator))
 
@@ -109,12 +109,13 @@ def test_first_hundred_steps_follow_the_dense_reference(store: Store, window: in
     assert len(ours) == 100
     np.testing.assert_allclose([line["loss"] for line in ours], [loss for loss, _ in theirs], rtol=1e-4)
     assert [line["dead"] for line in ours] == [dead for _, dead in theirs]
-    assert max(dead for _, dead in theirs) > 0
+    if window == 100:  # no latent stays silent for a whole epoch
+        assert max(dead for _, dead in theirs) > 0
 
 
 def test_dead_latents_are_pointed_at_what_is_left() -> None:
     generator = torch.Generator().manual_seed(0)
-    weights = initial_weights(torch.randn(6, 5, generator=generator), 6, 0.5, generator)
+    weights = initial_weights(5, 6, generator)
     optimiser = torch.optim.Adam(weights.parameters())
     for parameter in weights.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -148,7 +149,7 @@ def test_dead_latents_are_pointed_at_what_is_left() -> None:
 
 def test_latents_revived_for_the_same_lack_share_it() -> None:
     generator = torch.Generator().manual_seed(0)
-    weights = initial_weights(torch.randn(30, 5, generator=generator), 30, 0.5, generator)
+    weights = initial_weights(5, 30, generator)
     optimiser = torch.optim.Adam(weights.parameters())
     for parameter in weights.parameters():
         parameter.grad = torch.zeros_like(parameter)

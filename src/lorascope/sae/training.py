@@ -30,7 +30,6 @@ from lorascope.study import Study, write_json
 
 CALIBRATION_ROWS = 65_536
 """Training tokens on which the threshold is set (all, where there are fewer)."""
-INITIAL_NORM = 0.1
 DEAD_WINDOW = 1_000_000
 """A latent is dead when it fired on none of so many training tokens, or of one epoch."""
 REVIVE_EVERY, REVIVE_UNTIL = 100, 0.8
@@ -132,8 +131,7 @@ def fit(rows: Rows, config: SAEConfig, options: Options, log: Path | None = None
     generator = torch.Generator().manual_seed(options.seed)
     rng = np.random.default_rng(options.seed)
     n_latents = config.expansion * len(rows.store.addresses)
-    start = torch.from_numpy(rows.sample(n_latents, rng))
-    weights = initial_weights(start, n_latents, INITIAL_NORM, generator)
+    weights = initial_weights(len(rows.store.addresses), n_latents, generator)
     weights = Weights(*(tensor.to(device) for tensor in weights.parameters()))
     lines = run_steps(weights, rows, config, rng, generator)
     if log is None:
