@@ -1,9 +1,10 @@
 """Rank-1 training on SmolLM2: real tokens per second, memory and share of the GEMM limit, beside TRL + PEFT.
 
-    python benchmarks/train.py STUDY [--contestant ours|trl]
+    python benchmarks/train.py STUDY [--contestant ours|trl|trl_alike]
 
-Both see the same traces in the same steps of 16, the loss on the response only, fp32. Each contestant runs in a
-process of its own, in turn, so that peak memory is its own.
+All see the same traces in steps of 16, the loss on the response only, fp32. TRL takes them in random order, as its
+trainer does unless told otherwise, and pads each batch; `trl_alike` is TRL given our batches of like length. Each
+contestant runs in a process of its own, in turn, so that peak memory is its own.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from common import HEAD, MODEL, TRUNK, gemm_rate, peak_memory, row
 
-STEPS, WARMUP, BATCH, RATE, REPEATS = 7, 1, 16, 2e-3, 3
+STEPS, WARMUP, BATCH, RATE, REPEATS = 7, 1, 16, 2e-3, 2
 
 
 def ours(study: Path) -> dict[str, Any]:
@@ -63,7 +65,7 @@ def planned(study: Path) -> tuple[Any, list[Any], list[list[int]]]:
     return tokenizer, rendered, plan_steps([len(r.ids) for r in rendered], BATCH, 5.0, STEPS, 0)
 
 
-def trl(study: Path) -> dict[str, Any]:
+def trl(study: Path, alike: bool = False) -> dict[str, Any]:
     import time
 
     from datasets import Dataset
@@ -74,6 +76,8 @@ def trl(study: Path) -> dict[str, Any]:
     from lorascope.models import load_model
 
     tokenizer, rendered, steps = planned(study)
+    if not alike:
+        steps = np.random.default_rng(0).permutation(np.concatenate(steps)).reshape(-1, BATCH).tolist()
     chosen = [rendered[i] for step in steps for i in step]
     data = Dataset.from_list(
         [
@@ -158,40 +162,43 @@ def run(contestant: str, study: Path) -> dict[str, Any]:
 
 def measure(study: Path) -> dict[str, Any]:
     """The three rows of training."""
-    rounds = [{name: run(name, study) for name in ("ours", "trl")} for _ in range(REPEATS)]
+    rounds = [{name: run(name, study) for name in CONTESTANTS} for _ in range(REPEATS)]
 
     def speed(result: dict[str, Any]) -> float:
         return float(result["tokens"] / sum(result["seconds"]))
 
-    mine, theirs = (statistics.median(speed(r[name]) for r in rounds) for name in ("ours", "trl"))
+    speeds = {name: statistics.median(speed(r[name]) for r in rounds) for name in CONTESTANTS}
     memory, peer_memory = (statistics.median(r[name]["peak"] for r in rounds) for name in ("ours", "trl"))
     own = rounds[0]["ours"]
     flops = 4 * TRUNK * own["tokens"] + 4 * HEAD * own["supervised"]
     rate = gemm_rate()
     reached = flops / statistics.median(sum(r["ours"]["seconds"]) for r in rounds)
-    losses = {name: [round(loss, 4) for loss in rounds[0][name]["losses"]] for name in ("ours", "trl")}
     return {
         "train_vs_trl": row(
             statistics.median(speed(r["ours"]) / speed(r["trl"]) for r in rounds),
-            mine,
-            theirs,
+            speeds["ours"],
+            speeds["trl"],
             "real tokens/s",
-            losses=losses,
+            peer_with_our_batches=speeds["trl_alike"],
+            ratio_with_our_batches=statistics.median(speed(r["ours"]) / speed(r["trl_alike"]) for r in rounds),
+            losses={name: [round(loss, 4) for loss in rounds[0][name]["losses"]] for name in CONTESTANTS},
         ),
         "train_memory_vs_trl": row(memory / peer_memory, memory, peer_memory, "GiB peak, less is better"),
         "train_roofline": row(reached / rate, reached / 1e9, rate / 1e9, "GFLOP/s of the measured GEMM rate"),
     }
 
 
+CONTESTANTS = {"ours": ours, "trl": trl, "trl_alike": lambda study: trl(study, alike=True)}
+
+
 def main() -> None:
     """Run a contestant, or both and compare them."""
     parser = argparse.ArgumentParser()
     parser.add_argument("study", type=Path)
-    parser.add_argument("--contestant", choices=("ours", "trl"))
+    parser.add_argument("--contestant", choices=CONTESTANTS)
     options = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
-    contestants = {"ours": ours, "trl": trl}
-    work = contestants[options.contestant] if options.contestant else measure
+    work = CONTESTANTS[options.contestant] if options.contestant else measure
     print(json.dumps(work(options.study)))
 
 

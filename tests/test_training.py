@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from transformers import LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from lorascope import training
 from lorascope.adapter import Adapter
@@ -95,6 +96,29 @@ def test_an_interrupted_run_resumes_to_the_same_weights(
     steps = [json.loads(line)["step"] for line in (cut.path / "train" / "adapter.jsonl").read_text().splitlines()]
     assert steps == list(range(11))
     assert (cut.path / "train" / "adapter-steps" / "2" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_recomputed_activations_change_nothing(
+    tmp_path: Path, model_folder: Path, full: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TrainConfig(learning_rate="1e-3", full=full, **FAST | {"max_steps": 2})
+    forward, calls = LlamaAttention.forward, []
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaAttention, "forward", counted)
+    losses, counts = [], []
+    for checkpointing in (False, True):
+        (tmp_path / str(checkpointing)).mkdir()
+        study = make_study(tmp_path / str(checkpointing), model_folder)
+        calls.clear()
+        losses.append(train(study, replace(config, gradient_checkpointing=checkpointing), Options())["heldout_loss"])
+        counts.append(len(calls))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert counts[1] > counts[0]
 
 
 def cut_training(study: Study, config: TrainConfig, options: Options, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -310,8 +310,8 @@ def train_once(study: Study, config: TrainConfig, options: Options, rate: float,
     folder, log_name = (tagged(name, rate), tagged(f"{name}.jsonl", rate)) if several else (name, f"{name}.jsonl")
     dtype = "float32" if config.full else options.dtype
     model, tokenizer = load_model(study.model_name, device=options.device, dtype=dtype)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+    if config.gradient_checkpointing:  # renamed in transformers 5.24
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     renderer = study.renderer(tokenizer)
     traces = control_traces(study.traces("train"), config.control, options.seed)
     rendered, counts = renderer.render_all(traces)
