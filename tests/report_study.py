@@ -202,7 +202,7 @@ def add_ablation(study: Study, adapter: Adapter) -> None:
     folder.mkdir()
     for way, kls in tables.items():
         pq.write_table(pa.Table.from_pylist(ablation_rows(way, kls)), folder / f"exact-{way}.parquet")
-        write_json(folder / f"floor-{way}.json", {"kl": FLOOR, "runs": {"re-run": 0.0, "re-batched": FLOOR}})
+        write_json(folder / f"floor-exact-{way}.json", {"kl": FLOOR, "runs": {"re-run": 0.0, "re-batched": FLOOR}})
 
 
 def add_patched(study: Study) -> None:

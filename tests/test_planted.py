@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from lorascope.features import load_features
 from lorascope.models import load_model
 from lorascope.study import Study
 from lorascope.token_text import open_tokenizer
+from lorascope.views.ablation_tables import ablation_table
 from planted_model import (
     EVERY,
     TRIGGERS,
@@ -90,6 +93,42 @@ def test_ablation_ranks_the_planted_directions_first(study: Study) -> None:
     ranked = sorted((r for r in rows if r["segment"] == "all"), key=lambda r: -r["kl"])
     assert {r["target"] for r in ranked[:3]} == {feature[:-1] for feature in TRIGGERS}
     assert not any(r["under_floor"] for r in ranked[:3])
+
+
+def test_screening_ranks_them_first_and_exact_runs_confirm(
+    study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "study"
+    shutil.copytree(study.path, copy, ignore=shutil.ignore_patterns("ablation"))
+    assert main(["ablate", str(copy), "--traces", "8", "--top", "3"]) == 2
+    assert "--method screen" in capsys.readouterr().err
+    for rest in (["--method", "screen"], ["--top", "3", "--by", "direction"]):
+        assert main(["ablate", str(copy), "--traces", "8", *rest]) == 0
+    tables = {
+        name: {
+            r["target"]: r
+            for r in pq.read_table(copy / "ablation" / f"{name}-direction.parquet").to_pylist()
+            if r["segment"] == "all"
+        }
+        for name in ("screen", "confirmed")
+    }
+    planted = {feature[:-1] for feature in TRIGGERS}
+    assert set(sorted(tables["screen"], key=lambda name: -tables["screen"][name]["kl"])[:3]) == planted
+    assert set(tables["confirmed"]) == planted
+    exact = pq.read_table(study.path / "ablation" / "exact-direction.parquet").to_pylist()
+    wanted = {r["target"]: r["kl"] for r in exact if r["segment"] == "all"}
+    shown = {row["target"]: row["kl"]["value"] for row in ablation_table(Study.open(copy), "direction")["rows"]}
+    assert set(shown) == set(wanted)
+    assert all(shown[name] == pytest.approx(wanted[name], rel=1e-3) for name in planted)
+    assert main(["report", str(copy)]) == 0
+    assert "are screened" in (copy / "report.html").read_text()
+
+
+def test_a_report_of_a_partial_ablation_can_be_written(study: Study, tmp_path: Path) -> None:
+    copy = tmp_path / "study"
+    shutil.copytree(study.path, copy, ignore=shutil.ignore_patterns("ablation"))
+    assert main(["ablate", str(copy), "--traces", "2", "--by", "layer"]) == 0
+    assert main(["report", str(copy)]) == 0
 
 
 def trigger_codes(study: Study, corpus: str) -> list[Any]:

@@ -249,21 +249,30 @@ def test_sinks_are_found_in_padded_batches_by_trace(study: Study, base: Path) ->
         np.testing.assert_array_equal(sink, item.ids == wait)
 
 
-def test_the_bases_own_outputs_are_measured_for_comparison(study: Study, base: Path) -> None:
+def test_the_bases_own_outputs_are_measured_for_comparison(tmp_path: Path) -> None:
+    """‖W·x‖ without the bias, which no adapter touches."""
+    folder = save_tiny(tmp_path / "model", "qwen2")
+    model, tokenizer = load_model(str(folder))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.fill_(3.0)
+    model.save_pretrained(folder)
+    study = Study.create(tmp_path / "study", model=str(folder), system=None)
+    write_traces(study.corpus_file("train"), TRACES)
+    adapter = random_adapter(model, rank=2)
+    adapter.save(study.path / "adapter")
     record(study, RecordConfig(), OPTIONS)
     found = json.loads((open_store(study).folder / "output_rms.json").read_text())
-    model, tokenizer = load_model(str(base))
-    adapter = Adapter.load(study.path / "adapter")
     store = open_store(study)
-    squares, tokens = dict.fromkeys(adapter.addresses, 0.0), int((~store.sink).sum())
+    squares, tokens = dict.fromkeys(adapter.addresses, 0.0), int(store.ordinary.sum())
     for trace in study.traces("train"):
         ids = study.renderer(tokenizer).render(trace).ids.tolist()
-        kept = ~store.sink[slice(*store.offsets[store.trace_ids.index(trace.id) :][:2])]
+        kept = store.ordinary[slice(*store.offsets[store.trace_ids.index(trace.id) :][:2])]
         with attach(model, adapter):
             inputs = module_inputs(model, adapter, ids)
         for module in adapter.modules:
             linear = model.get_submodule(module.path)
-            output = torch.nn.functional.linear(inputs[module.path], linear.weight, linear.bias)[kept]
+            output = torch.nn.functional.linear(inputs[module.path], linear.weight)[kept]
             for address in adapter.addresses[module.columns]:
                 squares[address] += float(output.detach().pow(2).sum())
     assert found["address"] == adapter.addresses

@@ -44,7 +44,7 @@ class AblateConfig:
     method: str = "exact"
     """exact: leave each one out. screen: estimate all four kinds from a few backward passes (to second order)."""
     top: int | None = None
-    """With exact: only the so many strongest of each kind by an earlier screening."""
+    """With exact: only the so many strongest of each kind by an earlier screening, in tables of their own."""
     to: str = "zero"
     """What scalars are set to: zero, or mean (over the training corpus's assistant tokens)."""
     corpus: str = "heldout"
@@ -56,7 +56,7 @@ class AblateConfig:
     token_budget: int = 4096
     """Padded tokens per forward pass."""
     passes: int = 0
-    """With screen: backward passes (default 0: as many as --precision asks for, at most 64)."""
+    """With screen: backward passes, at least 2 (default 0: as many as --precision asks for, at most 64)."""
     precision: float = 0.2
     """With screen: wanted standard error relative to the KL, for the median direction."""
 
@@ -94,20 +94,26 @@ def ablate(study: Study, config: AblateConfig, options: Options) -> dict[str, An
             work=lambda: run_screening(study.path / folder, config, options, load),
         )
     results = {}
+    name, end = ("exact", "") if config.top is None else ("confirmed", ":top")
+    end += ":mean" if config.to == "mean" else ""
     for kind in kinds:
-        screened = [f"ablation/screen-{kind}.parquet"] if config.top else []
+        screened = [] if config.top is None else [f"ablation/screen-{kind}.parquet"]
         for path in screened:
             study.require(path, "lorascope ablate STUDY --method screen")
 
         def work(kind: str = kind) -> dict[str, Any]:
-            return run_exact(study, study.path / folder, config, options, kind, load)
+            tables = [
+                study.path / output
+                for output in (f"{folder}/{name}-{kind}.parquet", f"{folder}/floor-{name}-{kind}.json")
+            ]
+            return run_exact(study, tables, config, options, kind, load)
 
         results[kind] = study.run(
-            f"ablate:{kind}" if config.to == "zero" else f"ablate:{kind}:mean",
+            f"ablate:{kind}{end}",
             replace(config, by=kind),
             options,
             inputs=inputs + screened,
-            outputs=[f"{folder}/exact-{kind}.parquet", f"{folder}/floor-{kind}.json"],
+            outputs=[f"{folder}/{name}-{kind}.parquet", f"{folder}/floor-{name}-{kind}.json"],
             work=work,
         )
     return results
@@ -124,8 +130,11 @@ def check_config(config: AblateConfig) -> list[str]:
         raise BadInput(f"--method is exact or screen, not {config.method!r}.")
     if config.method == "screen" and (config.to != "zero" or config.top is not None):
         raise BadInput("--to mean and --top go with --method exact only.")
-    if min(config.traces, config.max_tokens, config.token_budget, config.top or 1) < 1 or config.passes < 0:
-        raise BadInput("--traces, --max-tokens, --token-budget and --top must be at least 1, --passes not below 0.")
+    top = 1 if config.top is None else config.top
+    if min(config.traces, config.max_tokens, config.token_budget, top) < 1:
+        raise BadInput("--traces, --max-tokens, --token-budget and --top must be at least 1.")
+    if config.passes < 0 or config.passes == 1:
+        raise BadInput("--passes is at least 2 (one pass tells nothing of its error), or 0 to stop by --precision.")
     if not 0.01 <= config.precision <= 10:
         raise BadInput(f"--precision is a share between 0.01 and 10, not {config.precision}.")
     return kinds
@@ -149,12 +158,12 @@ def load_inputs(study: Study, config: AblateConfig, options: Options) -> Inputs:
 
 
 def run_exact(
-    study: Study, folder: Path, config: AblateConfig, options: Options, kind: str, load: Callable[[], Inputs]
+    study: Study, outputs: list[Path], config: AblateConfig, options: Options, kind: str, load: Callable[[], Inputs]
 ) -> dict[str, Any]:
-    """Leave out every target of one kind and write its table."""
+    """Leave out every target of one kind (with --top the leaders) and write its table and its floor."""
     model, adapter, traces, about = load()
     targets = make_targets(adapter.addresses, kind)
-    if config.top:
+    if config.top is not None:
         leaders = leading(study.path / "ablation" / f"screen-{kind}.parquet", config.top)
         targets = [target for target in targets if target.name in leaders]
     to = direction_means(study) if config.to == "mean" else 0.0
@@ -162,10 +171,10 @@ def run_exact(
         sums, floor_runs = leave_out(attached, traces, targets, to, config.token_budget)
     floor, rng = max(floor_runs.values()), np.random.default_rng(options.seed)
     write_rows(
-        folder / f"exact-{kind}.parquet",
+        outputs[0],
         [row for target in targets for row in target_rows(target, sums[target.by, target.name], floor, rng)],
     )
-    write_json(folder / f"floor-{kind}.json", {"kl": floor, "runs": floor_runs})
+    write_json(outputs[1], {"kl": floor, "runs": floor_runs})
     return {"targets": len(targets), "floor": floor} | about
 
 
@@ -188,25 +197,27 @@ def run_screening(folder: Path, config: AblateConfig, options: Options, load: Ca
     interactions = {"kl_NN": screened.interactions_NN().astype(np.float32)}
     metadata = {"addresses": ",".join(adapter.addresses), "unit": "nats per predicted token"}
     atomic_write_bytes(folder / "interactions.safetensors", to_safetensors(interactions, metadata))
+    floor = float(screened.null_kl_G(np.eye(len(adapter.addresses), dtype=bool)).max())
     relative = [row["se"] / row["kl"] for row in found["direction"] if row["kl"] > 0]
     result = {
         "targets": sum(len(rows) for rows in found.values()),
         "passes": len(screened.gradients_KSN),
         "precision": float(np.median(relative)) if relative else None,
-        "floor": screened.null_kl,
+        "floor": floor,
     } | about
-    write_json(folder / "screen.json", {"kl": screened.null_kl} | result)
+    write_json(folder / "screen.json", {"kl": floor} | result)
     return result
 
 
 def screened_rows(screened: Screened, targets: Sequence[Target], rng: np.random.Generator) -> list[dict[str, Any]]:
     """Rows like those of the exact tables, with the standard error that the passes leave."""
-    kl_KSG = screened.kl_KSG(np.stack([target.columns for target in targets]))
+    members_GN = np.stack([target.columns for target in targets])
+    kl_KSG, null_G = screened.kl_KSG(members_GN), screened.null_kl_G(members_GN)
     passes, tokens_S = len(kl_KSG), screened.tokens_S.astype(np.float64)
     rows = []
-    for target, kl_KS in zip(targets, np.moveaxis(kl_KSG, 2, 0), strict=True):
+    for target, kl_KS, null in zip(targets, np.moveaxis(kl_KSG, 2, 0), null_G, strict=True):
         kl = bootstrap_ratio(kl_KS.mean(axis=0), tokens_S, rng=rng, draws=2_000)
-        spread = float(kl_KS.sum(axis=1).std(ddof=1)) if passes > 1 else float("nan")
+        spread = float(kl_KS.sum(axis=1).std(ddof=1))
         rows.append(
             {
                 "by": target.by,
@@ -217,7 +228,7 @@ def screened_rows(screened: Screened, targets: Sequence[Target], rng: np.random.
                 "high": kl.high,
                 "se": spread / passes**0.5 / float(tokens_S.sum()),
                 "tokens": int(tokens_S.sum()),
-                "under_floor": kl.value <= screened.null_kl,
+                "under_floor": kl.value <= null,
             }
         )
     return rows

@@ -374,7 +374,11 @@ def summarise_sets(study: Study, set_name: str, text: str, config: EvaluateConfi
             {"model": model} | own | {"perplexity": perplexity_of(study, model, text)} for model, own in facts.items()
         ],
         "settings": asdict(config),
-        "not_shown": [benchmarks_of(sets[name]) | how_measured(sets[name]) for name in others if name not in alike],
+        "not_shown": [
+            benchmarks_of(sets[name]) | how_measured(sets[name])
+            for name in others
+            if name not in {row["measured"]["set"] for row in rows}
+        ],
         "extraction": "the same lenient reader for every model; unparsed and unfinished answers count as wrong "
         "unless an answer could be read",
     }
@@ -422,15 +426,9 @@ def valid_sets(study: Study, shots: int) -> dict[str, Models]:
         model, _, set_name = rest.rpartition(":")
         if kind != "evaluate" or not model or record["config"]["shots"] not in (0, shots):
             continue
-        if up_to_date(study, record):
+        if study.changes(record) == ([], []):
             sets.setdefault(set_name, {})[model] = record
     return {name: dict(sorted(models.items(), key=lambda item: place_of(item[0]))) for name, models in sets.items()}
-
-
-def up_to_date(study: Study, record: dict[str, Any]) -> bool:
-    """Whether a stage's inputs are as they were, and its outputs there."""
-    same = all(study.fingerprint(name) == hash_ for name, hash_ in record["inputs"].items())
-    return same and all((study.path / output).exists() for output in record["outputs"])
 
 
 def place_of(model: str) -> tuple[int, str]:
@@ -459,6 +457,6 @@ def newest(models: Models) -> str:
 def perplexity_of(study: Study, model: str, text: str) -> float | None:
     """A model's perplexity on the text, if it was measured."""
     record = study.manifest["stages"].get(perplexity_stage(model))
-    if not record or record["config"]["text"] != digest(text) or not up_to_date(study, record):
+    if not record or record["config"]["text"] != digest(text) or study.changes(record) != ([], []):
         return None
     return float(record["result"]["perplexity"])

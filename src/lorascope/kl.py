@@ -65,26 +65,27 @@ def compare_hidden(
         for number, hidden_q_MD in enumerate(hidden_q_QMD):
             shift = head(hidden_q_MD[part]).float().sub_(logits_p)
             own_kl, own_ce = shifted(p, logits_p, shift, targets)
-            kl[number, part], ce[number, part] = own_kl.float().cpu(), own_ce.float().cpu()
+            kl[number, part], ce[number, part] = own_kl.float(), own_ce.float()
     return Changes(kl, ce)
 
 
 def shifted(p_MV: Tensor, logits_p_MV: Tensor, shift_MV: Tensor, targets_M: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(p || q) and the change of cross-entropy when d is added to p's logits, each float64 [M].
+    """KL(p || q) and the change of cross-entropy when d is added to p's logits, each float64 [M] on the CPU.
 
     With w = Σ p·d and u = Σ p·(e^d - 1): KL = log(1 + u) - w. For small d both terms are much larger than their
     difference, so it is formed as Σ p·(e^d - 1 - d) + (log(1 + u) - u), whose terms are of the KL's own size.
     """
     grown = torch.expm1(shift_MV)
-    w_M = torch.linalg.vecdot(p_MV, shift_MV).double()
-    bend_M = torch.linalg.vecdot(p_MV, grown.sub_(shift_MV)).double()
+    w_M = torch.linalg.vecdot(p_MV, shift_MV).cpu().double()
+    bend_M = torch.linalg.vecdot(p_MV, grown.sub_(shift_MV)).cpu().double()
     u_M = bend_M + w_M
     log_M = torch.log1p(u_M)
     kl_M = torch.where(u_M.abs() < 0.5, bend_M + (log_M - u_M), log_M - w_M)
     # e^d beyond fp32, or 1 + u near 0, where u has lost its digits
     wild = ~(kl_M.isfinite() & log_M.isfinite()) | (u_M < -0.5)
     if wild.any():
-        before, after = logits_p_MV[wild], logits_p_MV[wild] + shift_MV[wild]
-        log_M[wild] = (after.logsumexp(-1) - before.logsumexp(-1)).double()
+        rows = wild.to(p_MV.device)
+        before, after = logits_p_MV[rows], logits_p_MV[rows] + shift_MV[rows]
+        log_M[wild] = (after.logsumexp(-1) - before.logsumexp(-1)).cpu().double()
         kl_M[wild] = log_M[wild] - w_M[wild]
-    return kl_M, log_M - shift_MV.gather(1, targets_M[:, None])[:, 0]
+    return kl_M, log_M - shift_MV.gather(1, targets_M[:, None])[:, 0].cpu()

@@ -190,8 +190,8 @@ def plan_recording(adapter: Adapter, rendered: list[Rendered], token_budget: int
 def output_rms(attached: Attached, rendered: list[Rendered], store: Store) -> dict[str, Any]:
     """How long the base's own output is where each direction writes: `{"address", "rms", "tokens"}`, lists of N.
 
-    `rms` is the root mean square of ‖W·x‖ in the adapted model's run, over `OUTPUT_TRACES` spread traces' tokens but
-    attention sinks. An effect relative to it can be compared across types of matrices, whose spaces differ.
+    `rms` is the root mean square of ‖W·x‖, without a bias, in the adapted model's run, over the ordinary tokens of
+    `OUTPUT_TRACES` spread traces. An effect relative to it can be compared across types, whose spaces differ.
     """
     modules = attached.adapter.modules
     squares, tokens = np.zeros(len(modules)), 0
@@ -200,6 +200,8 @@ def output_rms(attached: Attached, rendered: list[Rendered], store: Store) -> di
     def measure(number: int, part: AdaptedModule, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         z_TR = inputs[0][0].float() @ part.a_RI.T.to(output.device)
         base_TO = output[0].float() - part.scale * z_TR @ part.b_OR.T.to(output.device)
+        bias_O = getattr(find_module(attached.model, part), "bias", None)
+        base_TO = base_TO if bias_O is None else base_TO - bias_O.float()
         squares[number] += float(base_TO[kept_T.to(output.device)].pow(2).sum())
 
     with ExitStack() as stack:
@@ -209,7 +211,7 @@ def output_rms(attached: Attached, rendered: list[Rendered], store: Store) -> di
             )
             stack.callback(hook.remove)
         for i in range(0, len(rendered), -(-len(rendered) // OUTPUT_TRACES)):
-            kept_T = torch.from_numpy(~store.sink[store.offsets[i] : store.offsets[i + 1]])
+            kept_T = torch.from_numpy(store.ordinary[store.offsets[i] : store.offsets[i + 1]])
             tokens += int(kept_T.sum())
             attached.trunk([rendered[i].ids.tolist()])
     rms = np.sqrt(squares / max(tokens, 1))

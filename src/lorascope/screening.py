@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -46,13 +47,17 @@ class Screened:
     gradients_KSN: NDArray[np.float32]
     tokens_S: NDArray[np.int64]
     """Scored positions of each trace."""
-    null_kl: float
-    """The noise floor: the largest KL, over directions, of what batching alone changes in the gradients."""
+    null_N: NDArray[np.float64]
+    """What batching alone changes in one trace's gradients, over the root of its scored positions."""
 
     def kl_KSG(self, members_GN: NDArray[np.bool_]) -> NDArray[np.float64]:
         """Each pass's estimate of each group's KL, summed over a trace's tokens, nats."""
         gradients = self.gradients_KSN.astype(np.float64) @ members_GN.T
         return 0.5 * gradients**2
+
+    def null_kl_G(self, members_GN: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """The noise floor of each group, nats per token."""
+        return 0.5 * np.asarray(members_GN @ self.null_N) ** 2
 
     def interactions_NN(self) -> NDArray[np.float64]:
         """½·E[gradient_c · gradient_d], nats per token: a group's KL is the sum over its square block."""
@@ -157,8 +162,8 @@ def screen(
                 open_draws[number] = draws
         gradients = np.concatenate([gradients, block])
         wanted = 0 if passes else min(passes_needed(gradients, precision), MOST_PASSES) - len(gradients)
-    counts = np.array([len(assistant_positions(t)) for t in traces])
-    return Screened(gradients, counts, null_kl(attached, traces, plan[0], seed, gradients[0]))
+    tokens_S = np.array([len(assistant_positions(t)) for t in traces])
+    return Screened(gradients, tokens_S, null_run(attached, traces, plan[0], seed, gradients[0]))
 
 
 def passes_needed(gradients_KSN: NDArray[np.float32], precision: float) -> int:
@@ -190,12 +195,14 @@ def gate_draws(
     with torch.enable_grad(), gated(attached, gates_BN):
         hidden_BTD = attached.model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
     scored_MD = hidden_BTD.detach()[at]
-    rngs = [np.random.default_rng([seed, first, i]) for i in rows]
-    while True:
-        draws = [rng.random((DRAWN, len(p)), np.float32) for rng, p in zip(rngs, positions, strict=True)]
-        signs = [rng.integers(0, 2, (DRAWN, len(p))) * 2 - 1 for rng, p in zip(rngs, positions, strict=True)]
-        draws_KM, signs_KM = (torch.from_numpy(np.concatenate(parts, axis=1)) for parts in (draws, signs))
-        slopes = label_slopes(attached, scored_MD, draws_KM, signs_KM)
+    for start in count(first, DRAWN):
+        draws_KM, signs_KM = (np.empty((DRAWN, len(scored_MD)), np.float32) for _ in range(2))
+        for k in range(DRAWN):
+            rngs = [np.random.default_rng([seed, start + k, i]) for i in rows]
+            draws_KM[k] = np.concatenate([rng.random(len(p)) for rng, p in zip(rngs, positions, strict=True)])
+            signs = [rng.integers(0, 2, len(p)) for rng, p in zip(rngs, positions, strict=True)]
+            signs_KM[k] = np.concatenate(signs) * 2 - 1
+        slopes = label_slopes(attached, scored_MD, torch.from_numpy(draws_KM), torch.from_numpy(signs_KM))
         for slope_MD in slopes:
             slope_BTD = torch.zeros_like(hidden_BTD)
             slope_BTD[at] = slope_MD.to(slope_BTD.dtype)
@@ -247,10 +254,13 @@ def head_slope(model: Any, hidden_MD: Tensor, labels_M: Tensor, signs_M: Tensor)
         return torch.autograd.grad(total, hidden)[0]
 
 
-def null_kl(
+def null_run(
     attached: Attached, traces: Sequence[Rendered], rows: Sequence[int], seed: int, gradients_SN: NDArray[np.float32]
-) -> float:
-    """The first pass of a batch's first trace again, in a batch of its own: the largest ½·(difference)² per token."""
-    alone_N = next(gate_draws(attached, traces, rows[:1], seed, 0))[0]
-    difference = float(np.abs(alone_N - gradients_SN[rows[0]]).max())
-    return 0.5 * difference**2 / len(assistant_positions(traces[rows[0]]))
+) -> NDArray[np.float64]:
+    """The first pass of a batch's first trace again in another batch (alone, or twice where it was alone).
+
+    Returns the difference of its gradients [N], over the root of its scored positions.
+    """
+    again_N = next(gate_draws(attached, traces, rows[:1] if len(rows) > 1 else [rows[0], rows[0]], seed, 0))[0]
+    difference_N = again_N.astype(np.float64) - gradients_SN[rows[0]]
+    return np.asarray(difference_N / len(assistant_positions(traces[rows[0]])) ** 0.5)

@@ -355,13 +355,17 @@ class Study:
         """
         rows = []
         for stage, record in self.manifest["stages"].items():
-            changed = [name for name, hash_ in record["inputs"].items() if self.fingerprint(name) != hash_]
-            gone = [name for name in record["outputs"] if not (self.path / name).exists()]
+            changed, gone = self.changes(record)
             state = "incomplete" if gone else "stale" if changed else "done"
             why = f"{', '.join(gone)} missing" if gone else f"{', '.join(changed)} changed" if changed else ""
             kept = {key: record[key] for key in ("seconds", "peak_rss", "finished")}
             rows.append({"stage": stage, "state": state, "why": why} | kept)
         return rows
+
+    def changes(self, record: dict[str, Any]) -> tuple[list[str], list[str]]:
+        """What is no longer as a stage's record says: inputs that changed, outputs that are gone."""
+        changed = [name for name, hash_ in record["inputs"].items() if self.fingerprint(name) != hash_]
+        return changed, [name for name in record["outputs"] if not (self.path / name).exists()]
 
     def _keep_record(self, stage: str, record: dict[str, Any]) -> None:
         own = set(record["outputs"]) - SHARED_OUTPUTS
@@ -371,6 +375,9 @@ class Study:
             over = [name for name, old in stages.items() if name != stage and own & set(old.get("outputs", ()))]
             manifest["stages"] = {name: old for name, old in stages.items() if name not in over} | {stage: record}
             write_json(self.path / "study.json", manifest)
+            if over and (summary := self.summary):
+                kept = {name: numbers for name, numbers in summary.get("stages", {}).items() if name not in over}
+                write_json(self.path / "summary.json", summary | {"stages": kept})
         if over:
             self.log(f"{stage}: wrote over outputs of {', '.join(over)}, whose records are dropped")
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from lorascope.explain.rows import Row, read_rows
 from lorascope.stats import bootstrap_mean
-from lorascope.study import Study
+from lorascope.study import SHARED_OUTPUTS, Study
 
 CONTROLS = ("base",)
 """Kinds of features that others are compared with."""
@@ -28,10 +28,19 @@ def explain_records(study: Study) -> dict[str, dict[str, Any]]:
 
 
 def pool_kinds(study: Study) -> dict[str, Any]:
-    """`summarise_rows` over every kind that is explained, whichever run did it; controls stand for themselves."""
-    kinds = [kind for kind in explain_records(study) if kind not in CONTROLS]
+    """`summarise_rows` over every kind that is explained, whichever run did it; controls stand for themselves.
+
+    Explanations of another adapter's or autoencoder's features than the study has now are left out.
+    """
+    kinds = [kind for kind, record in explain_records(study).items() if kind not in CONTROLS and holds(study, record)]
     rows = [row for kind in kinds for row in read_rows(study.path / "explanations" / f"{kind}.jsonl")]
     return summarise_rows(rows, np.random.default_rng(study.manifest["seed"]))
+
+
+def holds(study: Study, record: dict[str, Any]) -> bool:
+    """Whether a record is of what the study has now; a file that other kinds add to may have grown."""
+    changed, gone = study.changes(record)
+    return not gone and set(changed) <= SHARED_OUTPUTS
 
 
 def summarise_rows(rows: Sequence[Row], rng: np.random.Generator) -> dict[str, Any]:

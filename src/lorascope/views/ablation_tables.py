@@ -13,21 +13,25 @@ def ablation_view(study: Study) -> Json:
     """All ablation tables of a study.
 
     Returns:
-        `{"available", "floor": number or None, "floor_runs": {name: kl}, "by": {way: table}}` for each way of
-        `WAYS`, where a table is that of `ablation_table` and the floor is the largest among them.
+        `{"available", "floor": number or None, "floor_runs": {name: kl}, "screened": [way], "by": {way: table}}` for
+        each way of `WAYS`, where a table is that of `ablation_table`, the floor is the largest among them, and
+        `screened` names the ways that were not measured exactly.
     """
     tables = {way: ablation_table(study, way) for way in WAYS}
     shown = [table for table in tables.values() if table["available"]]
     if not shown:
         return missing(study, "ablation tables", COMMAND.format("direction")) | {"by": tables}
     highest = max(shown, key=lambda table: table["floor"] or 0.0)
-    return {"available": True, "floor": highest["floor"], "floor_runs": highest["floor_runs"], "by": tables}
+    about = {"floor": highest["floor"], "floor_runs": highest["floor_runs"]}
+    screened = [way for way, table in tables.items() if table["available"] and table["method"] == "screen"]
+    return {"available": True, "screened": screened, "by": tables} | about
 
 
 def ablation_table(study: Study, way: str) -> Json:
     """One table, strongest first; what lies under its noise floor comes last, in the order of the adapter.
 
-    The exact table where there is one, else the screened one, which has neither segments nor cross-entropy.
+    The exact table where there is one, else the screened one (which has neither segments nor cross-entropy) with the
+    leaders that were confirmed exactly.
 
     Returns:
         `{"available", "method": "exact" or "screen", "floor", "floor_runs", "rows": [{"target", "tokens",
@@ -38,6 +42,9 @@ def ablation_table(study: Study, way: str) -> Json:
     rows, method = table_rows(study, f"ablation/exact-{way}.parquet"), "exact"
     if rows is None:
         rows, method = table_rows(study, f"ablation/screen-{way}.parquet"), "screen"
+        confirmed = table_rows(study, f"ablation/confirmed-{way}.parquet") or []
+        exact = {row["target"] for row in confirmed}
+        rows = None if rows is None else [row for row in rows if row["target"] not in exact] + confirmed
     if rows is None:
         return missing(study, f"ablation by {way}", COMMAND.format(way))
     by_target: dict[str, dict[str, Json]] = {}
@@ -49,7 +56,7 @@ def ablation_table(study: Study, way: str) -> Json:
         if parts.get("all")
     ]
     shown.sort(key=strength)
-    about = json_file(study, f"ablation/floor-{way}.json" if method == "exact" else "ablation/screen.json") or {}
+    about = json_file(study, f"ablation/floor-exact-{way}.json" if method == "exact" else "ablation/screen.json") or {}
     floor = {"floor": ready(about.get("kl")), "floor_runs": ready(about.get("runs") or {})}
     return {"available": True, "method": method, "rows": shown} | floor
 

@@ -75,7 +75,7 @@ def evaluation_losses(study: Study) -> list[Json]:
         cut = f"cut at {limit} tokens; right only if an answer could be read"
         rows.append(entry(stage, "responses not finished", round(model["unfinished"] * n), n, cut))
     if details:
-        rule = "of other limits or seeds than the last run's, kept in eval/sets"
+        rule = "of other limits or seeds than the last run's, or of benchmarks that a later run has; kept in eval/sets"
         rows.append(entry("evaluate", "sets of samples not shown", len(details.get("not_shown") or []), None, rule))
     return rows
 
