@@ -3,7 +3,7 @@
     python benchmarks/ablate.py STUDY
 
 The peer runs every direction's edited model in full, batched, fp32, and scores the same positions; since each of its
-runs costs the same, a sample of them is timed.
+runs costs the same, a sample of them is timed. Its model is the plain attached one.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def measure(study_path: Path) -> dict[str, Any]:
     from lorascope.traces import pad_ids, plan_batches
 
     study = Study.open(study_path)
-    model, tokenizer = load_model(MODEL)
+    model, tokenizer = load_model(MODEL, device="cpu")
     model.requires_grad_(False)
     rendered, _ = study.renderer(tokenizer).render_all(study.traces("heldout"))
     longest = sorted(rendered, key=lambda r: -len(r.ids))
@@ -63,11 +63,12 @@ def measure(study_path: Path) -> dict[str, Any]:
             return torch.cat(parts)
 
         reference = log_probabilities()
+        p = reference.exp()
 
         def naive(address: str) -> float:
             with attached.edit(edits.off(address)):
                 changed = log_probabilities()
-            return float((reference.exp() * (reference - changed)).sum(dim=-1).mean())
+            return float((p * (reference - changed)).sum(dim=-1).mean())
 
         sample = adapter.addresses[:: len(adapter.addresses) // TIMED]
         naive(sample[0])

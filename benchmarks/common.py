@@ -66,8 +66,7 @@ def peak_memory() -> float:
 
 def machine() -> str:
     """One line on where the numbers were made."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    return f"{platform.machine()}, {os.cpu_count()} CPUs, {gpu}, torch {torch.__version__}"
+    return f"{platform.machine()}, {os.cpu_count()} CPUs, torch {torch.__version__}"
 
 
 def main(measure: Callable[[Path], dict[str, Any]]) -> None:

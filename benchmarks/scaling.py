@@ -24,7 +24,7 @@ SIZES = (1, 4, 16)
 
 
 def recording(study_path: Path, size: int) -> float:
-    """8 traces of the study, times the size."""
+    """32 traces of the study, times the size."""
     from lorascope.adapter import Adapter
     from lorascope.attached import attach
     from lorascope.fused import fused_reading
@@ -33,7 +33,7 @@ def recording(study_path: Path, size: int) -> float:
     from lorascope.study import Study
 
     study = Study.open(study_path)
-    model, tokenizer = load_model(MODEL)
+    model, tokenizer = load_model(MODEL, device="cpu")
     rendered, _ = study.renderer(tokenizer).render_all(study.traces("train")[:32] * (size + 1))
     adapter = Adapter.load(study.path / "adapter")
 

@@ -2,7 +2,7 @@
 
     python benchmarks/steer.py STUDY
 
-Both continue the same prompts by as many tokens, greedily, in one batch; neither may stop early.
+Both continue the same prompts greedily in one batch. The peer may not stop early; ours may, and only tokens made count.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ def measure(study_path: Path) -> dict[str, Any]:
     from lorascope.study import Study
 
     study = Study.open(study_path)
-    model, tokenizer = load_model(MODEL)
+    model, tokenizer = load_model(MODEL, device="cpu")
     renderer = study.renderer(tokenizer)
     prompts = [renderer.prompt_ids(trace.question) for trace in study.traces("heldout")[:PROMPTS]]
     adapter = Adapter.load(study.path / "adapter")
-    with_peft = PeftModel.from_pretrained(load_model(MODEL)[0], str(study.path / "adapter")).eval()
+    with_peft = PeftModel.from_pretrained(load_model(MODEL, device="cpu")[0], str(study.path / "adapter")).eval()
     width = max(map(len, prompts))
     pad = tokenizer.pad_token_id or 0
     ids_BT = torch.tensor([[pad] * (width - len(p)) + p for p in prompts])
