@@ -43,6 +43,18 @@ def write_store(folder: Path, z_TN: np.ndarray) -> Any:
     return Store.open(folder)
 
 
+def polarities(store: Any) -> Any:
+    """Both polarities of every direction of a store, without a study around it."""
+    from functools import partial
+
+    from lorascope.features import FeatureSet, polarity_codes
+
+    ids = [f"{a}{sign}" for a in store.addresses for sign in "+-"]
+    return FeatureSet(
+        "direction", ids, "effect", False, store, partial(polarity_codes, effect_N=store.effect_per_scalar)
+    )
+
+
 def brute_force(acts_T: np.ndarray) -> set[int]:
     """The best K positions, at most PER_TRACE of a trace, ties to the earlier token."""
     order = np.lexsort((np.arange(len(acts_T)), -acts_T))
@@ -60,19 +72,16 @@ def brute_force(acts_T: np.ndarray) -> set[int]:
 
 def measure(_: Path) -> dict[str, Any]:
     """One row; the peer's figure is the rate at which this machine copies as many half-precision numbers."""
-    from functools import partial
-
     from lorascope.example_search import ExamplesConfig, search
-    from lorascope.features import FeatureSet, firing_levels, polarity_codes
+    from lorascope.features import firing_levels
 
     rng = np.random.default_rng(0)
     z_TN = rng.standard_t(4, (TOKENS, DIRECTIONS)).astype(np.float32)
     with tempfile.TemporaryDirectory() as folder:
         store = write_store(Path(folder) / "store", z_TN)
         del z_TN
-        ids = [f"{a}{sign}" for a in store.addresses for sign in "+-"]
-        encode = partial(polarity_codes, effect_N=store.effect_per_scalar)
-        features = FeatureSet("direction", ids, "effect", False, store, encode)
+        features = polarities(store)
+        ids = features.ids
         levels = firing_levels(features)
         config, found = ExamplesConfig(k=K, per_trace=PER_TRACE), []
         search(features, levels, config, 0)

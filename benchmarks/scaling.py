@@ -49,12 +49,10 @@ def recording(study_path: Path, size: int) -> float:
 
 def searching(_: Path, size: int) -> float:
     """100,000 tokens of 210 directions, times the size."""
-    from functools import partial
-
-    from examples import write_store
+    from examples import polarities, write_store
 
     from lorascope.example_search import ExamplesConfig, search
-    from lorascope.features import FeatureSet, firing_levels, polarity_codes
+    from lorascope.features import firing_levels
 
     rng = np.random.default_rng(0)
     block = rng.standard_t(4, (50_000, 210)).astype(np.float32)
@@ -64,9 +62,7 @@ def searching(_: Path, size: int) -> float:
             z_TN[start : start + len(block)] = block[rng.permutation(len(block))]
         store = write_store(Path(folder) / "store", z_TN)
         del z_TN
-        ids = [f"{a}{sign}" for a in store.addresses for sign in "+-"]
-        encode = partial(polarity_codes, effect_N=store.effect_per_scalar)
-        features = FeatureSet("direction", ids, "effect", False, store, encode)
+        features = polarities(store)
         levels = firing_levels(features)
         return seconds(lambda: search(features, levels, ExamplesConfig(), 0))
 
