@@ -2,7 +2,7 @@
 
     python benchmarks/steer.py STUDY
 
-Both continue the same prompts greedily in one batch. The peer may not stop early; ours may, and only tokens made count.
+Both continue the same prompts greedily in one batch, by as many tokens: no row may end early.
 """
 
 from __future__ import annotations
@@ -37,12 +37,11 @@ def measure(study_path: Path) -> dict[str, Any]:
     pad = tokenizer.pad_token_id or 0
     ids_BT = torch.tensor([[pad] * (width - len(p)) + p for p in prompts])
     mask_BT = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    produced: list[int] = []
 
     def ours() -> None:
         with torch.no_grad(), attach(model, adapter) as attached, attached.edit(edits.add("L20.gate", 1.0)):
-            results = generate_batch(attached, renderer, prompts, Sampling(max_new_tokens=NEW))
-            produced.append(sum(len(r.ids) + r.finished for r in results))
+            results = generate_batch(attached, renderer, prompts, Sampling(max_new_tokens=NEW, min_new_tokens=NEW))
+            assert all(len(result.ids) == NEW for result in results)
 
     @torch.no_grad()
     def peer() -> None:
@@ -50,9 +49,9 @@ def measure(study_path: Path) -> dict[str, Any]:
             input_ids=ids_BT, attention_mask=mask_BT, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False
         )
 
-    mine, theirs, _ = compare(ours, peer, REPEATS)
-    own, other = produced[-1] / mine, PROMPTS * NEW / theirs
-    return {"steer_vs_peft": row(own / other, own, other, "tokens/s", tokens=produced[-1])}
+    mine, theirs, ratio = compare(ours, peer, REPEATS)
+    made = PROMPTS * NEW
+    return {"steer_vs_peft": row(ratio, made / mine, made / theirs, "tokens/s", tokens=made)}
 
 
 if __name__ == "__main__":

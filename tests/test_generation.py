@@ -1,6 +1,7 @@
 """Generation: batches equal single greedy runs, stops and budgets hold, edits can wait for generated tokens."""
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -158,6 +159,22 @@ def test_ends_are_cut_and_marked() -> None:
     assert cut_at_end([5, 6, 2, 7], [2]).ids == [5, 6]
     assert cut_at_end([5, 6, 2, 7], [2]).finished
     assert not cut_at_end([5, 6], [2]).finished
+
+
+@pytest.mark.parametrize("budget", [None, 10])
+def test_no_row_ends_before_the_fewest_tokens(
+    loaded: tuple[Any, Renderer], monkeypatch: pytest.MonkeyPatch, budget: int | None
+) -> None:
+    model, renderer = loaded
+    prompts = [renderer.prompt_ids(p) for p in PROMPTS]
+    longest = Sampling(max_new_tokens=40, thinking_budget=budget)
+    free = generate_batch(model, renderer, prompts, longest)
+    ends = [free[0].ids[2], free[1].ids[3]]  # both rows would end early, at different tokens
+    monkeypatch.setattr("lorascope.generation.stop_ids", lambda *_: ends)
+    early = generate_batch(model, renderer, prompts, longest)
+    late = generate_batch(model, renderer, prompts, replace(longest, min_new_tokens=25))
+    assert all(result.finished and len(result.ids) < 10 for result in early)
+    assert all(len(result.ids) >= 25 for result in late)
 
 
 def test_a_thinking_budget_closes_the_thinking(loaded: tuple[Any, Renderer]) -> None:

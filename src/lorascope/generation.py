@@ -33,6 +33,8 @@ class Sampling:
     """How to generate."""
 
     max_new_tokens: int = 256
+    min_new_tokens: int = 0
+    """No row ends before so many tokens: for runs of equal length."""
     temperature: float = 0.0
     """0 is greedy."""
     seed: int = 0
@@ -91,7 +93,8 @@ def generate_rows(model: Any, renderer: Renderer, prompts: Sequence[list[int]], 
     for i in open_rows:
         closed = markup.close.strip() in tokenizer.decode(first[i].ids)
         starts[i] = first[i].ids + ([] if closed else close)
-    rest = replace(sampling, max_new_tokens=sampling.max_new_tokens - budget)
+    fewest, most = max(0, sampling.min_new_tokens - budget), sampling.max_new_tokens - budget
+    rest = replace(sampling, min_new_tokens=fewest, max_new_tokens=most)
     more = continue_rows(model, renderer, [prompts[i] + starts[i] for i in open_rows], rest) if open_rows else []
     for i, result in zip(open_rows, more, strict=True):
         first[i] = Generation(starts[i] + result.ids, result.finished)
@@ -126,8 +129,10 @@ def continue_rows(model: Any, renderer: Renderer, prompts: Sequence[list[int]], 
             stack.enter_context(model.generating())
         while rows and left > 0:
             stretch = left if fixed else min(STRETCH, left)
+            fewest = sampling.min_new_tokens - sampling.max_new_tokens + left
             settings = GenerationConfig(
                 max_new_tokens=stretch,
+                min_new_tokens=min(fewest, stretch) if fewest > 0 else None,
                 do_sample=sampling.temperature > 0,
                 temperature=sampling.temperature or None,
                 top_k=0 if sampling.temperature > 0 else None,

@@ -32,6 +32,10 @@ CALIBRATION_ROWS = 65_536
 """Training tokens on which the threshold is set (all, where there are fewer)."""
 DEAD_WINDOW = 1_000_000
 """A latent is dead when it fired on none of so many training tokens, or of one epoch."""
+CLIP_NORM = 1.0
+"""Largest norm of a step's gradient: else the first steps' set Adam's pace for a thousand more (docs/log.md)."""
+TRACKING = 0.1
+"""How fast a tracked threshold follows: this power of selected / wanted multiplies it at every step."""
 REVIVE_EVERY, REVIVE_UNTIL = 100, 0.8
 """Steps between revivals of dead latents, and the share of training at which they end."""
 
@@ -58,6 +62,8 @@ class SAEConfig:
     """Tokens per step."""
     lr: float = 1e-3
     """Learning rate of Adam, after a warm-up and with a decay to zero over the last fifth."""
+    selection: str = "exact"
+    """exact: a batch keeps its k x batch largest scores; tracked: all above a threshold that follows this number."""
     aux: float = 1 / 32
     """Weight of the auxiliary loss that revives dead latents."""
     patched: bool = True
@@ -90,6 +96,8 @@ def check_config(config: SAEConfig) -> None:
     """Refuse options that make no sense, in one sentence."""
     if config.unit not in UNITS:
         raise BadInput(f"--unit {config.unit} is unknown; use {', '.join(UNITS)}.")
+    if config.selection not in ("exact", "tracked"):
+        raise BadInput(f"--selection is exact or tracked, not {config.selection!r}.")
     for name in ("expansion", "k", "tokens", "batch", "epochs"):
         value = getattr(config, name)
         if value is not None and value < 1:
@@ -161,16 +169,28 @@ def run_steps(
         for group in optimiser.param_groups:
             group["lr"] = config.lr * schedule(step, total)
         dead_D = (idle_F >= window).nonzero()[:, 0]
-        result = train_step(weights, x_BN, config.k * size, floor=floor, dead_D=dead_D, aux_coefficient=config.aux)
+        tracked = config.selection == "tracked" and floor > 0
+        count = None if tracked else config.k * size
+        result = train_step(weights, x_BN, count, floor=floor, dead_D=dead_D, aux_coefficient=config.aux)
         if not np.isfinite(result.loss):
             raise RunFailed(f"The SAE's loss is not finite at step {step}; lower --lr.")
+        torch.nn.utils.clip_grad_norm_(weights.parameters(), CLIP_NORM)
         optimiser.step()
         idle_F += size
         idle_F[result.fired] = 0
         if step and step % REVIVE_EVERY == 0 and step < REVIVE_UNTIL * total:
             idle_F[revive(weights, optimiser, x_BN, result.left_BN, idle_F >= window, generator)] = 0
-        floor = 0.8 * result.cut
+        floor = next_floor(config, floor if tracked else None, result, config.k * size)
         yield step_metrics(step, size, result, x_BN, len(dead_D), optimiser.param_groups[0]["lr"], started)
+
+
+def next_floor(config: SAEConfig, threshold: float | None, result: StepResult, wanted: int) -> float:
+    """What the next step's scores are held against: a guess from below, or the tracked threshold."""
+    if config.selection == "exact":
+        return 0.8 * result.cut
+    if threshold is None:  # the first step selects exactly
+        return result.cut
+    return float(threshold * min(max(result.selected / wanted, 0.5), 2.0) ** TRACKING)
 
 
 def step_metrics(
