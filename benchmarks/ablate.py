@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import HEAD, MODEL, TRUNK, gemm_rate, main, row, seconds
+from common import DEVICE, HEAD, MODEL, TRUNK, gemm_rate, main, row, seconds
 
-TRACES, TIMED, SEEDS = 28, 14, 5
+TRACES, TIMED, SEEDS = 24, 10, 5
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
@@ -38,7 +38,7 @@ def measure(study_path: Path) -> dict[str, Any]:
     from lorascope.traces import pad_ids, plan_batches
 
     study = Study.open(study_path)
-    model, tokenizer = load_model(MODEL, device="cpu")
+    model, tokenizer = load_model(MODEL, device=DEVICE)
     model.requires_grad_(False)
     rendered, _ = study.renderer(tokenizer).render_all(study.traces("heldout"))
     longest = sorted(rendered, key=lambda r: -len(r.ids))
@@ -50,7 +50,8 @@ def measure(study_path: Path) -> dict[str, Any]:
     for batch in plan_batches([len(r.ids) for r in traces], 4096):
         positions = [assistant_positions(traces[i]) for i in batch]
         at = np.repeat(np.arange(len(batch)), [len(p) for p in positions]), np.concatenate(positions)
-        batches.append((pad_ids([traces[i].ids for i in batch], 0)[0], tuple(map(torch.from_numpy, at))))
+        ids_BT = pad_ids([traces[i].ids for i in batch], 0)[0].to(DEVICE)
+        batches.append((ids_BT, tuple(torch.from_numpy(index).to(DEVICE) for index in at)))
 
     with attach(model, adapter) as attached:
 

@@ -10,6 +10,7 @@ markers and the plot of the scaling runs.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -18,7 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import MODEL, machine
+import torch
+from common import MODEL
 
 HERE = Path(__file__).resolve().parent
 RESULTS, README, PLOT = HERE / "results.json", HERE.parent / "README.md", HERE.parent / "docs" / "scaling.svg"
@@ -33,6 +35,7 @@ TABLE = {
     "train_roofline": ("its share of the GEMM limit", "measured GEMM rate", "0.55"),
     "record_vs_bare": ("recording every scalar", "the bare trunk's forward", "0.95"),
     "record_vs_hooks": ("recording every scalar", "PEFT + a hook on every `lora_A`", "1.4"),
+    "record_vs_nnsight": ("recording every scalar", "PEFT traced by nnsight", ""),
     "ablate_exact_vs_naive": ("exact leave-one-out, 210 directions", "one full forward each", "1.6"),
     "ablate_screen_vs_naive": ("screening, 210 directions", "one full forward each", "18"),
     "screen_spearman": ("its rank correlation with exact", "", "0.95"),
@@ -59,17 +62,19 @@ def prepare(study: Path) -> None:
 
 
 def measure(study: Path, files: list[str]) -> dict[str, Any]:
-    """Run files of rows and merge their results into what earlier runs found."""
+    """Run files of rows, on the CPU and on a GPU if there is one; merges their results into what earlier runs found."""
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    for name in files:
+    devices = {"cpu": ""} | ({"cuda": "_cuda"} if torch.cuda.is_available() else {})
+    for name, (device, suffix) in itertools.product(files, devices.items()):
         started = time.perf_counter()
         command = [sys.executable, str(HERE / f"{name}.py"), str(study)]
-        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        environment = os.environ | {"BENCH_DEVICE": device}
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
         rows = json.loads(output.splitlines()[-1])
-        stamp = {"machine": machine(), "date": time.strftime("%Y-%m-%d")}
-        results |= {key: found | stamp for key, found in rows.items()}
+        stamp = {"machine": rows.pop("machine"), "date": time.strftime("%Y-%m-%d")}
+        results |= {key + suffix: found | stamp for key, found in rows.items()}
         RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-        print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+        print(f"{name} on {device}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
     return results
 
 
@@ -81,9 +86,10 @@ def number(value: float) -> str:
 def table(results: dict[str, Any]) -> str:
     """The README's table; a row that was not measured is left out."""
     lines = ["| work | beside | ours | peer's | ratio | floor |", "|---|---|---|---|---|---|"]
-    for key, (work, peer, floor) in TABLE.items():
-        found = results.get(key)
+    for (key, (work, peer, floor)), suffix in itertools.product(TABLE.items(), ("", "_cuda")):
+        found = results.get(key + suffix)
         if found:
+            work += " (GPU)" if suffix else ""
             unit = found["unit"].split(",")[0]
             lines.append(
                 f"| {work} | {peer} | {number(found['ours'])} {unit} | {number(found['peer'])} | "

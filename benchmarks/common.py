@@ -16,6 +16,8 @@ from typing import Any
 import torch
 
 MODEL = "smollm2-135m-instruct"
+DEVICE = os.environ.get("BENCH_DEVICE", "cpu")
+"""Where models run; `bench.py` measures everything again on `cuda` where there is a GPU."""
 TRUNK, HEAD = 106.2e6, 28.3e6
 """SmolLM2-135M's parameters in linear maps of the trunk, and in the LM head."""
 
@@ -38,15 +40,17 @@ def compare(
 
 
 def seconds(work: Callable[[], Any]) -> float:
-    """How long a call takes."""
+    """How long a call takes, until the device is done."""
     started = time.perf_counter()
     work()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
     return time.perf_counter() - started
 
 
 def gemm_rate(size: int = 2048, repeats: int = 7) -> float:
     """FLOP/s of an fp32 product of two square matrices: the best of some runs, as the limit of this machine."""
-    a, b = torch.randn(size, size), torch.randn(size, size)
+    a, b = torch.randn(size, size, device=DEVICE), torch.randn(size, size, device=DEVICE)
     a @ b
     return 2 * size**3 / min(seconds(lambda: a @ b) for _ in range(repeats))
 
@@ -60,13 +64,16 @@ def copy_rate(megabytes: int = 256, repeats: int = 5) -> float:
 
 
 def peak_memory() -> float:
-    """Largest resident size of this process so far, GiB."""
+    """Largest resident size of this process so far, or most memory allocated on the GPU, GiB."""
+    if DEVICE == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def machine() -> str:
     """One line on where the numbers were made."""
-    return f"{platform.machine()}, {os.cpu_count()} CPUs, torch {torch.__version__}"
+    gpu = f", {torch.cuda.get_device_name()}" if DEVICE == "cuda" else ""
+    return f"{platform.machine()}, {os.cpu_count()} CPUs{gpu}, torch {torch.__version__}"
 
 
 def main(measure: Callable[[Path], dict[str, Any]]) -> None:
@@ -75,4 +82,9 @@ def main(measure: Callable[[Path], dict[str, Any]]) -> None:
     parser.add_argument("study", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
-    print(json.dumps(measure(options.study)))
+    print_rows(measure(options.study))
+
+
+def print_rows(rows: dict[str, Any]) -> None:
+    """The rows and the machine, as the last line of stdout."""
+    print(json.dumps(rows | {"machine": machine()}))

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import compare, gemm_rate, main, row
+from common import DEVICE, compare, gemm_rate, main, row
 
 K, BATCH, LR, BLOCK, REPEATS, TOKENS = 16, 512, 1e-3, 60, 5, 400_000
 
@@ -43,23 +43,24 @@ class Batches:
     """Shuffled batches of rows in memory, without end."""
 
     def __init__(self, rows: np.ndarray) -> None:
-        self.rows, self.rng = torch.from_numpy(rows), np.random.default_rng(0)
+        self.rows, self.rng = torch.from_numpy(rows).to(DEVICE), np.random.default_rng(0)
 
     def __iter__(self) -> Any:
         while True:
-            order = torch.from_numpy(self.rng.permutation(len(self.rows)))
+            order = torch.from_numpy(self.rng.permutation(len(self.rows))).to(DEVICE)
             for part in order.split(BATCH)[: len(order) // BATCH]:
                 yield self.rows[part]
 
 
 def ours(rows: np.ndarray, steps: int) -> tuple[Callable[[int], None], Callable[[], float]]:
     """Our loop as the SAE stage runs it: a function that makes so many steps, and the last batches' unexplained."""
-    from lorascope.sae.steps import initial_weights
+    from lorascope.sae.steps import Weights, initial_weights
     from lorascope.sae.training import SAEConfig, run_steps
 
     generator = torch.Generator().manual_seed(0)
     rng = np.random.default_rng(0)
     weights = initial_weights(rows.shape[1], 8 * rows.shape[1], generator)
+    weights = Weights(*(tensor.to(DEVICE) for tensor in weights.parameters()))
     source = iter(Batches(rows))
 
     class Held:
@@ -69,7 +70,7 @@ def ours(rows: np.ndarray, steps: int) -> tuple[Callable[[int], None], Callable[
             return len(rows)
 
         def batches(self, size: int, rng: Any) -> Any:
-            return (batch.numpy() for batch in source)
+            return (batch.cpu().numpy() for batch in source)
 
     config = SAEConfig(tokens=steps * BATCH, batch=BATCH, lr=LR, k=K)
     lines = run_steps(weights, Held(), config, rng, generator)  # type: ignore[arg-type]
@@ -89,13 +90,13 @@ def saelens(rows: np.ndarray, steps: int) -> tuple[Callable[[int], None], Callab
 
     width = rows.shape[1]
     torch.manual_seed(0)
-    sae = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(d_in=width, d_sae=8 * width, k=K, device="cpu"))
+    sae = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(d_in=width, d_sae=8 * width, k=K, device=DEVICE))
     config = SAETrainerConfig(
         n_checkpoints=0,
         checkpoint_path=None,
         save_final_checkpoint=False,
         total_training_samples=steps * BATCH,
-        device="cpu",
+        device=DEVICE,
         autocast=False,
         lr=LR,
         lr_end=LR / 10,
@@ -140,7 +141,7 @@ def dictionary_learning(rows: np.ndarray, steps: int) -> tuple[Callable[[int], N
         decay_start=steps * 4 // 5,
         threshold_start_step=100,
         seed=0,
-        device="cpu",
+        device=DEVICE,
     )
     source = iter(Batches(rows))
     state = SimpleNamespace(step=0)

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import MODEL, peak_memory, seconds
+from common import DEVICE, MODEL, peak_memory, print_rows, seconds
 
 SIZES = (1, 4, 16)
 
@@ -28,17 +28,18 @@ def recording(study_path: Path, size: int) -> float:
     from lorascope.adapter import Adapter
     from lorascope.attached import attach
     from lorascope.fused import fused_reading
+    from lorascope.memory import MOST_ON_CPU
     from lorascope.models import load_model
-    from lorascope.recording import RecordConfig, adapter_scalars, fill_store, plan_recording
+    from lorascope.recording import adapter_scalars, fill_store, plan_recording
     from lorascope.study import Study
 
     study = Study.open(study_path)
-    model, tokenizer = load_model(MODEL, device="cpu")
+    model, tokenizer = load_model(MODEL, device=DEVICE)
     rendered, _ = study.renderer(tokenizer).render_all(study.traces("train")[:32] * (size + 1))
     adapter = Adapter.load(study.path / "adapter")
 
     def record(traces: list[Any], folder: str) -> None:
-        plan = plan_recording(adapter, traces, RecordConfig().token_budget, {})
+        plan = plan_recording(adapter, traces, MOST_ON_CPU, {})
         with attach(model, adapter) as attached, fused_reading(attached):
             fill_store(Path(folder), plan, traces, attached, adapter_scalars, "bench")
 
@@ -113,7 +114,7 @@ def main() -> None:
         took = JOBS[options.job](options.study, options.size)
         print(json.dumps({"seconds": took, "peak": peak_memory()}))
     else:
-        print(json.dumps(measure(options.study)))
+        print_rows(measure(options.study))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import MODEL, compare, main, row
+from common import DEVICE, MODEL, compare, main, row
 
 PROMPTS, NEW, REPEATS = 8, 64, 5
 
@@ -28,15 +28,15 @@ def measure(study_path: Path) -> dict[str, Any]:
     from lorascope.study import Study
 
     study = Study.open(study_path)
-    model, tokenizer = load_model(MODEL, device="cpu")
+    model, tokenizer = load_model(MODEL, device=DEVICE)
     renderer = study.renderer(tokenizer)
     prompts = [renderer.prompt_ids(trace.question) for trace in study.traces("heldout")[:PROMPTS]]
     adapter = Adapter.load(study.path / "adapter")
-    with_peft = PeftModel.from_pretrained(load_model(MODEL, device="cpu")[0], str(study.path / "adapter")).eval()
+    with_peft = PeftModel.from_pretrained(load_model(MODEL, device=DEVICE)[0], str(study.path / "adapter")).eval()
     width = max(map(len, prompts))
     pad = tokenizer.pad_token_id or 0
-    ids_BT = torch.tensor([[pad] * (width - len(p)) + p for p in prompts])
-    mask_BT = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    ids_BT = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=DEVICE)
+    mask_BT = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=DEVICE)
 
     def ours() -> None:
         with torch.no_grad(), attach(model, adapter) as attached, attached.edit(edits.add("L20.gate", 1.0)):

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import HEAD, MODEL, TRUNK, gemm_rate, peak_memory, row
+from common import DEVICE, HEAD, MODEL, TRUNK, gemm_rate, peak_memory, print_rows, row
 
 STEPS, WARMUP, BATCH, RATE, REPEATS = 7, 1, 16, 2e-3, 2
 
@@ -40,7 +40,7 @@ def ours(study: Path) -> dict[str, Any]:
         config = TrainConfig(
             max_steps=STEPS, batch=BATCH, learning_rate=str(RATE), eval_every=1000, eval_traces=2, warmup=0
         )
-        train(Study.open(copy), config, Options(device="cpu"))
+        train(Study.open(copy), config, Options(device=DEVICE))
         lines = [json.loads(line) for line in (copy / "train" / "adapter.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
     kept = steps[WARMUP:]
@@ -88,7 +88,7 @@ def trl(study: Path, alike: bool = False) -> dict[str, Any]:
             for r in chosen
         ]
     )
-    model, _ = load_model(MODEL, device="cpu")
+    model, _ = load_model(MODEL, device=DEVICE)
     times: list[float] = []
     losses: list[float] = []
 
@@ -119,7 +119,7 @@ def trl(study: Path, alike: bool = False) -> dict[str, Any]:
             save_strategy="no",
             bf16=False,
             fp16=False,
-            use_cpu=True,
+            use_cpu=DEVICE == "cpu",
             gradient_checkpointing=False,
             max_length=None,
             dataset_kwargs={"skip_prepare_dataset": True},
@@ -202,8 +202,7 @@ def main() -> None:
     parser.add_argument("--contestant", choices=CONTESTANTS)
     options = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
-    work = CONTESTANTS[options.contestant] if options.contestant else measure
-    print(json.dumps(work(options.study)))
+    print_rows((CONTESTANTS[options.contestant] if options.contestant else measure)(options.study))
 
 
 if __name__ == "__main__":

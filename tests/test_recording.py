@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from lorascope.adapter import Adapter
 from lorascope.attached import attach
 from lorascope.config import Options
 from lorascope.errors import BadInput, MissingStage
+from lorascope.memory import FEWEST, MOST_ON_CPU
 from lorascope.models import load_model
 from lorascope.recording import RecordConfig, is_sink, record
 from lorascope.store import Store, store_folder
@@ -125,6 +127,29 @@ def test_a_recording_is_not_made_twice_and_follows_its_inputs(study: Study) -> N
     write_traces(study.corpus_file("train"), TRACES[:2])
     record(study, RecordConfig(), OPTIONS)
     assert open_store(study).trace_ids == ["a", "b"]
+
+
+def test_a_recording_begun_with_other_memory_continues_with_its_batches(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Free memory chooses the batches, but not anew in the middle of a recording."""
+    monkeypatch.setattr(recording, "SHARD_TOKENS", 100)
+    folder = store_folder(study.path, "train", "adapter")
+    budgets = {}
+    for free in (1 << 40, 1):
+        monkeypatch.setattr("lorascope.memory.free_memory", lambda _, free=free: free)
+        record(study, RecordConfig(), OPTIONS)
+        budgets[free] = open_store(study).index["about"]["token_budget"]
+        shards = {p.name: p.stat().st_mtime_ns for p in folder.glob("shard-*")}
+        (folder / "index.json").unlink()
+        (folder / "shard-00001.safetensors").unlink()
+    record(study, RecordConfig(), OPTIONS)
+    kept = [name for name, time in shards.items() if (folder / name).stat().st_mtime_ns == time]
+    assert budgets == {1 << 40: MOST_ON_CPU, 1: MOST_ON_CPU}
+    assert len(kept) == len(shards) - 1
+    shutil.rmtree(folder)
+    record(study, RecordConfig(), OPTIONS)
+    assert open_store(study).index["about"]["token_budget"] == FEWEST
 
 
 def test_a_recording_cut_off_continues_to_the_same_bytes(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:

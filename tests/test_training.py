@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, MambaConfig, MambaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from lorascope import training
@@ -24,8 +25,17 @@ from lorascope.models import load_model
 from lorascope.study import Study
 from lorascope.traces import Trace, write_traces
 from lorascope.training import Learner, TrainConfig, train
-from lorascope.training_plan import batch_tensors, control_traces, plan_steps, rate_at
+from lorascope.training_plan import (
+    batch_tensors,
+    control_traces,
+    packed_tensors,
+    plan_packs,
+    plan_steps,
+    prepare_packing,
+    rate_at,
+)
 from tiny_folder import save_tiny
+from tiny_models import tiny_model
 
 FAST: dict[str, Any] = {"epochs": 2.0, "batch": 4, "eval_every": 4, "save_every": 3, "eval_traces": 4}
 
@@ -76,6 +86,64 @@ def test_loss_and_gradients_equal_plain_autograd(tmp_path: Path, model_folder: P
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
         assert one.abs().max() > 0
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_packed_sequences_give_the_same_loss_and_gradients(kind: str, tmp_path: Path, model_folder: Path) -> None:
+    study = make_study(tmp_path, model_folder)
+    model, tokenizer = load_model(str(model_folder))
+    if kind == "qwen2":
+        model = tiny_model(kind, vocab_size=len(tokenizer), max_position_embeddings=512)
+    traces, _ = study.renderer(tokenizer).render_all(study.traces("train")[:5])
+    adapter = training.trainable_adapter(model, TrainConfig(), 0, "")
+    learner, found = Learner(model, adapter), []
+    with attach(model, adapter):
+        prepare_packing(model)
+        for make in (batch_tensors, packed_tensors):
+            loss = learner(*make(traces, torch.device("cpu")))
+            loss.backward()
+            found.append([float(loss.detach()), *(m.b_OR.grad.clone() for m in adapter.modules)])
+            for module in adapter.modules:
+                module.a_RI.grad = module.b_OR.grad = None
+    assert packed_tensors(traces, torch.device("cpu")).ids_BT.shape == (1, sum(len(t.ids) for t in traces))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    for padded, packed in zip(found[0][1:], found[1][1:], strict=True):
+        torch.testing.assert_close(padded, packed, rtol=1e-3, atol=1e-4)
+
+
+def test_a_model_that_mixes_packed_sequences_is_refused() -> None:
+    config = MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, state_size=4)
+    with pytest.raises(BadInput, match="mixes packed sequences"):
+        prepare_packing(MambaForCausalLM(config).eval())
+
+
+def test_packs_hold_every_sequence_once_within_the_budget() -> None:
+    lengths = [5, 9, 3, 3, 12, 1]
+    packs = plan_packs(lengths, 10)
+    assert sorted(i for pack in packs for i in pack) == list(range(6))
+    assert packs == [[4], [1, 5], [0, 2], [3]]
+
+
+def test_a_packed_run_reaches_what_a_padded_one_does(tmp_path: Path, model_folder: Path) -> None:
+    losses = []
+    for pack in (False, True):
+        (tmp_path / str(pack)).mkdir()
+        study = make_study(tmp_path / str(pack), model_folder)
+        config = TrainConfig(learning_rate="1e-2", pack=pack, token_budget=100, **FAST)
+        losses.append(train(study, config, Options())["heldout_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="torch.compile needs a C++ compiler")
+def test_a_compiled_run_gives_the_same_weights(tmp_path: Path, model_folder: Path) -> None:
+    found = []
+    for compiled in (False, True):
+        (tmp_path / str(compiled)).mkdir()
+        study = make_study(tmp_path / str(compiled), model_folder)
+        train(study, TrainConfig(learning_rate="1e-2", compile=compiled, **FAST | {"max_steps": 2}), Options())
+        found.append(weights_of(study.path / "adapter"))
+    for name, plain in found[0].items():
+        torch.testing.assert_close(found[1][name], plain, rtol=1e-3, atol=1e-5)
 
 
 def test_an_interrupted_run_resumes_to_the_same_weights(

@@ -7,6 +7,7 @@ a batch, T tokens, N directions, D hidden width.
 import hashlib
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -21,11 +22,12 @@ from lorascope.adapter import AdaptedModule, Adapter
 from lorascope.attached import Attached, attach, find_module
 from lorascope.config import Options
 from lorascope.edits import Edit
-from lorascope.errors import BadInput
+from lorascope.errors import BadInput, RunFailed
 from lorascope.fused import fused_reading
+from lorascope.memory import choose_budget
 from lorascope.models import load_model, load_tokenizer
 from lorascope.progress import progress
-from lorascope.store import Store, store_folder
+from lorascope.store import PLAN, Store, read_json, store_folder
 from lorascope.store_writer import StorePlan, StoreWriter, plan_shards
 from lorascope.study import Study, write_json
 from lorascope.traces import Rendered, pad_ids, plan_batches, read_traces, write_traces
@@ -53,8 +55,8 @@ class RecordConfig:
     """For traces of plain text: the text after which the response begins."""
     source: str = "adapter"
     """Whose scalars, comma-separated: adapter, or base (the same read vectors on the base model's run)."""
-    token_budget: int = 4096
-    """Most tokens in a batch, padding included; a longer trace is a batch of its own."""
+    token_budget: int | None = None
+    """Most tokens in a batch, padding included; a longer trace is a batch of its own (default: by free memory)."""
     max_tokens: int | None = None
     """Longest trace in tokens (default: the study's)."""
     too_long: str | None = None
@@ -75,7 +77,7 @@ def record(study: Study, config: RecordConfig, options: Options) -> dict[str, An
     for source in sources:
         if source not in SOURCES:
             raise BadInput(f"There is no source {source!r}; choose from {', '.join(SOURCES)}.")
-    if config.token_budget < 1 or (config.limit is not None and config.limit < 1):
+    if min(1 if value is None else value for value in (config.token_budget, config.limit)) < 1:
         raise BadInput("--token-budget and --limit must be at least 1.")
     if config.response_template and config.traces is None:
         raise BadInput("--response-template goes with --traces: recorded corpora are split already.")
@@ -136,6 +138,8 @@ def record_source(study: Study, config: RecordConfig, model: Any, tokenizer: Any
     if not rendered:
         raise BadInput(f"No trace of {config.corpus} is left to record; raise --max-tokens or give other traces.")
     adapter = Adapter.load(study.path / "adapter")
+    folder = store_folder(study.path, config.corpus, config.source)
+    budget = config.token_budget or begun_budget(folder) or choose_budget(adapter, model.device, model.dtype)
     about = {
         "corpus": config.corpus,
         "source": config.source,
@@ -143,7 +147,7 @@ def record_source(study: Study, config: RecordConfig, model: Any, tokenizer: Any
         "dtype": str(model.dtype),
         "adapter": study.fingerprint("adapter"),
         "text": text_fingerprint(rendered),
-        "token_budget": config.token_budget,
+        "token_budget": budget,
         "length_rule": length_rule,
         "sink_rule": {
             "ratio": SINK_RATIO,
@@ -151,13 +155,20 @@ def record_source(study: Study, config: RecordConfig, model: Any, tokenizer: Any
             "over": "median norm in trace",
         },
     }
-    plan = plan_recording(adapter, rendered, config.token_budget, about)
-    folder = store_folder(study.path, config.corpus, config.source)
+    plan = plan_recording(adapter, rendered, budget, about)
     with attach(model, adapter) as attached, fused_reading(attached):
         counts = fill_store(folder, plan, rendered, attached, SOURCES[config.source], config.corpus)
         if config.source == "adapter":
             write_json(folder / OUTPUT_RMS, output_rms(attached, rendered, Store.open(folder)))
     return counts | {"length_rule": length_rule, "sink_rule": about["sink_rule"]}
+
+
+def begun_budget(folder: Path) -> int | None:
+    """The token budget of a recording that was begun here: a run that continues plans the same batches."""
+    try:
+        return int(read_json(folder / PLAN)["about"]["token_budget"])
+    except (RunFailed, KeyError, TypeError, ValueError):
+        return None
 
 
 def text_fingerprint(rendered: list[Rendered]) -> str:
@@ -226,21 +237,27 @@ Read = Callable[[Attached, Tensor], Tensor]
 def fill_store(
     folder: Path, plan: StorePlan, rendered: list[Rendered], attached: Attached, read: Read, name: str
 ) -> dict[str, Any]:
-    """Run the model over all shards that are not on disk yet and finish the store; returns its counts."""
+    """Run the model over all shards that are not on disk yet and finish the store; returns its counts.
+
+    A full shard is written while the model runs on, so at most two are in memory.
+    """
     writer = StoreWriter(folder, plan)
     work = [(shard, batch) for shard in writer.missing() for batch in plan.shards[shard]]
-    shard = None
-    for number, batch in progress(work, total=len(work), desc=f"record {name}", unit="batch"):
-        if shard is None:
-            shard = writer.begin(number)
-        put = read_batch(attached, [rendered[i] for i in batch], read)
-        if writer.scale_N is None:
-            writer.calibrate(np.max([np.abs(z_TN).max(axis=0) for z_TN, _ in put], axis=0))
-        for i, (z_TN, sink_T) in zip(batch, put, strict=True):
-            writer.put(shard, i, z_TN, rendered[i].ids, rendered[i].segments, sink_T)
-        if batch is plan.shards[number][-1]:
-            writer.commit(shard)
-            shard = None
+    shard, written = None, Future[None]()
+    written.set_result(None)
+    with ThreadPoolExecutor(1) as pool:
+        for number, batch in progress(work, total=len(work), desc=f"record {name}", unit="batch"):
+            if shard is None:
+                shard = writer.begin(number)
+            put = read_batch(attached, [rendered[i] for i in batch], read)
+            if writer.scale_N is None:
+                writer.calibrate(np.max([np.abs(z_TN).max(axis=0) for z_TN, _ in put], axis=0))
+            for i, (z_TN, sink_T) in zip(batch, put, strict=True):
+                writer.put(shard, i, z_TN, rendered[i].ids, rendered[i].segments, sink_T)
+            if batch is plan.shards[number][-1]:
+                written.result()
+                written, shard = pool.submit(writer.commit, shard), None
+        written.result()
     return writer.finish()
 
 

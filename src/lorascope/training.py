@@ -32,7 +32,15 @@ from lorascope.models import load_model
 from lorascope.progress import progress
 from lorascope.study import Study, atomic_write_text, digest, put_folder, whole_folder, write_json
 from lorascope.traces import Rendered, plan_batches
-from lorascope.training_plan import batch_tensors, control_traces, plan_steps, rate_at
+from lorascope.training_plan import (
+    batch_tensors,
+    control_traces,
+    packed_tensors,
+    plan_packs,
+    plan_steps,
+    prepare_packing,
+    rate_at,
+)
 
 HEAD_CHUNK = 512
 """Supervised positions whose logits exist at once."""
@@ -82,6 +90,10 @@ class TrainConfig:
     """Steps at which to keep a copy of the adapter, such as 1,2,4,8,16."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third slower."""
+    pack: bool = False
+    """Put sequences behind each other without padding; worth it on a GPU, where attention needs no mask for it."""
+    compile: bool = False
+    """Compile the model with torch.compile; the first steps take minutes, and it needs a C++ compiler."""
 
 
 def run_name(config: TrainConfig) -> str:
@@ -188,9 +200,12 @@ class Learner(nn.Module):
         """The LM head's weight, where it is all that the head does."""
         return plain_head(self.model)
 
-    def forward(self, ids_BT: Tensor, rows_M: Tensor, positions_M: Tensor) -> Tensor:
-        """Summed negative log-likelihood, nats, of the tokens after `positions_M` of sequences `rows_M`."""
-        hidden_BTD = self.model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
+    def forward(
+        self, ids_BT: Tensor, rows_M: Tensor, positions_M: Tensor, position_ids_BT: Tensor | None = None
+    ) -> Tensor:
+        """Summed negative log-likelihood, nats, of the tokens after the supervised positions of a `Batch`."""
+        packed = {} if position_ids_BT is None else {"position_ids": position_ids_BT}
+        hidden_BTD = self.model.base_model(input_ids=ids_BT, use_cache=False, **packed).last_hidden_state
         hidden_MD, targets_M = hidden_BTD[rows_M, positions_M], ids_BT[rows_M, positions_M + 1]
         if self.head_VD is not None:
             return head_loss(hidden_MD, self.head_VD, targets_M)
@@ -241,9 +256,9 @@ def heldout_loss(learner: Any, traces: Sequence[Rendered], budget: int, device: 
     learner.eval()
     total, count = 0.0, 0
     for batch in plan_batches([len(t.ids) for t in traces], budget):
-        ids_BT, rows_M, positions_M = batch_tensors([traces[i] for i in batch], device)
-        total += float(learner(ids_BT, rows_M, positions_M))
-        count += len(rows_M)
+        tensors = batch_tensors([traces[i] for i in batch], device)
+        total += float(learner(*tensors))
+        count += len(tensors.rows_M)
     learner.train()
     return total / count
 
@@ -312,6 +327,8 @@ def train_once(study: Study, config: TrainConfig, options: Options, rate: float,
     model, tokenizer = load_model(study.model_name, device=options.device, dtype=dtype)
     if config.gradient_checkpointing:  # renamed in transformers 5.24
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    if config.pack:
+        prepare_packing(model)
     renderer = study.renderer(tokenizer)
     traces = control_traces(study.traces("train"), config.control, options.seed)
     rendered, counts = renderer.render_all(traces)
@@ -327,7 +344,9 @@ def train_once(study: Study, config: TrainConfig, options: Options, rate: float,
         if adapter is not None:
             stack.enter_context(attach(model, adapter))
         stack.enter_context(fused(model, adapter))
-        learner = Learner(model, adapter)
+        learner: Any = Learner(model, adapter)
+        if config.compile:
+            learner = torch.compile(learner, dynamic=True)
         run = Run(config, rate, rendered, heldout, steps, adapter, study.path / folder)
         state = State(study.path / "train" / f".state-{digest(folder)[:8]}", key)
         summary = run.loop(learner, state, study.path / "train" / log_name)
@@ -392,7 +411,8 @@ class Run:
         """One optimizer step over some traces, their gradients accumulated over budgeted batches."""
         started = time.perf_counter()
         traces = [self.traces[i] for i in chosen]
-        batches = plan_batches([len(t.ids) for t in traces], self.config.token_budget)
+        arrange, make = (plan_packs, packed_tensors) if self.config.pack else (plan_batches, batch_tensors)
+        batches = arrange([len(t.ids) for t in traces], self.config.token_budget)
         mine = batches[accelerator.process_index :: accelerator.num_processes]
         supervised = sum(len(assistant_positions(t)) for t in traces)
         total = torch.zeros((), device=accelerator.device)
@@ -401,7 +421,7 @@ class Run:
             with ExitStack() as stack:
                 if not last:
                     stack.enter_context(accelerator.no_sync(learner))
-                loss = learner(*batch_tensors([traces[i] for i in batch], accelerator.device))
+                loss = learner(*make([traces[i] for i in batch], accelerator.device))
                 # DDP averages gradients over processes; the loss is a sum over all tokens of the step.
                 accelerator.backward(loss * accelerator.num_processes / supervised)
                 total += loss.detach()

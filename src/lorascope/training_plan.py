@@ -1,4 +1,4 @@
-"""What a training run sees, and when: control traces, steps of like length, the learning rate, padded batches.
+"""What a training run sees, and when: control traces, steps of like length, the learning rate, batches.
 
 Shapes: B = sequences, T = tokens, M = supervised positions of a batch.
 """
@@ -6,11 +6,14 @@ Shapes: B = sequences, T = tokens, M = supervised positions of a batch.
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers.utils import is_flash_attn_2_available
 
+from lorascope.errors import BadInput
 from lorascope.kl import assistant_positions
 from lorascope.traces import Rendered, Trace, pad_ids
 
@@ -61,13 +64,68 @@ def rate_at(step: int, total: int, peak: float, warmup: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise)))
 
 
-def batch_tensors(traces: Sequence[Rendered], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """`(ids [B, T], rows [M], positions [M])` of the supervised positions of some traces."""
+class Batch(NamedTuple):
+    """What one forward pass of training takes."""
+
+    ids_BT: Tensor
+    rows_M: Tensor
+    """Row of each supervised position."""
+    positions_M: Tensor
+    """The supervised positions: the loss is that of the tokens after them."""
+    position_ids_BT: Tensor | None = None
+    """Where packed sequences restart; None where every row is one sequence."""
+
+
+def plan_packs(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
+    """Groups of sequences of at most `token_budget` tokens in all, longest first where they fit; no padding."""
+    packs: list[tuple[int, list[int]]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        place = next((k for k, (used, _) in enumerate(packs) if used + lengths[index] <= token_budget), None)
+        if place is None:
+            packs.append((lengths[index], [index]))
+        else:
+            packs[place] = (packs[place][0] + lengths[index], [*packs[place][1], index])
+    return [members for _, members in packs]
+
+
+def batch_tensors(traces: Sequence[Rendered], device: torch.device) -> Batch:
+    """Right-padded rows of some traces and their supervised positions."""
     ids_BT, _ = pad_ids([trace.ids for trace in traces], 0)
     positions = [assistant_positions(trace) for trace in traces]
     rows = np.repeat(np.arange(len(traces)), [len(p) for p in positions])
-    return (
-        ids_BT.to(device),
-        torch.from_numpy(rows).to(device),
-        torch.from_numpy(np.concatenate(positions)).to(device),
-    )
+    parts = (ids_BT, torch.from_numpy(rows), torch.from_numpy(np.concatenate(positions)))
+    return Batch(*(part.to(device) for part in parts))
+
+
+def packed_tensors(traces: Sequence[Rendered], device: torch.device) -> Batch:
+    """The same as one row: sequences follow each other, and their position ids restart."""
+    starts = np.cumsum([0, *(len(trace.ids) for trace in traces)])[:-1]
+    ids = np.concatenate([trace.ids for trace in traces])
+    positions = np.concatenate([start + assistant_positions(t) for start, t in zip(starts, traces, strict=True)])
+    places = np.concatenate([np.arange(len(trace.ids)) for trace in traces])
+    parts = (ids[None], np.zeros_like(positions), positions, places[None])
+    return Batch(*(torch.from_numpy(part.astype(np.int64)).to(device) for part in parts))
+
+
+@torch.no_grad()
+def prepare_packing(model: Any) -> None:
+    """Choose an attention that keeps packed sequences apart without a mask, and see that it does.
+
+    On CUDA FlashAttention's variable lengths where the package is installed (half precision), else FlexAttention;
+    elsewhere PyTorch's own with a block-causal mask.
+
+    Raises:
+        BadInput: sequences of one row are mixed by this model.
+    """
+    device = model.get_input_embeddings().weight.device
+    if device.type == "cuda":
+        flash = is_flash_attn_2_available() and model.dtype != torch.float32
+        model.set_attn_implementation("flash_attention_2" if flash else "flex_attention")
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.randint(vocabulary, (24,), generator=torch.Generator().manual_seed(0)).to(device)
+    places = torch.cat([torch.arange(10), torch.arange(14)])[None].to(device)
+    packed = model.base_model(input_ids=ids[None], position_ids=places, use_cache=False).last_hidden_state[0, 10:]
+    alone = model.base_model(input_ids=ids[None, 10:], use_cache=False).last_hidden_state[0]
+    tolerance = 1e-3 if model.dtype == torch.float32 else 5e-2
+    if (packed - alone).float().abs().max() > tolerance * alone.float().abs().max():
+        raise BadInput("This model mixes packed sequences; train without --pack.")

@@ -1,0 +1,39 @@
+"""How much memory is free, and how many tokens of a forward pass fit into a share of it."""
+
+from __future__ import annotations
+
+import psutil
+import torch
+
+from lorascope.adapter import Adapter
+
+SHARE = 4
+"""A pass may take one part in so many of the free memory: the estimate is rough, and others use the machine too."""
+MOST_ON_CPU, MOST_ELSEWHERE, FEWEST = 4096, 65_536, 256
+"""On a CPU a batch of more tokens is no faster (docs/log.md); a GPU needs more of them to be busy."""
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be allocated on a device now."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def bytes_per_token(adapter: Adapter, itemsize: int) -> int:
+    """A rough upper bound of what one token of a forward pass without gradients holds at once.
+
+    Eight vectors as wide as the widest input or output of an adapted map, and the scalars in fp32 with a copy.
+    """
+    widest = max(max(part.a_RI.shape[1], part.b_OR.shape[0]) for part in adapter.modules)
+    return 8 * widest * itemsize + 2 * 4 * len(adapter.addresses)
+
+
+def choose_budget(adapter: Adapter, device: torch.device, dtype: torch.dtype) -> int:
+    """Padded tokens per forward pass that a share of the free memory holds, a power of two.
+
+    A power of two, so that a little more or less of free memory plans the same batches.
+    """
+    fit = free_memory(device) // SHARE // bytes_per_token(adapter, dtype.itemsize)
+    most = MOST_ON_CPU if device.type == "cpu" else MOST_ELSEWHERE
+    return max(FEWEST, min(most, 1 << max(fit, 1).bit_length() - 1))
