@@ -94,7 +94,7 @@ def dense_run(
     parameters: list[torch.Tensor], batches: Iterator[np.ndarray], config: SAEConfig, window: int, aux_rows: int = 8
 ) -> list[tuple[float, int, float]]:
     """The dense reference, trained: per step the loss, the number of dead latents, the variance unexplained."""
-    optimiser = torch.optim.Adam(parameters, lr=config.lr)
+    optimiser = torch.optim.Adam(parameters, lr=config.lr, betas=(0.9, 0.99))
     idle, lines, total = torch.zeros(len(parameters[2])), [], config.tokens // config.batch
     for step in range(total):
         x = torch.from_numpy(next(batches))

@@ -32,6 +32,8 @@ CALIBRATION_ROWS = 65_536
 """Training tokens on which the threshold is set (all, where there are fewer)."""
 DEAD_WINDOW = 1_000_000
 """A latent is dead when it fired on none of so many training tokens, or of one epoch."""
+BETAS = (0.9, 0.99)
+"""Adam's: with 0.999 a latent that fires seldom keeps the pace of its first steps and ten times more die (docs/log.md)."""
 CLIP_NORM = 1.0
 """Largest norm of a step's gradient: else the first steps' set Adam's pace for a thousand more (docs/log.md)."""
 TRACKING = 0.1
@@ -159,7 +161,7 @@ def run_steps(
     """The training loop; yields the metrics of every step."""
     size = min(config.batch, len(rows))
     total = (config.epochs * len(rows) if config.epochs else max(config.tokens, len(rows))) // size
-    optimiser = torch.optim.Adam(weights.parameters(), lr=config.lr, fused=True)
+    optimiser = torch.optim.Adam(weights.parameters(), lr=config.lr, betas=BETAS, fused=True)
     device, window = weights.b_dec_N.device, min(DEAD_WINDOW, len(rows))
     idle_F = torch.zeros(len(weights.b_enc_F), dtype=torch.int64, device=device)
     floor, started = 0.0, time.perf_counter()
