@@ -224,7 +224,7 @@ def test_a_tracked_threshold_keeps_the_wanted_mean_and_reaches_what_exact_select
     exact, tracked = (np.mean([line["fvu"] for line in lines[name]]) for name in lines)
     assert l0.mean() == pytest.approx(2, rel=0.02)
     assert l0.std() > 0.01  # nothing holds a single batch to it
-    assert tracked == pytest.approx(exact, rel=0.05)
+    assert tracked < 1.05 * exact
 
 
 def test_selection_with_ties_and_too_few_positives() -> None:

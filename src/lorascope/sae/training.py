@@ -33,7 +33,7 @@ CALIBRATION_ROWS = 65_536
 DEAD_WINDOW = 1_000_000
 """A latent is dead when it fired on none of so many training tokens, or of one epoch."""
 BETAS = (0.9, 0.99)
-"""Adam's: with 0.999 a latent that fires seldom keeps the pace of its first steps and ten times more die (docs/log.md)."""
+"""With 0.999 a latent that fires seldom keeps the pace of its first steps, and ten times more die (docs/log.md)."""
 CLIP_NORM = 1.0
 """Largest norm of a step's gradient: else the first steps' set Adam's pace for a thousand more (docs/log.md)."""
 TRACKING = 0.1
