@@ -44,6 +44,8 @@ def choose_budget(adapter: Adapter, device: torch.device, dtype: torch.dtype) ->
 def graph_budget(model: Any, most: int) -> int:
     """Padded tokens whose activations may be held for a backward pass: at most `most`, and what the memory share holds.
 
+    A longer sequence is a batch of its own whatever this says.
+
     Per token and layer a gated MLP keeps about three inner vectors, and attention, norms and residuals about six of
     the model's width (SmolLM2-135M: 1.0 MB measured, 0.97 MB by this).
     """

@@ -27,7 +27,7 @@ from lorascope.fused import fused_reading
 from lorascope.memory import choose_budget
 from lorascope.models import load_model, load_tokenizer
 from lorascope.progress import progress
-from lorascope.store import PLAN, Store, read_json, store_folder
+from lorascope.store import INDEX, PLAN, Store, read_json, store_folder
 from lorascope.store_writer import StorePlan, StoreWriter, plan_shards
 from lorascope.study import Study, write_json
 from lorascope.traces import Rendered, pad_ids, plan_batches, read_traces, write_traces
@@ -139,14 +139,15 @@ def record_source(study: Study, config: RecordConfig, model: Any, tokenizer: Any
         raise BadInput(f"No trace of {config.corpus} is left to record; raise --max-tokens or give other traces.")
     adapter = Adapter.load(study.path / "adapter")
     folder = store_folder(study.path, config.corpus, config.source)
-    budget = config.token_budget or begun_budget(folder) or choose_budget(adapter, model.device, model.dtype)
+    text = text_fingerprint(rendered)
+    budget = config.token_budget or begun_budget(folder, text) or choose_budget(adapter, model.device, model.dtype)
     about = {
         "corpus": config.corpus,
         "source": config.source,
         "model": study.model_name,
         "dtype": str(model.dtype),
         "adapter": study.fingerprint("adapter"),
-        "text": text_fingerprint(rendered),
+        "text": text,
         "token_budget": budget,
         "length_rule": length_rule,
         "sink_rule": {
@@ -163,10 +164,16 @@ def record_source(study: Study, config: RecordConfig, model: Any, tokenizer: Any
     return counts | {"length_rule": length_rule, "sink_rule": about["sink_rule"]}
 
 
-def begun_budget(folder: Path) -> int | None:
-    """The token budget of a recording that was begun here: a run that continues plans the same batches."""
+def begun_budget(folder: Path, text: str) -> int | None:
+    """The token budget of a recording of this text that was begun here: a run that continues plans the same batches.
+
+    None where nothing was begun, where it was finished, or where no shard of it is done (it may have lacked memory).
+    """
+    if (folder / INDEX).exists() or not any(folder.glob("shard-*.safetensors")):
+        return None
     try:
-        return int(read_json(folder / PLAN)["about"]["token_budget"])
+        about = read_json(folder / PLAN)["about"]
+        return int(about["token_budget"]) if about["text"] == text else None
     except (RunFailed, KeyError, TypeError, ValueError):
         return None
 
@@ -249,6 +256,8 @@ def fill_store(
         for number, batch in progress(work, total=len(work), desc=f"record {name}", unit="batch"):
             if shard is None:
                 shard = writer.begin(number)
+            if written.done():
+                written.result()  # a full disk is told at once, not after the next shard
             put = read_batch(attached, [rendered[i] for i in batch], read)
             if writer.scale_N is None:
                 writer.calibrate(np.max([np.abs(z_TN).max(axis=0) for z_TN, _ in put], axis=0))
