@@ -30,7 +30,7 @@ def recording(study_path: Path, size: int) -> float:
     from lorascope.fused import fused_reading
     from lorascope.memory import MOST_ON_CPU
     from lorascope.models import load_model
-    from lorascope.recording import adapter_scalars, fill_store, plan_recording
+    from lorascope.recording import adapter_scalars, fill_stores, plan_recording
     from lorascope.study import Study
 
     study = Study.open(study_path)
@@ -41,7 +41,7 @@ def recording(study_path: Path, size: int) -> float:
     def record(traces: list[Any], folder: str) -> None:
         plan = plan_recording(adapter, traces, MOST_ON_CPU, {})
         with attach(model, adapter) as attached, fused_reading(attached):
-            fill_store(Path(folder), plan, traces, attached, adapter_scalars, "bench")
+            fill_stores([(Path(folder), plan)], traces, attached, adapter_scalars, "bench")
 
     with tempfile.TemporaryDirectory() as folder:
         record(rendered[-32:], f"{folder}/warm")

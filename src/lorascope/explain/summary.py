@@ -9,16 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorascope.explain.rows import Row, read_rows
+from lorascope.features import CONTROLS, cluster_of
 from lorascope.stats import bootstrap_mean
 from lorascope.study import SHARED_OUTPUTS, Study
-
-CONTROLS = ("base",)
-"""Kinds of features that others are compared with."""
-
-
-def cluster_of(feature: str) -> str:
-    """The two polarities of a direction are one cluster: the id without its sign."""
-    return feature.rstrip("+-")
 
 
 def explain_records(study: Study) -> dict[str, dict[str, Any]]:
