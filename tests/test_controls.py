@@ -83,7 +83,7 @@ def hooked_inputs(study: Study, base: Path) -> list[dict[str, np.ndarray]]:
 
 
 def close(stored: Any, wanted: Any) -> None:
-    """Half precision is 2^-11; the merged run of recording moves a neuron's product by some 5e-5 of its largest value."""
+    """Half precision is 2^-11; recording runs merged, which moves a neuron by some 5e-5 of its largest value."""
     np.testing.assert_allclose(stored, wanted, rtol=2**-10, atol=1e-4 * np.abs(wanted).max())
 
 

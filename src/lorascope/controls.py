@@ -29,14 +29,13 @@ from lorascope.adapter import (
 )
 from lorascope.attached import Attached, find_module
 from lorascope.errors import BadInput, MissingStage
+from lorascope.features import DIFFERENCE
 from lorascope.fused import SharedInput, shared_inputs
 from lorascope.sinks import decoder_layers, is_sink, middle_norms
 from lorascope.store import Floats
 from lorascope.study import Study
 from lorascope.traces import Rendered
 
-DIFFERENCE = "#difference"
-"""Ends the address of a direction whose read vector is a difference of two tokens' inputs: `L12.gate#difference`."""
 SAMPLE_TRACES, SAMPLE_TOKENS = 16, 256
 """Training traces, and the most tokens of each, from which token pairs are drawn and effects are matched."""
 

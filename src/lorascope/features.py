@@ -133,6 +133,9 @@ KINDS: dict[str, Callable[[Study, str], FeatureSet]] = {
     "untrained": partial(polarity_features, kind="untrained", source="untrained", prefix="untrained."),
     "neuron": partial(polarity_features, kind="neuron", source="neurons", prefix="neuron."),
 }
+DIFFERENCE = "#difference"
+"""Ends the address of a random direction whose read vector is a difference of two tokens' inputs: `L12.gate#difference`
+beside the isotropic `L12.gate`."""
 CONTROLS = ("base", "random", "untrained", "neuron")
 """Kinds of features that others are compared with."""
 
