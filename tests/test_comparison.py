@@ -48,6 +48,7 @@ def test_all_six_kinds_with_their_means(compared: tuple[Study, dict[str, Any]]) 
     assert (result["missing"], result["stale"], result["explainers"]) == ([], [], ["lexical"])
     assert json.loads((study.path / "compare" / "compare.json").read_text()) == result
     for row in result["rows"]:
+        assert row["training_tokens"] is None  # nothing is recorded
         lines = (study.path / "explanations" / f"{row['kind']}.jsonl").read_text().splitlines()
         scored = [one["scored"]["detection"]["value"] for one in map(json.loads, lines) if one["scored"]]
         assert (row["n"], row["features"], row["scored"]) == (len(lines), len(lines), len(scored))
@@ -233,6 +234,11 @@ def test_planted_directions_beat_their_shuffled_selves(tmp_path: Path) -> None:
     explain_features(study, ExplainConfig(kinds="direction,base", examples=30, learn=128), Options())
     result = compare(study, CONFIG, Options())
     ours, shuffled = row_of(result, "direction"), row_of(result, "base")
+    assert (
+        ours["training_tokens"]
+        == shuffled["training_tokens"]
+        == int(Store.open(store_folder(study.path, "train", "base")).ordinary.sum())
+    )
     assert ours["score"]["value"] > 0.8
     assert 0.4 < shuffled["score"]["value"] < 0.6
     assert ours["n"] == shuffled["n"] == 12

@@ -14,7 +14,7 @@ from lorascope.report import ReportConfig, write_report
 from lorascope.report.marks import score_floor, score_mark
 from lorascope.study import Study
 from lorascope.views import comparison_view
-from lorascope.views.compare import verdict
+from lorascope.views.compare import uneven_training, verdict
 from tiny_store import make_study
 
 TEST: dict[str, Any] = {
@@ -78,6 +78,13 @@ def test_before_the_stage_the_command_is_named(tmp_path: Path) -> None:
     assert {entry["label"] for entry in view["missing_kinds"]} >= {"MLP neurons", "random directions"}
     assert view["tables"][0]["rows"][0]["drawn"]
     assert view["tables"][0]["verdicts"] == []
+
+
+def test_kinds_that_learned_from_less_text_are_named() -> None:
+    rows = [{"label": name, "training_tokens": n} for name, n in (("directions", 9000), ("others", 4500), ("x", None))]
+    assert uneven_training(rows) == [
+        "Explanations of others were learned from 4,500 ordinary tokens, others from up to 9,000."
+    ]
 
 
 def test_marks_lie_where_the_scores_are() -> None:

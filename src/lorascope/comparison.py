@@ -7,7 +7,7 @@ flatters a kind that fails often. Explainers are never mixed. Shape legend: n fe
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from lorascope.differences import (
 from lorascope.errors import BadInput, MissingStage, RunFailed
 from lorascope.features import DIFFERENCE, cluster_of, source_of
 from lorascope.stats import FloatArray, percentile_bounds
-from lorascope.study import Study, read_rows, write_json
+from lorascope.study import Study, read_json, read_rows, write_json
 
 Json = dict[str, Any]
 ORDER = ("direction", "latent", "neuron", "random", "untrained", "base")
@@ -76,6 +76,10 @@ class Cell:
     ids: list[str]
     rows: list[Json]
     """The explainer's row of each feature."""
+    size: int
+    """Features of the kind, explained or not."""
+    training_tokens: int | None
+    """Ordinary tokens of the kind's training recording, from which rules were learned."""
     values_nM: FloatArray
 
     @cached_property
@@ -94,12 +98,12 @@ def compare(study: Study, config: CompareConfig, options: Options) -> Json:
 
     Returns:
         `{"corpus", "explainers", "rows", "tests", "by": {"third", "type", "family": {"rows", "tests"}}, "missing",
-        "stale"}`. A row: `{"explainer", "kind", "group", "n", "clusters", "features", "explained", "scored",
-        "failures": {reason: n}, "score": {"value", "low", "high"}, "wrong", "gain", "fuzzing", "fuzzing_wrong",
-        "fuzzing_gain", "score_all", "scored_share", "classes": {"0", "1", "2", "none"} or None, "density",
-        "segments": {"prompt", "think", "answer"}, "reasoning"}`; None where nothing is known. A test: `{"explainer",
-        "group", "measure", "first", "second", "n", "difference": {"value", "low", "high"}, "p", "p_pooled", "p_holm",
-        "q", "detectable"}`: first - second, corrected over all tests of its table and explainer.
+        "stale"}`. A row: `{"explainer", "kind", "group", "n", "clusters", "features", "training_tokens",
+        "explained", "scored", "failures": {reason: n}, "score": {"value", "low", "high"}, "wrong", "gain", "fuzzing",
+        "fuzzing_wrong", "fuzzing_gain", "score_all", "scored_share", "classes": {"0", "1", "2", "none"} or None,
+        "density", "segments": {"prompt", "think", "answer"}, "reasoning"}`; None where nothing is known. A test:
+        `{"explainer", "group", "measure", "first", "second", "n", "difference": {"value", "low", "high"}, "p",
+        "p_pooled", "detectable", "p_holm", "q"}`: first - second, corrected over all tests of its table and explainer.
 
     Raises:
         BadInput: too few draws.
@@ -130,17 +134,15 @@ def files_of(corpus: str, kind: str) -> list[str]:
 def comparison_of(study: Study, config: CompareConfig, seed: int) -> Json:
     """All tables."""
     cells: list[Cell] = []
-    sizes: dict[str, int] = {}
     missing, stale = [], []
     for kind in ORDER:
-        found, size = read_kind(study, config.corpus, kind)
+        found = read_kind(study, config.corpus, kind)
         if not found:
             missing.append({"kind": kind, "run": command_for(study, config.corpus, kind)})
         elif not is_current(study, kind):
             stale.append({"kind": kind, "run": f"lorascope explain {study.path} --kinds {kind}"})
         else:
             cells += found
-            sizes[kind] = size
     if not cells:
         gone = (missing + stale)[0]
         raise MissingStage(f"No features are explained and scored on {config.corpus}; run: {gone['run']}.")
@@ -149,9 +151,9 @@ def comparison_of(study: Study, config: CompareConfig, seed: int) -> Json:
         "type": types_of,
         "family": families_of,
     }
-    tables = {name: table_of(split_cells(cells, group), sizes, config, seed) for name, group in groupings.items()}
+    tables = {name: table_of(split_cells(cells, group), config, seed) for name, group in groupings.items()}
     explainers = list(dict.fromkeys(cell.explainer for cell in cells))
-    whole = table_of(cells, sizes, config, seed)
+    whole = table_of(cells, config, seed)
     return {
         "corpus": config.corpus,
         "explainers": explainers,
@@ -182,11 +184,13 @@ def is_current(study: Study, kind: str) -> bool:
     return not records or any(study.holds(record) for record in records)
 
 
-def read_kind(study: Study, corpus: str, kind: str) -> tuple[list[Cell], int]:
-    """A kind's features that were explained for a corpus, one cell per explainer, and how many features it has."""
+def read_kind(study: Study, corpus: str, kind: str) -> list[Cell]:
+    """A kind's features that were explained for a corpus, one cell per explainer."""
     stats_file, explained_file, reasoning_file = (study.path / name for name in files_of(corpus, kind))
     stats = {row["feature"]: row for row in table_rows(stats_file, ("feature", "density", "n_firing", *SHARES))}
     reasoning = {row["feature"]: row["score"] for row in table_rows(reasoning_file, ("feature", "score"))}
+    index = study.path / "scalars" / "train" / source_of(kind) / "index.json"
+    tokens = read_json(index)["counts"]["ordinary"] if index.is_file() else None
     by_explainer: dict[str, dict[str, Json]] = {}
     for row in read_rows(explained_file):
         if row["corpus"] == corpus and row["feature"] in stats:
@@ -195,8 +199,9 @@ def read_kind(study: Study, corpus: str, kind: str) -> tuple[list[Cell], int]:
     for explainer, rows in by_explainer.items():
         classed = any(class_of(row) is not None for row in rows.values())
         values = [measure(row, stats[name], reasoning.get(name), classed) for name, row in rows.items()]
-        cells.append(Cell(explainer, kind, None, list(rows), list(rows.values()), np.array(values, np.float64)))
-    return cells, len(stats)
+        values_nM = np.array(values, np.float64)
+        cells.append(Cell(explainer, kind, None, list(rows), list(rows.values()), len(stats), tokens, values_nM))
+    return cells
 
 
 def table_rows(path: Path, columns: Sequence[str]) -> list[Json]:
@@ -283,23 +288,22 @@ def split_cells(cells: Sequence[Cell], groups_of: Callable[[str, str], Sequence[
             for group in groups_of(cell.kind, name):
                 members.setdefault(group, []).append(number)
         parts += [
-            Cell(
-                cell.explainer,
-                cell.kind,
-                group,
-                [cell.ids[i] for i in chosen],
-                [cell.rows[i] for i in chosen],
-                cell.values_nM[chosen],
+            replace(
+                cell,
+                group=group,
+                ids=[cell.ids[i] for i in chosen],
+                rows=[cell.rows[i] for i in chosen],
+                values_nM=cell.values_nM[chosen],
             )
             for group, chosen in members.items()
         ]
     return parts
 
 
-def table_of(cells: Sequence[Cell], sizes: dict[str, int], config: CompareConfig, seed: int) -> Json:
+def table_of(cells: Sequence[Cell], config: CompareConfig, seed: int) -> Json:
     """`{"rows", "tests"}` of some cells; those of one explainer and group are compared, and corrected per explainer."""
     draws = [cell.draws(config, seed) for cell in cells]
-    rows = [row_of(cell, sizes[cell.kind], draws_DM) for cell, draws_DM in zip(cells, draws, strict=True)]
+    rows = [row_of(cell, draws_DM) for cell, draws_DM in zip(cells, draws, strict=True)]
     tests: list[Json] = []
     for explainer in dict.fromkeys(cell.explainer for cell in cells):
         own = [
@@ -323,7 +327,7 @@ def is_pair(first: Cell, second: Cell) -> bool:
     )
 
 
-def row_of(cell: Cell, size: int, draws_DM: FloatArray) -> Json:
+def row_of(cell: Cell, draws_DM: FloatArray) -> Json:
     """A cell's row."""
     intervals = {
         name: interval_of(value, draws_DM[:, k])
@@ -341,7 +345,8 @@ def row_of(cell: Cell, size: int, draws_DM: FloatArray) -> Json:
         "group": cell.group,
         "n": len(cell.ids),
         "clusters": len(cell.clustered.sums_CM),
-        "features": size,
+        "features": cell.size,
+        "training_tokens": cell.training_tokens,
         "explained": sum(row["text"] is not None for row in cell.rows),
         "scored": len(cell.ids) - sum(failures.values()),
         "failures": failures,

@@ -34,8 +34,8 @@ def comparison_view(study: Study) -> Json:
 
     Returns:
         `{"available", "corpus", "missing_kinds": [{"kind", "label", "run"}], "stale_kinds", "tables": [{"explainer",
-        "rows": [row with "label"], "tests": [test with "text"], "verdicts": [{"measure", "sentences"}], "by":
-        [{"name", "label", "rows"}]}]}`; rows and tests are those of `compare`.
+        "rows": [row with "label" and "drawn"], "learned": [sentence], "tests": [test with "text"], "verdicts":
+        [{"measure", "sentences"}], "by": [{"name", "label", "rows"}]}]}`; rows and tests are those of `compare`.
     """
     found = json_file(study, "compare/compare.json")
     if found is None:
@@ -59,6 +59,7 @@ def explainer_table(found: Json, explainer: str) -> Json:
     return {
         "explainer": explainer,
         "rows": labelled(found["rows"], explainer),
+        "learned": uneven_training(labelled(found["rows"], explainer)),
         "tests": tests,
         "verdicts": [
             {"measure": words, "sentences": sentences}
@@ -67,6 +68,17 @@ def explainer_table(found: Json, explainer: str) -> Json:
         ],
         "by": [table for table in by if table["rows"]],
     }
+
+
+def uneven_training(rows: Sequence[Json]) -> list[str]:
+    """What was learned from fewer training tokens than the most, in words: such rows are not quite comparable."""
+    most = max((row["training_tokens"] or 0 for row in rows), default=0)
+    return [
+        f"Explanations of {row['label']} were learned from {row['training_tokens']:,} ordinary tokens, others from up "
+        f"to {most:,}."
+        for row in rows
+        if row["training_tokens"] and row["training_tokens"] < most
+    ]
 
 
 def labelled(rows: Sequence[Json], explainer: str) -> list[Json]:
