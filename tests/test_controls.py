@@ -59,9 +59,9 @@ def open_store(study: Study, source: str, corpus: str = "train") -> Store:
     return Store.open(store_folder(study.path, corpus, source))
 
 
-def hooked_inputs(study: Study, base: Path) -> list[dict[str, np.ndarray]]:
+def hooked_inputs(study: Study, base: Path, dtype: str = "float32") -> list[dict[str, np.ndarray]]:
     """Each trace's true input [T, I] of every linear map in the adapted model, by plain hooks, on its own."""
-    model, tokenizer = load_model(str(base))
+    model, tokenizer = load_model(str(base), dtype=dtype)
     adapter = Adapter.load(study.path / "adapter")
     rendered, _ = study.renderer(tokenizer).render_all(TRACES)
     found: list[dict[str, np.ndarray]] = []
@@ -70,7 +70,7 @@ def hooked_inputs(study: Study, base: Path) -> list[dict[str, np.ndarray]]:
             seen: dict[str, np.ndarray] = {}
             handles = [
                 model.get_submodule(part.path).register_forward_pre_hook(
-                    lambda _, args, path=part.path, seen=seen: seen.__setitem__(path, args[0][0].numpy().copy())
+                    lambda _, args, path=part.path, seen=seen: seen.__setitem__(path, args[0][0].float().numpy().copy())
                 )
                 for part in adapter.modules
             ]
@@ -113,6 +113,18 @@ def test_every_source_holds_the_true_inputs_times_its_vectors(tmp_path: Path, ba
             close(neurons.trace(i)[1][:, column], seen[path][:, unit])
         length = float(model.get_submodule(path).weight.detach()[:, unit].norm())
         assert neurons.effect_per_scalar[column] == pytest.approx(length, rel=1e-5)
+
+
+def test_low_precision_bases_are_read_in_fp32(study: Study, base: Path) -> None:
+    record(study, RecordConfig(source=ALL, token_budget=1), Options(device="cpu", dtype="bfloat16"))
+    inputs = hooked_inputs(study, base, "bfloat16")
+    control = Adapter.load(study.path / "controls" / "untrained")
+    stored = np.concatenate([z for _, z in open_store(study, "untrained").chunks()])
+    wanted = np.concatenate(
+        [np.concatenate([seen[m.path] @ m.a_RI.numpy().T for m in control.modules], axis=1) for seen in inputs]
+    )
+    # recording's forms of the norms and the MLP round at other places than the model's own
+    assert np.corrcoef(stored.ravel(), wanted.ravel())[0, 1] > 0.999
 
 
 def test_untrained_is_step_0_of_the_training_that_was_recorded(study: Study, base: Path) -> None:

@@ -15,6 +15,7 @@ from lorascope.report.marks import score_floor, score_mark
 from lorascope.study import Study
 from lorascope.views import comparison_view
 from lorascope.views.compare import uneven_training, verdict
+from lorascope.views.feature_list import feature_kind, feature_place
 from tiny_store import make_study
 
 TEST: dict[str, Any] = {
@@ -85,6 +86,22 @@ def test_kinds_that_learned_from_less_text_are_named() -> None:
     assert uneven_training(rows) == [
         "Explanations of others were learned from 4,500 ordinary tokens, others from up to 9,000."
     ]
+
+
+@pytest.mark.parametrize(
+    ("feature", "kind", "layer", "type_"),
+    [
+        ("L12.gate+", "direction", 12, "gate"),
+        ("random.L12.gate#difference-", "random", 12, "gate"),
+        ("untrained.L3.q#1+", "untrained", 3, "q"),
+        ("neuron.L3.512-", "neuron", 3, None),
+        ("sae.7", "latent", None, None),
+    ],
+)
+def test_controls_have_their_places(feature: str, kind: str, layer: int | None, type_: str | None) -> None:
+    assert feature_kind(feature) == kind
+    place = feature_place(feature)
+    assert (place["layer"], place["type"]) == (layer, type_)
 
 
 def test_marks_lie_where_the_scores_are() -> None:
