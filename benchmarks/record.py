@@ -28,7 +28,7 @@ def measure(study_path: Path) -> dict[str, Any]:
     from lorascope.fused import fused_reading
     from lorascope.memory import MOST_ON_CPU
     from lorascope.models import load_model
-    from lorascope.recording import adapter_scalars, fill_store, plan_recording
+    from lorascope.recording import adapter_scalars, fill_stores, plan_recording
     from lorascope.study import Study
     from lorascope.traces import pad_ids
 
@@ -49,7 +49,7 @@ def measure(study_path: Path) -> dict[str, Any]:
 
     def ours() -> None:
         with tempfile.TemporaryDirectory() as folder, attach(model, adapter) as attached, fused_reading(attached):
-            fill_store(Path(folder) / "store", plan, rendered, attached, adapter_scalars, "bench")
+            fill_stores([(Path(folder) / "store", plan)], rendered, attached, adapter_scalars, "bench")
 
     @torch.inference_mode()
     def bare() -> None:

@@ -45,7 +45,7 @@ def recording(study_path: Path, size: int) -> Callable[[], Any]:
     def record(traces: list[Any]) -> None:
         plan = recording.plan_recording(adapter, traces, MOST_ON_CPU, {})
         with tempfile.TemporaryDirectory() as folder, attach(model, adapter) as attached, fused_reading(attached):
-            recording.fill_store(Path(folder), plan, traces, attached, recording.adapter_scalars, "bench")
+            recording.fill_stores([(Path(folder), plan)], traces, attached, recording.adapter_scalars, "bench")
 
     record(rendered[-16:])
     return lambda: record(rendered[: 16 * size])

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import torch
 
 from lorascope.adapter import Adapter, build_adapter
+from lorascope.comparison import CompareConfig, compare
 from lorascope.config import Options
 from lorascope.example_search import ExamplesConfig, examples
 from lorascope.explain import ExplainConfig, explain_features
@@ -240,6 +241,7 @@ def make_report_study(path: Path, *, layers: int = 4, traces: int = 40) -> Study
     for corpus in ("train", "heldout"):
         examples(study, ExamplesConfig(corpus, k=12, per_quantile=4), options)
     explain_features(study, ExplainConfig(kinds="direction,latent", examples=20, learn=64), options)
+    compare(study, CompareConfig(draws=500), options)
     add_training(study)
     add_evaluation(study)
     add_ablation(study, adapter)

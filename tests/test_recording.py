@@ -18,7 +18,8 @@ from lorascope.config import Options
 from lorascope.errors import BadInput, MissingStage
 from lorascope.memory import FEWEST, MOST_ON_CPU
 from lorascope.models import load_model
-from lorascope.recording import RecordConfig, is_sink, record
+from lorascope.recording import RecordConfig, record
+from lorascope.sinks import is_sink
 from lorascope.store import Store, store_folder
 from lorascope.study import Study
 from lorascope.traces import Trace, write_traces

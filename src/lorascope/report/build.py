@@ -28,18 +28,28 @@ from lorascope.report.figures_of import (
 )
 from lorascope.report.gather import ReportConfig, gather
 from lorascope.report.grids import decoder_map, layer_map, strongest_writes
-from lorascope.report.marks import bar_mark, interval_words, scale_top, score_pair, score_words, share_bar
+from lorascope.report.marks import (
+    bar_mark,
+    interval_words,
+    scale_top,
+    score_floor,
+    score_mark,
+    score_pair,
+    score_words,
+    share_bar,
+)
 from lorascope.report.numbers import duration, figures, memory, moment, percent, points, tick, whole, whole_percent
 from lorascope.report.tokens import heat_tokens, plain_tokens
 from lorascope.study import Study, atomic_write_bytes
 
 LIMIT = 20 * 10**6
 """Largest report in bytes."""
-INPUTS = ("adapter", "train", "eval", "ablation", "examples", "explanations", "sae", "scalars", "tokenizer")
+INPUTS = ("adapter", "train", "eval", "ablation", "examples", "explanations", "compare", "sae", "scalars", "tokenizer")
 CHARTS = (accuracy_bars, card_names, kl_bars, layer_chart, loss_chart, patched_bars, sae_chart, histogram, layer_map)
 MARKS = (decoder_map, strongest_writes, bar_mark, interval_words, scale_top, score_pair, score_words, share_bar)
+SCORES = (score_floor, score_mark)
 TEXTS = (duration, figures, tick, memory, moment, percent, points, whole, whole_percent, heat_tokens, plain_tokens)
-HELPERS: tuple[Callable[..., Any], ...] = (*CHARTS, *MARKS, *TEXTS)
+HELPERS: tuple[Callable[..., Any], ...] = (*CHARTS, *MARKS, *SCORES, *TEXTS)
 """What templates may call."""
 
 
@@ -75,7 +85,7 @@ def write_report(study: Study, config: ReportConfig, options: Options) -> dict[s
 
 def missing_commands(data: dict[str, Any]) -> list[str]:
     """The commands that would fill the sections that are empty."""
-    views = [data[name] for name in ("curves", "map", "ablation", "scores", "sae", "table", "traces")]
+    views = [data[name] for name in ("curves", "map", "ablation", "scores", "compare", "sae", "table", "traces")]
     views += [data["overview"]["recovery"], data["sae"].get("patched", {})]
     return list(dict.fromkeys(view["missing"]["run"] for view in views if "missing" in view))
 

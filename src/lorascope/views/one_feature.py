@@ -12,7 +12,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from lorascope.errors import BadInput, MissingStage
-from lorascope.features import FeatureSet, load_features
+from lorascope.features import FeatureSet, load_features, source_of
 from lorascope.store import INDEX, store_folder
 from lorascope.study import Study
 from lorascope.token_text import open_tokenizer, token_texts
@@ -100,7 +100,7 @@ def open_features(study: Study, corpus: str, kind: str) -> FeatureSet:
     Raises:
         MissingStage: the corpus is not recorded or the SAE not trained.
     """
-    folder = store_folder(study.path, corpus, "base" if kind == "base" else "adapter")
+    folder = store_folder(study.path, corpus, source_of(kind))
     files = [folder / INDEX, *([study.path / "sae" / "sae_weights.safetensors"] if kind == "latent" else [])]
     if not all(path.is_file() for path in files):
         return load_features(study, corpus, kind)
