@@ -15,7 +15,8 @@ IntArray = NDArray[np.int64]
 RANGE = range(2, 13)
 """Numbers of clusters that are tried."""
 COMPONENTS = 32
-RESTARTS = 4
+RESTARTS = 6
+TRIED = 2
 ROUNDS = 100
 JUDGED = 1_000
 """Most points on which a silhouette is computed."""
@@ -26,7 +27,7 @@ def leading_components(values_PX: NDArray[np.floating], count: int, rng: np.rand
     """Coordinates [P, at most count] along the leading principal components (about the mean), by subspace iteration.
 
     Exact up to rounding where `count` + 8 is at least the smaller side, else to about the gap between components.
-    Signs are fixed: each component's largest coordinate in absolute value is positive.
+    Signs are fixed: each component's largest coordinate in absolute value is positive. Equal vectors have no component.
     """
     centred_PX = values_PX - values_PX.mean(axis=0)
     size = min(count + 8, *centred_PX.shape)
@@ -35,7 +36,7 @@ def leading_components(values_PX: NDArray[np.floating], count: int, rng: np.rand
         basis_PL = np.linalg.qr(centred_PX @ (centred_PX.T @ basis_PL))[0]
     u, s, _ = np.linalg.svd(basis_PL.T @ centred_PX, full_matrices=False)
     out_PK = (basis_PL @ u * s)[:, :count]
-    out_PK = out_PK[:, s[:count] > 1e-9 * max(float(s[0]), 1e-30)]
+    out_PK = out_PK[:, s[:count] > max(1e-9 * s.max(initial=0.0), 1e-30)]
     largest = np.abs(out_PK).argmax(axis=0)
     signed: FloatArray = out_PK * np.sign(out_PK[largest, np.arange(out_PK.shape[1])])
     return signed
@@ -64,12 +65,16 @@ def by_size(label_P: IntArray) -> IntArray:
 
 
 def _spread_starts(points_PX: FloatArray, k: int, rng: np.random.Generator) -> FloatArray:
-    """k-means++: each further start is a point drawn in proportion to its squared distance from those before."""
+    """Greedy k-means++: of a few points drawn in proportion to their squared distance from those chosen, the one
+    that leaves the least of it."""
     chosen = [int(rng.integers(len(points_PX)))]
     near_P = squared_distances(points_PX, points_PX[chosen])[:, 0]
     while len(chosen) < k and near_P.sum() > 0:
-        chosen.append(int(rng.choice(len(points_PX), p=near_P / near_P.sum())))
-        near_P = np.minimum(near_P, squared_distances(points_PX, points_PX[chosen[-1:]])[:, 0])
+        tried = rng.choice(len(points_PX), TRIED + int(np.log(k)), p=near_P / near_P.sum())
+        left_PQ = np.minimum(near_P[:, None], squared_distances(points_PX, points_PX[tried]))
+        best = int(left_PQ.sum(axis=0).argmin())
+        chosen.append(int(tried[best]))
+        near_P = left_PQ[:, best]
     return points_PX[chosen]
 
 

@@ -50,10 +50,10 @@ class Space:
 def make_space(
     kind: str, name: str, point_P: IntArray, vectors_PX: NDArray[np.floating], place: Place, rng: np.random.Generator
 ) -> Space:
-    """Clusters and map of vectors, both on their leading principal components."""
-    if len(point_P) < 2:
+    """Clusters and map of vectors, both on their leading principal components; one cluster where all are equal."""
+    points_PX = leading_components(vectors_PX, COMPONENTS, rng) if len(point_P) > 1 else np.zeros((len(point_P), 0))
+    if points_PX.shape[1] == 0:
         return Space(kind, name, point_P, np.zeros(len(point_P), np.int64), np.zeros((len(point_P), 2)), {})
-    points_PX = leading_components(vectors_PX, COMPONENTS, rng)
     label_P, silhouettes = find_clusters(points_PX, rng)
     return Space(kind, name, point_P, label_P, place(points_PX), silhouettes)
 
