@@ -14,6 +14,7 @@ from lorascope.errors import BadInput
 from lorascope.study import Study
 from lorascope.views import (
     ablation_view,
+    category_view,
     direction_map,
     dropped,
     explanation_scores,
@@ -79,6 +80,7 @@ def gather(study: Study, config: ReportConfig, seed: int) -> Json:
         "map": direction_map(study, config.corpus),
         "ablation": ablation_view(study),
         "scores": explanation_scores(study),
+        "categories": category_view(study),
         "sae": sae_page(study),
         "dropped": dropped(study),
         "made": provenance(study),
