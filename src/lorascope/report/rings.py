@@ -12,7 +12,7 @@ Json = Mapping[str, Any]
 SIZE = 420
 INNER, OUTER = (88, 138), (142, 196)
 """Radii of the two rings."""
-LABELLED = 0.03
+LABELLED = 0.02
 """An arc of at least this share carries its number."""
 COLOURS = 9
 
