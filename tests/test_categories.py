@@ -1,6 +1,7 @@
 """Categories: planted words come out as planted, shuffled ones at the chance that is stated, shares as counted."""
 
 import json
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -333,6 +334,8 @@ def test_another_taxonomy_is_used_and_its_edits_are_noticed(planted: Planted, tm
     rows = rows_of(study, "latent")
     assert {f: r["subcategory"] for f, r in rows.items() if r["category"] == "zorbs"} == {"sae.7": "first"}
     assert not (study.path / "categories" / "direction.jsonl").exists()  # of another taxonomy
+    categorize(study, replace(CONFIG, kinds="direction"), Options())
+    assert (study.path / "categories" / "direction.jsonl").read_bytes() == before["direction.jsonl"]
     file.write_text(file.read_text().replace("first", "edited"))
     categorize(study, replace(CONFIG, taxonomy=str(file), kinds="latent"), Options())
     assert rows_of(study, "latent")["sae.7"]["subcategory"] == "edited"
@@ -360,6 +363,33 @@ def test_bad_options_and_missing_stages(planted: Planted, tmp_path: Path, capsys
     (tmp_path / "kept").rename(path)
     assert main(["categorize", str(study.path), "--corpus", "other"]) == 2
     assert "lorascope record" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "module", "said"),
+    [
+        (["--map", "umap"], "umap", "--map umap needs the umap-learn package: pip install 'lorascope[umap]'."),
+        (
+            ["--embed", "some/model"],
+            "sentence_transformers",
+            "--embed needs the sentence-transformers package: pip install 'lorascope[embed]'.",
+        ),
+    ],
+)
+def test_extras_that_are_not_installed_are_named(
+    planted: Planted,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    option: list[str],
+    module: str,
+    said: str,
+) -> None:
+    study, _, _ = planted
+    before = {p.name: p.read_bytes() for p in (study.path / "categories").iterdir()}
+    monkeypatch.setitem(sys.modules, module, None)
+    assert main(["categorize", str(study.path), *option]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"lorascope: {said}"
+    assert {p.name: p.read_bytes() for p in (study.path / "categories").iterdir()} == before
 
 
 def test_groups_of_a_judge_that_names_only_the_category() -> None:

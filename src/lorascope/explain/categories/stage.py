@@ -157,7 +157,6 @@ def fill_folder(
 ) -> dict[str, Any]:
     """Everything of one run, into a folder; the stage's result."""
     texts = vocabulary_texts(open_tokenizer(study.path / "tokenizer"))
-    rng = np.random.default_rng(options.seed)
     place: Place = first_two if config.map == "pca" else partial(place_by_umap, seed=options.seed)
     counts: dict[str, Any] = {}
     shares: dict[str, Any] = {}
@@ -166,23 +165,24 @@ def fill_folder(
     tables: list[pa.Table] = []
     for name, of_kind in progress(features.items(), len(features), "categorize", "kind"):
         kind = read_kind(study, config.corpus, of_kind, texts)
-        assigned = assign_kind(kind, config.by, taxonomy, ask, rng)
+        draws = partial(generator, options.seed, name)
+        assigned = assign_kind(kind, config.by, taxonomy, ask, draws("null"))
         atomic_write_text(
             folder / f"{name}.jsonl",
             "".join(json.dumps(one.as_row(), ensure_ascii=False, allow_nan=False) + "\n" for one in assigned),
         )
         groups, group_F = make_groups(assigned, taxonomy)
-        shares[name] = measure_shares(kind, groups, group_F, rng)
+        shares[name] = measure_shares(kind, groups, group_F, draws("shares"))
         counts[name] = count_assigned(assigned)
-        spaces = feature_spaces(kind, config, options.device, place, rng)
+        spaces = feature_spaces(kind, config, options.device, place, draws("spaces"))
         clusters += [describe_space(space, kind, config.enough) for space in spaces]
-        agreement += compare_spaces(spaces, assigned, rng)
+        agreement += compare_spaces(spaces, assigned, draws("agreement"))
         tables += [feature_table(space, kind, assigned) for space in spaces]
         if kind.decoder_FN is not None:
             write_json(folder / "flow.json", make_flow(kind, assigned))
     states = load_features(study, config.corpus, "direction").store
     at_T = spaced_tokens(states, STATES)
-    space = make_space("token", "states", at_T, state_vectors(states, at_T), place, rng)
+    space = make_space("token", "states", at_T, state_vectors(states, at_T), place, generator(options.seed, "states"))
     clusters.append(describe_points(space))
     tables.append(token_table(space, states, texts))
     order = [{"name": c, "description": taxonomy.descriptions[c]} for c in taxonomy.categories]
@@ -194,6 +194,11 @@ def fill_folder(
     )
     pq.write_table(pa.concat_tables(tables), folder / "maps.parquet")
     return {"corpus": config.corpus, "taxonomy": taxonomy.name, "kinds": counts}
+
+
+def generator(seed: int, *purpose: str) -> np.random.Generator:
+    """A generator of the purpose's own, so that one option or kind does not change the draws of another."""
+    return np.random.default_rng([seed, *" ".join(purpose).encode()])
 
 
 def assign_kind(kind: Kind, by: str, taxonomy: Taxonomy, ask: Ask | None, rng: np.random.Generator) -> list[Assignment]:
