@@ -15,6 +15,7 @@ from lorascope.comparison import CompareConfig, compare
 from lorascope.config import Options
 from lorascope.example_search import ExamplesConfig, examples
 from lorascope.explain import ExplainConfig, explain_features
+from lorascope.explain.categories import CategorizeConfig, categorize
 from lorascope.recovery import recovery_rows
 from lorascope.sae import SAEConfig
 from lorascope.sae.training import train_sae
@@ -242,6 +243,7 @@ def make_report_study(path: Path, *, layers: int = 4, traces: int = 40) -> Study
         examples(study, ExamplesConfig(corpus, k=12, per_quantile=4), options)
     explain_features(study, ExplainConfig(kinds="direction,latent", examples=20, learn=64), options)
     compare(study, CompareConfig(draws=500), options)
+    categorize(study, CategorizeConfig(), options)
     add_training(study)
     add_evaluation(study)
     add_ablation(study, adapter)

@@ -34,7 +34,13 @@ NO_LANGUAGE_MODEL = ["example_search", "sae", "explain", "comparison", "views", 
 LANGUAGE_MODEL = {"transformers", "peft", "lorascope.models", "lorascope.attached", "lorascope.generation"}
 
 # Import names of packages that are called something else on the registry.
-PACKAGES = {"yaml": "pyyaml", "math_verify": "math-verify", "reasoning_gym": "reasoning-gym"}
+PACKAGES = {
+    "yaml": "pyyaml",
+    "math_verify": "math-verify",
+    "reasoning_gym": "reasoning-gym",
+    "sentence_transformers": "sentence-transformers",
+    "umap": "umap-learn",
+}
 
 
 @dataclass(frozen=True)
@@ -212,7 +218,8 @@ def test_every_import_is_a_declared_dependency() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     core = _package_names(project["dependencies"])
-    reader_extras = _package_names([line for extra in ("peft", "math", "gym", "hub", "web") for line in extras[extra]])
+    readers = ("peft", "math", "gym", "hub", "web", "embed", "umap")
+    reader_extras = _package_names([line for extra in readers for line in extras[extra]])
     wrong = []
     for file, found in import_cases():
         top = found.target.split(".")[0]

@@ -46,6 +46,7 @@ COMMANDS = {
     "sae": Command("sae", "SAEConfig", "decompose", "a sparse autoencoder on the whole state"),
     "explain": Command("explain", "ExplainConfig", "explain_features", "explain features and score it"),
     "compare": Command("comparison", "CompareConfig", "compare", "kinds of features beside each other, with tests"),
+    "categorize": Command("explain.categories", "CategorizeConfig", "categorize", "what kinds of things they encode"),
     "report": Command("report", "ReportConfig", "write_report", "one HTML file of everything"),
 }
 

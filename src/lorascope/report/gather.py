@@ -14,6 +14,7 @@ from lorascope.errors import BadInput
 from lorascope.study import Study
 from lorascope.views import (
     ablation_view,
+    category_view,
     comparison_view,
     direction_map,
     dropped,
@@ -81,6 +82,7 @@ def gather(study: Study, config: ReportConfig, seed: int) -> Json:
         "ablation": ablation_view(study),
         "scores": explanation_scores(study),
         "compare": comparison_view(study),
+        "categories": category_view(study),
         "sae": sae_page(study),
         "dropped": dropped(study),
         "made": provenance(study),

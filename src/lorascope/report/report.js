@@ -89,6 +89,15 @@ for (const map of all("svg.map:not(.small)")) {
   });
 }
 
+// --- a link into something folded unfolds it ---
+document.addEventListener("click", (event) => {
+  const link = event.target.closest && event.target.closest('a[href^="#"]');
+  const target = link && document.getElementById(link.getAttribute("href").slice(1));
+  if (!target) return;
+  target.hidden = false;
+  for (let fold = target.closest("details"); fold; fold = fold.parentElement.closest("details")) fold.open = true;
+});
+
 // --- a table that is wider than the page can be scrolled by key ---
 const watchWidth = new ResizeObserver((entries) => {
   for (const { target } of entries) {

@@ -4,6 +4,7 @@ The report embeds what they give; each says what to run when its stage has not b
 """
 
 from lorascope.views.ablation_tables import ablation_view
+from lorascope.views.category_shares import category_view
 from lorascope.views.compare import comparison_view
 from lorascope.views.curves import training_curves
 from lorascope.views.feature_list import feature_table
@@ -19,6 +20,7 @@ from lorascope.views.scores import explanation_scores
 
 __all__ = [
     "ablation_view",
+    "category_view",
     "comparison_view",
     "direction_map",
     "dropped",
