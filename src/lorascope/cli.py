@@ -45,6 +45,8 @@ COMMANDS = {
     "examples": Command("example_search", "ExamplesConfig", "examples", "what each feature responds to most"),
     "sae": Command("sae", "SAEConfig", "decompose", "a sparse autoencoder on the whole state"),
     "explain": Command("explain", "ExplainConfig", "explain_features", "explain features and score it"),
+    "reasoning": Command("reasoning", "ReasoningConfig", "find_reasoning", "which features fire at reasoning words"),
+    "lens": Command("logit_lens", "LensConfig", "read_lens", "tokens that directions and latents read and write"),
     "report": Command("report", "ReportConfig", "write_report", "one HTML file of everything"),
 }
 
