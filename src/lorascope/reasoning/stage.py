@@ -1,6 +1,7 @@
 """`lorascope reasoning`: every feature's reasoning score, and a word's contrast on request; no model, no judge."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lorascope.config import Options
-from lorascope.errors import BadInput
-from lorascope.features import KINDS, FeatureSet, available_kinds, load_features
+from lorascope.errors import BadInput, MissingStage
+from lorascope.features import KINDS, FeatureSet, load_features
 from lorascope.reasoning.contrast import ContrastSettings, contrast_name, contrast_word
 from lorascope.reasoning.model_words import word_log_probability
 from lorascope.reasoning.word_scores import Scores, near_words, score_features
@@ -87,9 +88,12 @@ def chosen_kinds(study: Study, config: ReasoningConfig) -> list[str]:
     """The kinds asked for."""
     if config.kinds != "auto":
         return list(dict.fromkeys(part.strip() for part in config.kinds.split(",")))
-    if kinds := available_kinds(study, config.corpus):
-        return kinds
-    return [next(iter(KINDS))]  # loading it says what is missing
+    kinds: list[str] = []
+    for kind in KINDS:  # unlike firing levels, scores need no training corpus
+        with suppress(MissingStage):
+            load_features(study, config.corpus, kind)
+            kinds.append(kind)
+    return kinds or [next(iter(KINDS))]  # loading it says what is missing
 
 
 def inputs_of(study: Study, sets: Sequence[FeatureSet]) -> list[str]:
