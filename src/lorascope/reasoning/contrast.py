@@ -72,8 +72,11 @@ class Predictor:
     """Something that tells the places apart, chosen or fitted on one half."""
 
     name: str
+    baseline: str | None
+    """`random`, `unigram` or `model`; None for a feature."""
     feature: str | None
     kind: str | None
+    """Of the feature, or of those that random features stand beside."""
     candidates: int
     """Features it is the best of; 0 for what is no feature."""
     selected: float | None
@@ -109,9 +112,9 @@ def contrast_word(
 
     Returns:
         `{"word", "corpus", "halves": {"selected_on", "reported_on"}, "negatives_left_out", "tokens": [[text, count]],
-        "random", "predictors": [row]}`; a row is `{"predictor", "feature", "kind", "candidates", "selected_auroc",
-        "auroc": interval, "above": {baseline: interval}}`, intervals over traces of the reported half. `above` is the
-        paired difference to each baseline.
+        "random", "predictors": [row]}`; a row is `{"predictor", "baseline", "feature", "kind", "candidates",
+        "selected_auroc", "auroc": interval, "above": {baseline: interval}}`, intervals over traces of the reported
+        half. `above` is the paired difference to each baseline.
 
     Raises:
         BadInput: the word is too rare in the thinking of this corpus.
@@ -136,7 +139,7 @@ def contrast_word(
         wanted = places.within(reported)
         score_P = np.full(len(wanted), np.nan)
         score_P[wanted] = log_probability(study, store, places.position_P[wanted], places.first_ids, options)
-        scored.append(Predictor("the model's own log p", None, None, 0, None, score_P))
+        scored.append(Predictor("the model's own log p", "model", None, None, 0, None, score_P))
     texts = vocabulary_texts(tokenizer)
     ids, counts = np.unique(places.token_P[places.positive_P], return_counts=True)
     common = np.argsort(-counts, kind="stable")[:SHOWN_TOKENS]
@@ -213,7 +216,7 @@ def best_feature(features: FeatureSet, places: Places, chosen: Ints) -> Predicto
             best, column = float(auroc_B.max()), first + int(auroc_B.argmax())
     score_P = features.encode(z_PN, np.array([column], np.intp))[:, 0]
     name = features.ids[column]
-    return Predictor(f"best {features.kind}", name, features.kind, len(features.ids), best, score_P)
+    return Predictor(f"best {features.kind}", None, name, features.kind, len(features.ids), best, score_P)
 
 
 def random_pool(
@@ -241,9 +244,8 @@ def best_random(kind: str, scores_PF: Floats, places: Places, chosen: Ints) -> P
     kept_P = places.within(chosen)
     auroc_F = column_aurocs(scores_PF[kept_P], places.positive_P[kept_P])
     column = int(auroc_F.argmax())
-    name = f"best random, as many as {kind} features"
     count = scores_PF.shape[1]
-    return Predictor(name, None, f"{RANDOM} {kind}", count, float(auroc_F[column]), scores_PF[:, column])
+    return Predictor(f"best random for {kind}", RANDOM, None, kind, count, float(auroc_F[column]), scores_PF[:, column])
 
 
 def unigram(places: Places, chosen: Ints) -> Predictor:
@@ -254,7 +256,7 @@ def unigram(places: Places, chosen: Ints) -> Predictor:
     total, hits = (np.bincount(places.token_P[kept_P], weight, size) for weight in (None, label_P))
     score_P = ((hits + label_P.mean()) / (total + 1))[places.token_P]
     selected = float(weighted_auroc(score_P[kept_P], places.positive_P[kept_P])(np.ones(int(kept_P.sum()))))
-    return Predictor("token unigram", None, None, 0, selected, score_P)
+    return Predictor("token unigram", "unigram", None, None, 0, selected, score_P)
 
 
 def report_rows(
@@ -276,11 +278,12 @@ def report_rows(
         def gap(baseline: Predictor) -> dict[str, float] | None:
             return interval(lambda w: measures[one.name](w) - measures[baseline.name](w))
 
-        return {p.name: gap(p) for p in scored if not p.feature and p.kind in (None, f"{RANDOM} {one.kind}")}
+        return {p.baseline: gap(p) for p in scored if p.baseline and p.kind in (None, one.kind)}
 
     return [
         {
             "predictor": one.name,
+            "baseline": one.baseline,
             "feature": one.feature,
             "kind": one.kind,
             "candidates": one.candidates,

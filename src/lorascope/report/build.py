@@ -30,16 +30,18 @@ from lorascope.report.gather import ReportConfig, gather
 from lorascope.report.grids import decoder_map, layer_map, strongest_writes
 from lorascope.report.marks import bar_mark, interval_words, scale_top, score_pair, score_words, share_bar
 from lorascope.report.numbers import duration, figures, memory, moment, percent, points, tick, whole, whole_percent
-from lorascope.report.tokens import heat_tokens, plain_tokens
+from lorascope.report.tokens import heat_tokens, plain_tokens, token_list
 from lorascope.study import Study, atomic_write_bytes
 
 LIMIT = 20 * 10**6
 """Largest report in bytes."""
-INPUTS = ("adapter", "train", "eval", "ablation", "examples", "explanations", "sae", "scalars", "tokenizer")
+MADE = ("train", "eval", "ablation", "examples", "explanations", "sae", "reasoning", "lens")
+INPUTS = ("adapter", *MADE, "scalars", "tokenizer")
 CHARTS = (accuracy_bars, card_names, kl_bars, layer_chart, loss_chart, patched_bars, sae_chart, histogram, layer_map)
 MARKS = (decoder_map, strongest_writes, bar_mark, interval_words, scale_top, score_pair, score_words, share_bar)
-TEXTS = (duration, figures, tick, memory, moment, percent, points, whole, whole_percent, heat_tokens, plain_tokens)
-HELPERS: tuple[Callable[..., Any], ...] = (*CHARTS, *MARKS, *TEXTS)
+NUMBERS = (duration, figures, tick, memory, moment, percent, points, whole, whole_percent)
+TOKENS = (heat_tokens, plain_tokens, token_list)
+HELPERS: tuple[Callable[..., Any], ...] = (*CHARTS, *MARKS, *NUMBERS, *TOKENS)
 """What templates may call."""
 
 
@@ -75,7 +77,8 @@ def write_report(study: Study, config: ReportConfig, options: Options) -> dict[s
 
 def missing_commands(data: dict[str, Any]) -> list[str]:
     """The commands that would fill the sections that are empty."""
-    views = [data[name] for name in ("curves", "map", "ablation", "scores", "sae", "table", "traces")]
+    names = ("curves", "map", "ablation", "scores", "reasoning", "lens", "sae", "table", "traces")
+    views = [data[name] for name in names]
     views += [data["overview"]["recovery"], data["sae"].get("patched", {})]
     return list(dict.fromkeys(view["missing"]["run"] for view in views if "missing" in view))
 
