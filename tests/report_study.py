@@ -232,7 +232,7 @@ LENS_TOKENS = ["</b><script>hacked", " think", "\n", "<E2 80>"]
 
 
 def add_lens(study: Study) -> None:
-    """What L2.down writes, L1.gate reads and the first latents write: the same few tokens; only `+` is beyond chance."""
+    """What L2.down writes, L1.gate reads and latents write: the same few tokens; `-` is no more than random."""
     sides = {"L2.down": "write", "L1.gate": "read"} | {f"sae.{i}": "write" for i in range(56)}
     rows = [
         {
