@@ -23,7 +23,7 @@ from lorascope.adapter import Adapter, initial_adapter
 from lorascope.attached import attach
 from lorascope.config import Options
 from lorascope.creation import NewConfig, create_study
-from lorascope.errors import BadInput, MissingStage
+from lorascope.errors import BadInput, MissingStage, RunFailed
 from lorascope.logit_lens import LensConfig, make_lens, read_lens, residual_vectors
 from lorascope.study import Study
 from planted_model import EVERY, TRIGGERS, planted_traces, save_planted
@@ -176,6 +176,13 @@ def test_a_norm_that_takes_the_mean_away_is_refused() -> None:
     model.model.norm = torch.nn.LayerNorm(32)
     with pytest.raises(BadInput, match="RMS norms"):
         make_lens(model, random_adapter(model), None, TEXTS, CONFIG, seed=0)
+
+
+def test_an_sae_of_another_adapter_is_refused() -> None:
+    model = tiny_model()
+    decoder = np.ones((4, 2), np.float32)
+    with pytest.raises(RunFailed, match="another adapter"):
+        make_lens(model, random_adapter(model), decoder, TEXTS, CONFIG, seed=0)
 
 
 def test_directions_elsewhere_are_counted() -> None:

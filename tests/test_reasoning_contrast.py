@@ -83,7 +83,7 @@ def test_a_feature_that_foresees_the_word_wins(tmp_path: Path) -> None:
     kept = json.loads((study.path / "reasoning" / "heldout" / "contrast-then.json").read_text())
     assert kept == result["contrast"]
     assert kept["tokens"][0][0] == "."
-    assert kept["random"] == "random linear combinations of the state"
+    assert kept["random"] == {"direction": "random linear combinations of the state"}
 
 
 def test_without_one_the_chosen_feature_is_at_chance_on_the_other_half(tmp_path: Path) -> None:

@@ -194,7 +194,7 @@ def residual_vectors(
             written += both_signs(addresses, module.scale * b_RD, float(np.sign(module.scale)) or 1.0)
             if decoder_FN is not None:
                 if decoder_FN.shape[1] != len(adapter.addresses):
-                    raise RunFailed("The SAE is of another adapter than the study's; run again: lorascope sae STUDY.")
+                    raise RunFailed("The SAE was trained on another adapter's scalars; train it again.")
                 codes_FR = torch.from_numpy(np.asarray(decoder_FN[:, module.columns], np.float32))
                 part_FD = codes_FR @ (module.scale * b_RD)
                 latents_FD = part_FD if latents_FD is None else latents_FD + part_FD

@@ -112,9 +112,9 @@ def contrast_word(
 
     Returns:
         `{"word", "corpus", "halves": {"selected_on", "reported_on"}, "negatives_left_out", "tokens": [[text, count]],
-        "random", "predictors": [row]}`; a row is `{"predictor", "baseline", "feature", "kind", "candidates",
-        "selected_auroc", "auroc": interval, "above": {baseline: interval}}`, intervals over traces of the reported
-        half. `above` is the paired difference to each baseline.
+        "random": {kind: what they are}, "predictors": [row]}`; a row is `{"predictor", "baseline", "feature", "kind",
+        "candidates", "selected_auroc", "auroc": interval, "above": {baseline: interval}}`, intervals over traces of the
+        reported half. `above` is the paired difference to each baseline.
 
     Raises:
         BadInput: the word is too rare in the thinking of this corpus.
@@ -127,9 +127,10 @@ def contrast_word(
     places = find_places(store, mark_words(store, tokenizer, [word]), rng)
     chosen, reported = split_traces(places, word, store, rng)
     scored: list[Predictor] = []
+    random: dict[str, str] = {}
     for features in sets:
         if features.kind != RANDOM:
-            pool, how = random_pool(features, sets, places, rng)
+            pool, random[features.kind] = random_pool(features, sets, places, rng)
             scored += [
                 best_feature(features, places, chosen),
                 best_random(features.kind, pool, places, chosen),
@@ -149,7 +150,7 @@ def contrast_word(
         "halves": {"selected_on": half_counts(places, chosen), "reported_on": half_counts(places, reported)},
         "negatives_left_out": places.left_out,
         "tokens": [[texts[ids[i]], int(counts[i])] for i in common],
-        "random": how,
+        "random": random,
         "predictors": report_rows(scored, places, reported, rng),
     }
 
