@@ -46,10 +46,15 @@ class Ring:
 
     def moved(self, offset_SR: Ints, part: slice) -> npt.NDArray[np.float32]:
         """1 where a token of a part of U is near after moving the near tokens by each offset, float32 [S, part]."""
-        trace = self.trace_U[part]
-        begin, length = self.begin_R[trace], self.length_R[trace]
-        place = np.arange(part.start, part.stop) - begin
-        return self.near_U[begin + (place - offset_SR[:, trace]) % length].astype(np.float32)
+        out = np.empty((len(offset_SR), part.stop - part.start), np.float32)
+        for ring in range(self.trace_U[part.start], self.trace_U[part.stop - 1] + 1):
+            begin, length = int(self.begin_R[ring]), int(self.length_R[ring])
+            low, high = max(part.start, begin), min(part.stop, begin + length)
+            twice = np.tile(self.near_U[begin : begin + length], 2)
+            stretches = np.lib.stride_tricks.sliding_window_view(twice, high - low)
+            first_S = (low - begin - offset_SR[:, ring]) % length
+            out[:, low - part.start : high - part.start] = stretches[first_S]
+        return out
 
 
 @dataclass(frozen=True)
