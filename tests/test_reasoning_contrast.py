@@ -18,7 +18,7 @@ from lorascope.features import load_features
 from lorascope.models import load_model
 from lorascope.reasoning import ReasoningConfig, find_reasoning, mark_words
 from lorascope.reasoning.auroc import column_aurocs, weighted_auroc
-from lorascope.reasoning.contrast import find_places
+from lorascope.reasoning.contrast import find_places, random_features
 from lorascope.reasoning.model_words import word_log_probability
 from lorascope.recording import RecordConfig, record
 from lorascope.study import Study
@@ -174,3 +174,21 @@ def test_the_models_own_log_p(tmp_path: Path) -> None:
             ids = store.tokens[start : position + 1].tolist()
             logp_V = attached.run([ids]).logits[0, -1].log_softmax(0)
             assert value == pytest.approx(float(logp_V[[7, 9]].logsumexp(0)), abs=1e-4)
+
+
+def test_recorded_random_features_are_used_where_there_are_enough(tmp_path: Path) -> None:
+    store = load_features(foreseen(tmp_path / "s", traces=20), "heldout", "direction")
+    places = find_places(store.store, mark_words(store.store, make_tokenizer(), ["then"]), np.random.default_rng(0))
+    recorded = replace(store, kind="random")
+    few = replace(recorded, ids=store.ids[:4])
+    z_PN = store.store.rows(places.position_P)
+    for others, said in (([store, recorded], "recorded controls"), ([store, few], "random linear combinations")):
+        encode, how = random_features(store, others, places, np.random.default_rng(1))
+        assert how.startswith(said)
+        acts_PF = encode(np.arange(12))
+        assert acts_PF.shape == (len(places.position_P), 12)
+        assert (acts_PF >= 0).all()
+        if how == "recorded controls":
+            np.testing.assert_array_equal(acts_PF, store.encode(z_PN, np.arange(12)))
+        else:  # a combination and its opposite never fire together
+            assert not ((acts_PF[:, :6] > 0) & (acts_PF[:, 6:] > 0)).any()

@@ -36,6 +36,8 @@ SHOWN_TOKENS = 8
 RANDOM = "random"
 """The kind of recorded controls; without it random features are drawn from the state."""
 
+Encode = Callable[[npt.NDArray[np.intp]], Floats]
+"""Columns to their activations on all places, float32 [P, columns]."""
 LogProbability = Callable[[Study, Store, Ints, Ints, Options], FloatArray]
 
 
@@ -130,11 +132,9 @@ def contrast_word(
     random: dict[str, str] = {}
     for features in sets:
         if features.kind != RANDOM:
-            pool, random[features.kind] = random_pool(features, sets, places, rng)
-            scored += [
-                best_feature(features, places, chosen),
-                best_random(features.kind, pool, places, chosen),
-            ]
+            encode, random[features.kind] = random_features(features, sets, places, rng)
+            scored.append(best_feature(features, places, chosen))
+            scored.append(best_random(features, encode, places, chosen))
     scored.append(unigram(places, chosen))
     if log_probability is not None:
         wanted = places.within(reported)
@@ -205,48 +205,54 @@ def half_counts(places: Places, traces: Ints) -> dict[str, int]:
     return {"traces": len(traces), "positives": int(positive_P.sum()), "negatives": int((~positive_P).sum())}
 
 
-def best_feature(features: FeatureSet, places: Places, chosen: Ints) -> Predictor:
-    """The feature of a kind with the highest AUROC on the chosen half."""
-    z_PN = features.store.rows(places.position_P)
+def best_column(encode: Encode, count: int, places: Places, chosen: Ints) -> tuple[int, float]:
+    """The column with the highest AUROC on the chosen half, and that AUROC; columns are made a block at a time."""
     kept_P = places.within(chosen)
     best, column = -1.0, 0
-    for first in range(0, len(features.ids), BLOCK):
-        block = np.arange(first, min(first + BLOCK, len(features.ids)))
-        auroc_B = column_aurocs(features.encode(z_PN[kept_P], block), places.positive_P[kept_P])
+    for first in range(0, count, BLOCK):
+        block = np.arange(first, min(first + BLOCK, count))
+        auroc_B = column_aurocs(encode(block)[kept_P], places.positive_P[kept_P])
         if auroc_B.max() > best:
             best, column = float(auroc_B.max()), first + int(auroc_B.argmax())
+    return column, best
+
+
+def best_feature(features: FeatureSet, places: Places, chosen: Ints) -> Predictor:
+    """The feature of a kind with the highest AUROC on the chosen half."""
+    z_PN, count = features.store.rows(places.position_P), len(features.ids)
+    column, best = best_column(lambda block: features.encode(z_PN, block), count, places, chosen)
     score_P = features.encode(z_PN, np.array([column], np.intp))[:, 0]
-    name = features.ids[column]
-    return Predictor(f"best {features.kind}", None, name, features.kind, len(features.ids), best, score_P)
+    return Predictor(f"best {features.kind}", None, features.ids[column], features.kind, count, best, score_P)
 
 
-def random_pool(
+def best_random(features: FeatureSet, encode: Encode, places: Places, chosen: Ints) -> Predictor:
+    """The random feature with the highest AUROC on the chosen half, of as many as the kind has."""
+    count = len(features.ids)
+    column, best = best_column(encode, count, places, chosen)
+    score_P = encode(np.array([column], np.intp))[:, 0]
+    return Predictor(f"best random for {features.kind}", RANDOM, None, features.kind, count, best, score_P)
+
+
+def random_features(
     features: FeatureSet, sets: Sequence[FeatureSet], places: Places, rng: np.random.Generator
-) -> tuple[Floats, str]:
-    """As many random features on all places as a kind has, float32 [P, F], and what they are.
+) -> tuple[Encode, str]:
+    """As many random features as a kind has, as a function from columns to activations on all places, and their name.
 
     Recorded controls of the kind `random` where there are enough; else both signs of random linear combinations of
     the state, each scalar at mean 0 and standard deviation 1 over the places.
     """
     count = len(features.ids)
-    for other in sets:
-        if other.kind == RANDOM and len(other.ids) >= count:
-            wanted = np.sort(rng.choice(len(other.ids), count, replace=False))
-            return other.encode(other.store.rows(places.position_P), wanted), "recorded controls"
+    recorded = next((one for one in sets if one.kind == RANDOM and len(one.ids) >= count), None)
+    if recorded is not None:
+        recorded_PN = recorded.store.rows(places.position_P)
+        wanted = np.sort(rng.choice(len(recorded.ids), count, replace=False))
+        return lambda block: recorded.encode(recorded_PN, wanted[block]), "recorded controls"
     z_PN = features.store.rows(places.position_P)
     sd_N = z_PN.std(axis=0)
     u_PN = (z_PN - z_PN.mean(axis=0)) / np.where(sd_N > 0, sd_N, 1)
-    mixed = u_PN @ rng.standard_normal((u_PN.shape[1], -(-count // 2)), np.float32)
-    return np.maximum(np.concatenate([mixed, -mixed], axis=1)[:, :count], 0), "random linear combinations of the state"
-
-
-def best_random(kind: str, scores_PF: Floats, places: Places, chosen: Ints) -> Predictor:
-    """The random feature with the highest AUROC on the chosen half, of as many as the kind has."""
-    kept_P = places.within(chosen)
-    auroc_F = column_aurocs(scores_PF[kept_P], places.positive_P[kept_P])
-    column = int(auroc_F.argmax())
-    count = scores_PF.shape[1]
-    return Predictor(f"best random for {kind}", RANDOM, None, kind, count, float(auroc_F[column]), scores_PF[:, column])
+    half = rng.standard_normal((u_PN.shape[1], -(-count // 2)), np.float32)
+    mix_NF = np.concatenate([half, -half], axis=1)
+    return lambda block: np.maximum(u_PN @ mix_NF[:, block], 0), "random linear combinations of the state"
 
 
 def unigram(places: Places, chosen: Ints) -> Predictor:
