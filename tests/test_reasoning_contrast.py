@@ -142,7 +142,7 @@ def test_rare_words_and_different_texts_are_refused(tmp_path: Path) -> None:
     for corpus in ("train", "heldout"):
         tokens, z = np.roll(store.tokens, 1), np.ones((store.n_tokens, 6))
         write_store(study, z, lengths, corpus=corpus, source="base", tokens=tokens, segments=store.segments)
-    with pytest.raises(RunFailed, match="different texts"):
+    with pytest.raises(RunFailed, match="differ in their texts"):
         find_reasoning(study, CONFIG, Options())
 
 

@@ -125,7 +125,9 @@ def contrast_word(
     rng = np.random.default_rng(options.seed)
     store = sets[0].store
     if any(not np.array_equal(features.store.tokens, store.tokens) for features in sets):
-        raise RunFailed(f"The sources of {store.folder.parent} were recorded from different texts; record them again.")
+        raise RunFailed(
+            f"The sources of {store.folder.parent} differ in their texts; record them again, or name --kinds."
+        )
     places = find_places(store, mark_words(store, tokenizer, [word]), rng)
     chosen, reported = split_traces(places, word, store, rng)
     scored: list[Predictor] = []

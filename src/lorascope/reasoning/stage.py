@@ -1,8 +1,10 @@
 """`lorascope reasoning`: every feature's reasoning score, and a word's contrast on request; no model, no judge."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -75,9 +77,15 @@ def find_reasoning(study: Study, config: ReasoningConfig, options: Options) -> d
     name = contrast_name(config.contrast) if config.contrast is not None else ""
     study.require(TOKENIZER, "lorascope record STUDY")
     sets = [load_features(study, config.corpus, kind) for kind in chosen_kinds(study, config)]
+    stores = {features.store.folder: features.store for features in sets}
+
+    @cache  # kinds that share a recording share its words
+    def marks(folder: Path) -> WordMarks:
+        return mark_words(stores[folder], open_tokenizer(study.path / "tokenizer"), words)
+
     result: dict[str, Any] = {"corpus": config.corpus, "kinds": {}}
     for features in sets:
-        result["kinds"][features.kind] = scores_of_kind(study, config, features, words, options)
+        result["kinds"][features.kind] = scores_of_kind(study, config, features, words, marks, options)
     study.summarise({"reasoning": {config.corpus: {k: v["significant"] for k, v in result["kinds"].items()}}})
     if config.contrast is not None:
         result["contrast"] = contrast_of_word(study, config, sets, name, options)
@@ -104,17 +112,22 @@ def inputs_of(study: Study, sets: Sequence[FeatureSet]) -> list[str]:
 
 
 def scores_of_kind(
-    study: Study, config: ReasoningConfig, features: FeatureSet, words: tuple[str, ...], options: Options
+    study: Study,
+    config: ReasoningConfig,
+    features: FeatureSet,
+    words: tuple[str, ...],
+    marks: Callable[[Path], WordMarks],
+    options: Options,
 ) -> dict[str, Any]:
     """Score the features of one kind; the table's counts and its head."""
     relative = f"reasoning/{config.corpus}/{features.kind}.parquet"
 
     def work() -> dict[str, Any]:
-        marks = mark_words(features.store, open_tokenizer(study.path / "tokenizer"), words)
-        near_T = near_words(features.store, marks)
+        found = marks(features.store.folder)
+        near_T = near_words(features.store, found)
         rng = np.random.default_rng(options.seed)
-        scores = score_features(features, near_T, marks.thinking_T, shifts=config.shifts, rng=rng)
-        counts = corpus_counts(features, marks, int(near_T.sum()))
+        scores = score_features(features, near_T, found.thinking_T, shifts=config.shifts, rng=rng)
+        counts = corpus_counts(features, found, int(near_T.sum()))
         table = score_table(features, scores, counts)
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink)
