@@ -47,6 +47,8 @@ COMMANDS = {
     "explain": Command("explain", "ExplainConfig", "explain_features", "explain features and score it"),
     "compare": Command("comparison", "CompareConfig", "compare", "kinds of features beside each other, with tests"),
     "categorize": Command("explain.categories", "CategorizeConfig", "categorize", "what kinds of things they encode"),
+    "reasoning": Command("reasoning", "ReasoningConfig", "find_reasoning", "which features fire at reasoning words"),
+    "lens": Command("logit_lens", "LensConfig", "read_lens", "tokens that directions and latents read and write"),
     "report": Command("report", "ReportConfig", "write_report", "one HTML file of everything"),
 }
 
