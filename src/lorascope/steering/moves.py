@@ -72,8 +72,7 @@ def move_edits(panel: Panel, steers: Sequence[Steer], before_TN: Floats | None) 
         if place.latent:
             edits.append(shift_edit(latent_shift(panel, steer, place, before_TN)))
         else:
-            move = direction_move(panel, steer, place)
-            edits.append(Edit(panel.addresses[place.number], lambda z, _, move=move: move(z)))
+            edits.append(direction_edit(panel.addresses[place.number], direction_move(panel, steer, place)))
     return edits
 
 
@@ -88,6 +87,11 @@ def move_shift(panel: Panel, steers: Sequence[Steer], before_TN: Floats) -> Floa
             z_T = torch.from_numpy(before_TN[:, place.number])
             shift_TN[:, place.number] += (direction_move(panel, steer, place)(z_T) - z_T).numpy()
     return shift_TN
+
+
+def direction_edit(address: str, move: Callable[[Tensor], Tensor]) -> Edit:
+    """One direction's scalars changed where they pass."""
+    return Edit(address, lambda z, _: move(z))
 
 
 def shift_edit(shift: Floats) -> Edit:

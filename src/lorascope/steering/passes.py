@@ -27,6 +27,8 @@ from lorascope.store import Floats
 TARGETS = ("adapter", "base", "control")
 """What is steered: the adapted model; the base model (the adapter off, what is added written all the same); or, as a
 control, the adapted model with every move written along a random vector as long as the direction's own."""
+WHERE = ("generated", "all")
+"""Which tokens are edited."""
 
 
 @dataclass(frozen=True)

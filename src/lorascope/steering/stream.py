@@ -20,11 +20,9 @@ from lorascope.generation import Sampling, stop_ids
 from lorascope.models import load_model
 from lorascope.steering.moves import Steer, check_moves
 from lorascope.steering.panel import Panel, open_panel
-from lorascope.steering.passes import TARGETS, Sequel, begin_sequel, run_pass
+from lorascope.steering.passes import TARGETS, WHERE, Sequel, begin_sequel, run_pass
 from lorascope.study import Study
 from lorascope.traces import Renderer
-
-WHERE = ("generated", "all")
 
 
 class StreamedToken(TypedDict):
