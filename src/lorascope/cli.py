@@ -46,6 +46,7 @@ COMMANDS = {
     "sae": Command("sae", "SAEConfig", "decompose", "a sparse autoencoder on the whole state"),
     "explain": Command("explain", "ExplainConfig", "explain_features", "explain features and score it"),
     "steer": Command("steering", "SteerConfig", "steer_text", "text with features pushed, scaled, clamped or off"),
+    "export": Command("export", "ExportConfig", "export_study", "files for PEFT, SAELens, Neuronpedia, or as CSV"),
     "report": Command("report", "ReportConfig", "write_report", "one HTML file of everything"),
 }
 

@@ -1,0 +1,8 @@
+"""Files for other tools: the adapter for PEFT, the SAE for SAELens, features for Neuronpedia, tables as CSV.
+
+Nothing here loads a language model.
+"""
+
+from lorascope.export.stage import ExportConfig, export_study
+
+__all__ = ["ExportConfig", "export_study"]
