@@ -3,6 +3,7 @@
 Nothing here loads a language model.
 """
 
-from lorascope.export.stage import ExportConfig, export_study
+from lorascope.export.settings import ExportConfig
+from lorascope.export.stage import export_study
 
 __all__ = ["ExportConfig", "export_study"]

@@ -26,7 +26,8 @@ def write_peft(study: Study, config: ExportConfig, folder: Path) -> Json:
 
 
 def write_saelens(study: Study, config: ExportConfig, folder: Path) -> Json:
-    """A SAELens folder: `SAE.load_from_disk(folder)` loads it; it takes raw scalars in the order of `directions`.
+    """A SAELens folder: `SAE.load_from_disk(folder)` loads it. It takes raw scalars in the order of
+    its `metadata["addresses"]`.
 
     Raises:
         MissingStage: there is no SAE.

@@ -20,7 +20,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from lorascope.errors import MissingStage, RunFailed
+from lorascope.export.gaps import missing_features
 from lorascope.export.neuronpedia_schema import row_faults
 from lorascope.export.settings import ExportConfig
 from lorascope.export.windows import feature_windows
@@ -91,7 +94,9 @@ def write_neuronpedia(study: Study, config: ExportConfig, folder: Path) -> Json:
                 counts[name] += len(rows[name])
             counts["without_explanation"] += len(columns) - len(rows["explanations"])
         counts["sources"] += len(layers)
-    left_out = left_out_of(study, config, kinds)
+    left_out = missing_features(study, config.corpus, kinds)
+    if not (study.path / LENS).is_file():
+        left_out.append(missing(study, "top tokens of what features write", "lorascope lens STUDY")["missing"])
     write_json(folder / "lorascope.json", {"features": places, "left_out": left_out})
     return {"model": named_model(study, config), "kinds": kinds} | counts | {"left_out": left_out}
 
@@ -99,21 +104,6 @@ def write_neuronpedia(study: Study, config: ExportConfig, folder: Path) -> Json:
 def stats_path(config: ExportConfig, kind: str) -> str:
     """Where a kind's statistics are."""
     return f"examples/{config.corpus}/{kind}-stats.parquet"
-
-
-def left_out_of(study: Study, config: ExportConfig, kinds: Sequence[str]) -> list[Json]:
-    """What these files lack because it has not been made."""
-    wanted = [
-        (study.path / LENS, "top tokens in and out", "lorascope lens STUDY"),
-        *((study.path / "explanations" / f"{k}.jsonl", f"explanations of {k}s", f"lorascope explain STUDY --kinds {k}")
-          for k in kinds if k in ("direction", "latent")),
-        (study.path / "sae" / "cfg.json", "latents", "lorascope sae STUDY"),
-    ]  # fmt: skip
-    gone = [missing(study, what, command)["missing"] for path, what, command in wanted if not path.is_file()]
-    if "latent" not in kinds and (study.path / "sae" / "cfg.json").is_file():
-        command = f"lorascope examples STUDY --corpus {config.corpus} --kinds latent"
-        gone.append(missing(study, "examples of latents", command)["missing"])
-    return gone
 
 
 def by_layer(features: FeatureSet) -> dict[int, list[int]]:
@@ -182,6 +172,8 @@ def batch_rows(
     start: int,
 ) -> dict[str, list[Json]]:
     """The rows of three tables for some columns of a kind, the first of which has index `start`."""
+    examples_file = f"examples/{config.corpus}/{features.kind}-examples.parquet"
+    quantiles = quantile_count(study, examples_file)
     kind, rows = features.kind, dict[str, list[Json]](features=[], activations=[], explanations=[])
     explained = {row["feature"]: row for row in json_lines(study, f"explanations/{kind}.jsonl")}
     for index, column in enumerate(columns, start):
@@ -189,10 +181,10 @@ def batch_rows(
         (stats,) = feature_rows(study, stats_path(config, kind), feature) or [{}]
         key = {"modelId": source.model, "layer": source.id, "index": str(index)}
         rows["features"].append(feature_row(study, source, feature, stats) | key)
-        found = feature_rows(study, f"examples/{config.corpus}/{kind}-examples.parquet", feature) or []
+        found = feature_rows(study, examples_file, feature) or []
         examples = shown_examples(found, config)
         windows = feature_windows(features, table, column, examples, config.window)
-        bins = example_bins(found)
+        bins = example_bins(found, quantiles)
         for example, window in zip(examples, windows, strict=True):
             peak = max(window.values)
             rows["activations"].append(
@@ -238,14 +230,23 @@ def shown_examples(rows: Sequence[Json], config: ExportConfig) -> list[Json]:
     return [row for row in rows if row["rank"] < most.get(row["where"], config.per_quantile)]
 
 
-def example_bins(rows: Sequence[Json]) -> dict[str, Json]:
+def quantile_count(study: Study, examples_file: str) -> int:
+    """Into how many quantiles a kind's examples were sorted; a feature with few firings has not all of them."""
+    places = pq.read_table(study.path / examples_file, columns=["where"])["where"].unique().to_pylist()
+    return max([1] + [1 + int(place[1:]) for place in places if place != "top"])
+
+
+def example_bins(rows: Sequence[Json], quantiles: int) -> dict[str, Json]:
     """Neuronpedia's bin of each group of examples: least and largest activation, and the share of firings in it."""
     groups: dict[str, list[float]] = {}
     for row in rows:
         groups.setdefault(row["where"], []).append(row["activation"])
-    share = 1 / max(1, len(groups.keys() - {"top"}))
-    bins = {name: {"binMin": min(v), "binMax": max(v), "binContains": share} for name, v in groups.items()}
-    return bins | ({"top": {"binMin": -1, "binMax": max(groups["top"]), "binContains": -1}} if "top" in groups else {})
+    return {
+        name: {"binMin": -1, "binMax": max(values), "binContains": -1}
+        if name == "top"
+        else {"binMin": min(values), "binMax": max(values), "binContains": 1 / quantiles}
+        for name, values in groups.items()
+    }
 
 
 def explanation_row(source: Source, row: Json) -> Json:

@@ -124,8 +124,5 @@ def fits(value: Any, kind: str) -> bool:
         return value is None or fits(value, kind.removesuffix(OPTIONAL))
     if kind in (TEXTS, NUMBERS):
         return isinstance(value, list) and all(fits(item, TEXT if kind == TEXTS else NUMBER) for item in value)
-    if kind == FLAG:
-        return isinstance(value, bool)
-    if isinstance(value, bool):
-        return False
-    return isinstance(value, {TEXT: str, WHOLE: int, NUMBER: (int, float)}[kind])
+    types: dict[str, type | tuple[type, ...]] = {TEXT: str, WHOLE: int, NUMBER: (int, float), FLAG: bool}
+    return isinstance(value, types[kind]) and (kind == FLAG or not isinstance(value, bool))

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from lorascope.errors import MissingStage
+from lorascope.export.gaps import missing_features
 from lorascope.export.settings import ExportConfig
 from lorascope.export.windows import top_tokens
 from lorascope.features import FeatureSet, load_features
 from lorascope.study import Study
 from lorascope.token_text import vocabulary_texts
-from lorascope.views import explanation_scores, feature_table
+from lorascope.views import feature_table
 from lorascope.views.ablation_tables import WAYS, ablation_table
 from lorascope.views.one_feature import tokenizer_of
 from lorascope.views.reading import feature_rows
@@ -47,12 +48,11 @@ def write_features(study: Study, config: ExportConfig, folder: Path, left_out: l
     if not table["available"]:
         left_out.append(table["missing"])
         return {}
-    scores = explanation_scores(study)
-    if not scores["available"]:
-        left_out.append(scores["missing"])
+    kinds = [kind for kind, count in table["kinds"].items() if count]
+    left_out += missing_features(study, config.corpus, kinds)
     names = vocabulary_texts(tokenizer_of(study))
     written: dict[str, int] = {}
-    for kind in [kind for kind, count in table["kinds"].items() if count]:
+    for kind in kinds:
         features = load_features(study, config.corpus, kind)
         rows = [row for row in table["rows"] if row["kind"] == kind]
         for row in rows:
@@ -61,10 +61,8 @@ def write_features(study: Study, config: ExportConfig, folder: Path, left_out: l
     return written
 
 
-def commonest(
-    study: Study, features: FeatureSet, config: ExportConfig, names: Sequence[str], feature: str
-) -> list[str]:
-    """The commonest tokens among a feature's strongest examples."""
+def commonest(study: Study, features: FeatureSet, config: ExportConfig, names: Sequence[str], feature: str) -> str:
+    """The commonest tokens among a feature's strongest examples, each in quotes."""
     rows = feature_rows(study, f"examples/{config.corpus}/{features.kind}-examples.parquet", feature) or []
     strongest = [row for row in rows if row["where"] == "top" and row["rank"] < config.examples]
     return " ".join(top_tokens(features, names, strongest))
