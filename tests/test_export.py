@@ -23,6 +23,7 @@ from lorascope.attached import attach
 from lorascope.cli import main
 from lorascope.config import Options
 from lorascope.errors import BadInput, MissingStage, RunFailed
+from lorascope.example_search import ExamplesConfig, examples
 from lorascope.export import ExportConfig, export_study, neuronpedia
 from lorascope.export.neuronpedia import json_line, slug
 from lorascope.export.neuronpedia_schema import TABLES, row_faults
@@ -31,6 +32,7 @@ from lorascope.study import Study
 from lorascope.views import feature_table
 from report_study import HOSTILE, PLANTED, make_report_study
 from tiny_models import random_adapter, tiny_model
+from tiny_store import write_store
 
 
 @pytest.fixture(scope="module")
@@ -245,6 +247,21 @@ def test_neuronpedia_has_explanations_with_their_scores_and_the_lens_where_made(
     (row,) = [r for r in rows_of(Path(again["folder"]), "features") if r["vectorLabel"] == "L1.down+"]
     assert (row["pos_str"], row["pos_values"]) == ([" a", "b\ufffd"], [2.5, 0.5])
     assert row["neg_str"] == [" bottom_a", "b\ufffd"]
+
+
+def test_controls_with_examples_are_exported_like_the_rest(study: Study) -> None:
+    real = load_features(study, "train", "direction").store
+    z = np.random.default_rng(0).normal(size=(real.n_tokens, len(real.addresses)))
+    lengths = np.diff(real.offsets).tolist()
+    write_store(study, z, lengths, source="base", addresses=real.addresses, tokens=real.tokens, shard_tokens=4096)
+    examples(study, ExamplesConfig("train", kinds="base", k=4, per_quantile=2), Options())
+    result = export(study, "neuronpedia", examples=2)
+    assert result["kinds"] == ["direction", "latent", "base"]
+    labels = {r["vectorLabel"]: r["layer"] for r in rows_of(Path(result["folder"]), "features")}
+    assert labels["base.L2.down-"] == "2-my-study-base"
+    assert len(labels) == result["features"] == 4 * 14 * 2 + len(load_features(study, "train", "latent").ids)
+    assert not any("bases" in part["what"] for part in result["left_out"])
+    assert export(study, "csv")["features"]["base"] == 4 * 14
 
 
 def row_with(table: str, **values: Any) -> dict[str, Any]:

@@ -12,9 +12,7 @@ import numpy as np
 
 from lorascope.features import FeatureSet
 from lorascope.token_text import TokenTable, readable, token_texts
-
-MARGIN = 8
-"""Tokens decoded before a window, so that a character spread over several tokens stays whole."""
+from lorascope.views.one_feature import MARGIN
 
 
 @dataclass(frozen=True)
