@@ -54,7 +54,7 @@ def scripted_judge(script: Callable[[dict[str, Any]], Said], *, keep: bool = Tru
             with lock:
                 if keep:
                     state.requests.append(request)
-                    state.headers.append(dict(self.headers.items()))
+                    state.headers.append({name.lower(): value for name, value in self.headers.items()})
             said = script(request)
             time.sleep(said.delay)
             data = (said.body if said.body is not None else completion(said)).encode("utf-8", "surrogatepass")

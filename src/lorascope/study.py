@@ -279,7 +279,7 @@ class Study:
         """Have a stage run again, whether or not anything changed; its outputs and its last result stay until then."""
         record = self.manifest["stages"].get(stage)
         if record:
-            self.update_manifest(stages={stage: record | {"config": None}})
+            self.update_manifest(stages={stage: record | {"options": {}}})
 
     def log(self, text: str) -> None:
         """Append a dated line to `log.txt`."""

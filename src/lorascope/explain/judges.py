@@ -218,7 +218,7 @@ class Judge:
             return f"HTTP {error.status_code}", _retry_after(error.response.headers.get("retry-after")), body
         except openai.APIConnectionError as error:
             return "no connection", 0.0, self._redact(str(error.__cause__ or error))[:500]
-        except (openai.APIResponseValidationError, openai.OpenAIError, ValueError, LookupError, TypeError) as error:
+        except (openai.APIResponseValidationError, ValueError) as error:
             return "no chat completion", 0.0, self._redact(str(error))[:500]
         finally:
             self._budget.settle(reserved, used)
@@ -282,10 +282,8 @@ def open_client(endpoint: Endpoint, key: str) -> Any:
         raise BadInput("Judges need the extra: pip install 'lorascope[judge]'.") from error
     if not re.match(r"https?://[^/]", endpoint.url):
         raise BadInput(f"--judge-url must begin with http:// or https://, not {endpoint.url!r}.")
-    # Without a key of this endpoint none is sent: the client would otherwise take other services' from the environment.
+    # What the environment says of another service's organisation is not sent to this one, nor is its key.
     headers = {"OpenAI-Organization": openai.Omit(), "OpenAI-Project": openai.Omit()}
-    if not key:
-        headers["Authorization"] = openai.Omit()
     return openai.OpenAI(
         api_key=key or "none",
         base_url=endpoint.url,
@@ -348,6 +346,9 @@ def clean(text: str) -> str:
 
 
 def _unpack(answer: Any, received: Received) -> None:
+    """Take over what an answer says; ValueError when it has no choices to take it from."""
+    if not getattr(answer, "choices", None) or getattr(answer.choices[0], "message", None) is None:
+        raise ValueError(f"no choices in {str(answer)[:200]}")
     choice = answer.choices[0]
     received.text = clean(choice.message.content or "")
     received.refusal = clean(choice.message.refusal) if getattr(choice.message, "refusal", None) else None
