@@ -24,6 +24,7 @@ from lorascope.config import Options
 from lorascope.errors import BadInput, RunFailed
 from lorascope.explain import ExplainConfig, explain_features, explainers_of
 from lorascope.explain.rows import read_rows
+from lorascope.explain.scored import in_order
 from lorascope.study import Study
 from lorascope.views import explanation_scores, feature_page
 from planted_text import planted_study
@@ -38,7 +39,9 @@ from scripted_judge import (
     scripted_judge,
 )
 
-CONFIG = ExplainConfig(kinds="direction", explainer="judge", judge_model="m", judge_url="-", examples=30, learn=128)
+CONFIG = ExplainConfig(
+    kinds="direction", explainer="judge", judge_model="m", judge_url="http://127.0.0.1:9/v1", examples=30, learn=128
+)
 SMALL = replace(CONFIG, examples=6, judge_retries=0)
 TASKS = ("detection", "fuzzing")
 PLANTED = ("a token", "a token after another", "anything after Wait", "a number while thinking")
@@ -298,6 +301,9 @@ def test_bad_options_of_judges_are_named(tmp_path: Path) -> None:
     for changes, message in [
         ({"judge_model": None}, "--judge-model and --judge-url"),
         ({"judge_url": ""}, "--judge-model and --judge-url"),
+        ({"judge_url": "localhost:8000"}, "must be like http"),
+        ({"judge_url": "http://me:secret@host/v1"}, "leave the key out"),
+        ({"judge_url": "http://x/v1", "class_judge_url": "https://host/v1?key=1"}, "leave the key out"),
         ({"passes": 3}, "--passes"),
         ({"judge_concurrency": 0}, "--judge-concurrency"),
         ({"judge_timeout": 0.0}, "--judge-timeout"),
@@ -324,3 +330,21 @@ def test_a_judge_that_is_not_there_loses_nothing(tmp_path: Path) -> None:
 def test_explanations_in_prompts_are_read_back() -> None:
     shown = 'The feature is said to be active as follows: "it \\"is\\""\n\n1. (think) "x"'
     assert explanation_in(shown) == 'it "is"'
+
+
+def test_an_interrupted_run_begins_nothing_more() -> None:
+    made: list[int] = []
+
+    def work(item: int) -> int:
+        made.append(item)
+        if item == 3:
+            raise KeyboardInterrupt
+        return item
+
+    stopped: list[bool] = []
+    with pytest.raises(KeyboardInterrupt):
+        for _ in in_order(work, range(1000), 2, lambda: stopped.append(True)):
+            pass
+    assert stopped == [True]
+    assert len(made) < 12
+    assert list(in_order(str, range(50), 3, lambda: None)) == [(k, str(k)) for k in range(50)]

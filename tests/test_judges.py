@@ -21,6 +21,7 @@ from lorascope.explain.judges import (
     Judge,
     Question,
     Reply,
+    Stopped,
     file_name,
     json_objects,
     open_log,
@@ -259,6 +260,21 @@ def test_a_server_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
         judge.ask_all([question()])
     with judging(tmp_path, replace(server, url="ftp://x")) as judge, pytest.raises(BadInput, match="http"):
         judge.ask_all([question()])
+
+
+def test_when_a_run_ends_every_question_ends_for_the_same_cause(tmp_path: Path) -> None:
+    script = in_turn(Said(status=401, body="{}", delay=0.2), Said(status=500, body="", delay=0.3))
+    with scripted_judge(script) as server, judging(tmp_path, server, workers=4, retries=9) as judge:
+        with pytest.raises(BadInput, match="HTTP 401"):
+            judge.ask_all([question("a")])
+        with pytest.raises(BadInput, match="HTTP 401"):
+            judge.ask_all([question(str(k)) for k in range(8)])
+        assert len(server.requests) == 1
+    with scripted_judge(lambda _: Said(status=500, body="")) as server, judging(tmp_path, server, retries=99) as judge:
+        threading.Timer(0.3, judge.stopped.set).start()  # as an interruption does
+        with pytest.raises(Stopped):
+            judge.ask_all([question("b")])
+        assert len(server.requests) < 5
 
 
 def test_a_server_that_stopped_answering_ends_the_run(tmp_path: Path) -> None:

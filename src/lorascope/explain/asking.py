@@ -59,6 +59,10 @@ def judge_explainer(study: Study, job: Job, budget: Budget) -> Iterator[Explaine
             once, twice = ask(explanation, quiz.windows), again(explanation, quiz.windows)
             return compare_passes(once[0], twice[0]) | {"failures": twice[1]}
 
+        def stop() -> None:
+            for judge in judges.values():
+                judge.stopped.set()
+
         settings = [VERSION, identity(main), identity(of_classes), second and identity(second), config.shown]
         yield Explainer(
             f"{JUDGE}:{main.model}",
@@ -69,6 +73,7 @@ def judge_explainer(study: Study, job: Job, budget: Budget) -> Iterator[Explaine
             score,
             agree if second else None,
             lambda: account(budget),
+            stop,
         )
 
 

@@ -71,6 +71,8 @@ class Explainer:
     """Agreement of a second pass with the first on the same quiz."""
     account: Callable[[], dict[str, Any]] = dict
     """What the run has spent, for its record."""
+    stop: Callable[[], None] = lambda: None
+    """Begin nothing more: the run is ending, and only waits for what is in flight."""
 
 
 def prepare_job(

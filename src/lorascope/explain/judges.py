@@ -26,6 +26,7 @@ from lorascope.errors import BadInput, RunFailed
 from lorascope.explain.budget import Budget
 from lorascope.explain.judge_log import JudgeLog, is_passing
 from lorascope.explain.rows import Row
+from lorascope.explain.settings import check_url
 from lorascope.study import digest
 
 LONGEST_WAIT = 120.0
@@ -83,6 +84,10 @@ class Received:
     left_out: list[str] = field(default_factory=list)
 
 
+class Stopped(Exception):
+    """The run is ending: this question was not asked."""
+
+
 class Judge:
     """An endpoint with its file and budget. Use it as a context: leaving it waits for what is in flight."""
 
@@ -99,6 +104,7 @@ class Judge:
         self._left_out: frozenset[str] = frozenset()
         self._failed_in_a_row = 0
         self._answered = False
+        self._cause: Exception | None = None
 
     def __enter__(self) -> Judge:
         return self
@@ -114,6 +120,7 @@ class Judge:
 
         Raises:
             BudgetSpent: one of them would go over the budget; those that were sent are kept.
+            Stopped: the run was interrupted.
             BadInput: the endpoint refuses the key or the model, or there is no key.
             RunFailed: the endpoint does not answer any more.
         """
@@ -126,7 +133,7 @@ class Judge:
             self._budget.count_replayed()
             return read_reply(question, row)
         if self.stopped.is_set():
-            return Reply(failure="stopped")
+            raise self._cause or Stopped()
         started = time.monotonic()
         received = self._send(question)
         reply = read_reply(question, asdict(received))
@@ -159,10 +166,15 @@ class Judge:
             never_there = reply.failure == "no connection" and not self._answered
             if self._failed_in_a_row < WORN_OUT and not never_there:
                 return
-        raise RunFailed(
-            f"The judge at {self.endpoint.url} does not answer ({reply.failure}, {self._failed_in_a_row} in a row); "
-            "what was answered is kept, and the same command continues."
-        )
+        why = f"{reply.failure}, {self._failed_in_a_row} in a row"
+        kept = "what was answered is kept, and the same command continues"
+        raise self._end(RunFailed(f"The judge at {self.endpoint.url} does not answer ({why}); {kept}."))
+
+    def _end(self, cause: Exception) -> Exception:
+        """Have every other question end for the same cause."""
+        self._cause = self._cause or cause
+        self.stopped.set()
+        return self._cause
 
     def _send(self, question: Question) -> Received:
         """Send one question, with retries and concessions, each attempt within the budget."""
@@ -187,7 +199,7 @@ class Judge:
             pause = wait or min(0.5 * 2**retries, 30.0) * (0.5 + random.random() / 2)
             retries += 1
             if self.stopped.wait(pause):
-                return received
+                raise self._cause or Stopped()
 
     def _attempt(
         self, question: Question, received: Received, left_out: frozenset[str]
@@ -215,7 +227,7 @@ class Judge:
         except openai.APIStatusError as error:
             body = self._redact(error.response.text)[:500]
             if error.status_code in HOPELESS:
-                raise BadInput(self._hopeless(error.status_code)) from None
+                raise self._end(BadInput(self._hopeless(error.status_code))) from None
             return f"HTTP {error.status_code}", _retry_after(error.response.headers.get("retry-after")), body
         except openai.APIConnectionError as error:
             return "no connection", 0.0, self._redact(str(error.__cause__ or error))[:500]
@@ -277,12 +289,11 @@ def open_client(endpoint: Endpoint, key: str) -> Any:
     Raises:
         BadInput: the extra is not installed, or the address is none.
     """
+    check_url(endpoint.url)
     try:
         import openai
     except ImportError as error:
         raise BadInput("Judges need the extra: pip install 'lorascope[judge]'.") from error
-    if not re.match(r"https?://[^/]", endpoint.url):
-        raise BadInput(f"--judge-url must begin with http:// or https://, not {endpoint.url!r}.")
     # What the environment says of another service's organisation is not sent to this one, nor is its key.
     headers = {"OpenAI-Organization": openai.Omit(), "OpenAI-Project": openai.Omit()}
     return openai.OpenAI(

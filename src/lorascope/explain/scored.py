@@ -92,10 +92,13 @@ def _failed_in_passing(scored: dict[str, Any]) -> bool:
     return any(is_passing(reason) for part in parts for reason in part.get("failures", ()))
 
 
-def in_order(work: Callable[[Item], Made], items: Iterable[Item], workers: int) -> Iterator[tuple[Item, Made]]:
+def in_order(
+    work: Callable[[Item], Made], items: Iterable[Item], workers: int, stop: Callable[[], None]
+) -> Iterator[tuple[Item, Made]]:
     """(item, work(item)) in the order of the items, up to `workers` at once and never many more in memory.
 
-    When one fails, those not yet begun are dropped and the error is raised once the others have ended.
+    When one fails, or the run is interrupted, `stop` is called, those not yet begun are dropped, and the error is
+    raised once the others have ended.
     """
     if workers == 1:
         for item in items:
@@ -111,6 +114,8 @@ def in_order(work: Callable[[Item], Made], items: Iterable[Item], workers: int) 
                     return
                 item, future = waiting.pop(0)
                 yield item, future.result()
-        finally:
+        except BaseException:
+            stop()
             for _, future in waiting:
                 future.cancel()
+            raise

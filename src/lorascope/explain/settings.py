@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from lorascope.errors import BadInput
 
@@ -42,7 +43,7 @@ class ExplainConfig:
     judge_max_tokens: int = 400
     """Most tokens of one answer; thinking judges need more."""
     judge_concurrency: int = 8
-    """Most requests in flight."""
+    """Most requests in flight to one judge."""
     judge_timeout: float = 120.0
     """Seconds to wait for an answer."""
     judge_retries: int = 4
@@ -100,6 +101,9 @@ def check_judge(config: ExplainConfig) -> None:
     """Raise BadInput unless the options of judges make sense."""
     if not config.judge_model or not config.judge_url:
         raise BadInput("--explainer judge needs --judge-model and --judge-url; see docs/judges.md.")
+    for url in (config.judge_url, config.second_judge_url, config.class_judge_url):
+        if url is not None:
+            check_url(url)
     if config.passes not in (1, 2):
         raise BadInput("--passes is 1 or 2.")
     if min(config.judge_concurrency, config.judge_max_tokens) < 1 or config.judge_retries < 0:
@@ -112,3 +116,16 @@ def check_judge(config: ExplainConfig) -> None:
         raise BadInput("--budget-money needs to be above 0, and prices: --price-in and --price-out.")
     if min(config.price_in, config.price_out) < 0:
         raise BadInput("Prices cannot be below 0.")
+
+
+def check_url(url: str) -> None:
+    """Raise BadInput unless this is the base URL of a server, without a key in it: it is stored with the study."""
+    try:
+        parts = urlsplit(url)
+        whole = parts.scheme in ("http", "https") and bool(parts.hostname)
+    except ValueError:
+        whole = False
+    if not whole:
+        raise BadInput("A judge's URL must be like http://localhost:8000/v1 or https://HOST/v1.")
+    if parts.username or parts.password or parts.query:
+        raise BadInput("A judge's URL is stored with the study: leave the key out and name its variable instead.")

@@ -85,17 +85,10 @@ def unscored_file(kind: str, label: str) -> str:
 def _explain_one(study: Study, job: Job, budget: Budget) -> dict[str, Any]:
     """Explain and score one kind; its mean scores, of how many of its features, and the traces left out."""
     with EXPLAINERS[job.config.explainer](study, job, budget) as explainer:
-        done = 0
         try:
-            explained = _explain_kind(study, job, explainer)
-            done = len(explained)
-            rows = _score_all(study, job, explainer, explained)
+            rows = _score_all(study, job, explainer, _explain_kind(study, job, explainer))
         except BudgetSpent:
-            raise RunFailed(
-                f"The budget is spent ({_spent(explainer)}) with {done} of {len(job.numbers)} {job.kind} features "
-                "explained and not all scored; what was answered is kept, and the same command with a larger budget "
-                "continues."
-            ) from None
+            raise RunFailed(_how_far(study, job, explainer)) from None
         spent = explainer.account()
     return (
         summarise_rows(rows, np.random.default_rng(job.seed))
@@ -111,9 +104,16 @@ def _explain_one(study: Study, job: Job, budget: Budget) -> dict[str, Any]:
     )
 
 
-def _spent(explainer: Explainer) -> str:
-    spent = explainer.account()
-    return f"{spent['calls']} requests, {spent['tokens_in'] + spent['tokens_out']} tokens, {spent['money']:.4g} money"
+def _how_far(study: Study, job: Job, explainer: Explainer) -> str:
+    """What a spent budget was spent on."""
+    spent, label = explainer.account(), explainer.label
+    paid = f"{spent['calls']} requests, {spent['tokens_in'] + spent['tokens_out']} tokens, {spent['money']:.4g} money"
+    files = (unscored_file(job.kind, label), f"explanations/{job.kind}.jsonl")
+    explained, scored = (sum(row["explainer"] == label for row in read_rows(study.path / file)) for file in files)
+    return (
+        f"The budget is spent ({paid}); of {len(job.numbers)} {job.kind} features {explained} are explained and "
+        f"{scored} scored. What was answered is kept, and the same command continues."
+    )
 
 
 def _summarise(study: Study, config: ExplainConfig, label: str, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -154,7 +154,7 @@ def _explain_kind(study: Study, job: Job, explainer: Explainer) -> dict[str, Row
         return done.get(keys[feature]) or explainer.explain(feature, job.numbers[feature])
 
     rows: dict[str, Row] = {}
-    made = in_order(explain, job.numbers, explainer.workers)
+    made = in_order(explain, job.numbers, explainer.workers, explainer.stop)
     for feature, found in progress(made, len(job.numbers), f"explain {job.kind}", "feature"):
         rows[feature] = found
         if keys[feature] not in done:
@@ -189,9 +189,8 @@ def _score_all(study: Study, job: Job, explainer: Explainer, explained: dict[str
         return kept | {"key": keys[feature]}
 
     rows: list[Row] = []
-    for feature, row in progress(
-        in_order(score, explained, explainer.workers), len(explained), f"score {job.kind}", "feature"
-    ):
+    made = in_order(score, explained, explainer.workers, explainer.stop)
+    for feature, row in progress(made, len(explained), f"score {job.kind}", "feature"):
         if keys[feature] not in done:
             append_row(path, row)
         rows.append(row)
