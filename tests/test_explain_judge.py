@@ -27,7 +27,7 @@ from lorascope.explain.rows import read_rows
 from lorascope.explain.scored import in_order
 from lorascope.study import Study
 from lorascope.views import explanation_scores, feature_page
-from planted_text import planted_study
+from planted_text import add_latents, planted_study
 from scripted_judge import (
     RULES,
     Said,
@@ -294,6 +294,18 @@ def test_other_judges_for_classes_and_for_the_second_pass(tmp_path: Path, monkey
     assert rows_of(study)[ids["a token"]]["class_again"]["class"] == 2
     names = sorted(path.name for path in (study.path / "explanations" / "judges").glob("*.jsonl"))
     assert names == ["c.jsonl", "m.jsonl", "n.jsonl"]
+
+
+def test_latents_go_through_the_same_path(tmp_path: Path) -> None:
+    study, _ = planted_study(tmp_path / "study", traces=60)
+    add_latents(study)
+    with scripted_judge(knowing_judge) as server:
+        result = explain_features(study, replace(SMALL, kinds="direction,latent", judge_url=server.url), Options())
+    row = rows_of(study, kind="latent")["sae.0"]
+    assert (row["text"], row["scored"]["fuzzing"]["value"]) == ("the word is", 1.0)
+    assert (result["latent"]["n"], result["all"]["n"]) == (5, 17)
+    assert study.summary["judges"]["judge:m"]["explanations"]["latent"]["features"] == 5
+    assert study.summary["detection"] == result["all"]["detection"]  # there is no lexical one
 
 
 def test_bad_options_of_judges_are_named(tmp_path: Path) -> None:

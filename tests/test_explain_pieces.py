@@ -112,7 +112,7 @@ def test_answers_of_the_wrong_kind_are_refused() -> None:
         {"confidence": [1, 2, True]},
         {"confidence": "1"},
     ):
-        with pytest.raises(ValueError, match="confidence|numbers"):
+        with pytest.raises(ValueError, match=r"confidence|numbers"):
             read_confidence(value, 3)
 
 

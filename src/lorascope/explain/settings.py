@@ -39,7 +39,7 @@ class ExplainConfig:
     judge_key_env: str = ""
     """Name of the environment variable that holds the judge's key (default: no key is sent)."""
     judge_temperature: float = 0.0
-    """Sampling temperature of judges; below 0 leaves it to the server."""
+    """Sampling temperature of judges, 0 unless given; below 0 leaves it to the server."""
     judge_max_tokens: int = 400
     """Most tokens of one answer; thinking judges need more."""
     judge_concurrency: int = 8
