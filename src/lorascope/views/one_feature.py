@@ -12,6 +12,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from lorascope.errors import BadInput, MissingStage
+from lorascope.explain import LEXICAL
 from lorascope.features import FeatureSet, load_features, source_of
 from lorascope.store import INDEX, store_folder
 from lorascope.study import Study
@@ -203,18 +204,26 @@ def activations(features: FeatureSet, column: int, trace: int, start: int, stop:
 
 
 def explanation_of(study: Study, kind: str, feature: str) -> Json | None:
-    """The explanation's row as `{"explainer", "text", "rule", "reason", "scores": {"detection": {"own", "wrong"}, ..},
-    "wrong_from"}`."""
-    for row in json_lines(study, f"explanations/{kind}.jsonl"):
-        if row["feature"] == feature:
-            scored = row.get("scored") or {}
-            scores: dict[str, Any] = {
-                name: {"own": scored.get(name), "wrong": scored.get(f"{name}_wrong")}
-                for name in ("detection", "fuzzing")
-            }
-            kept = {key: row.get(key) for key in ("explainer", "text", "rule", "reason")}
-            return kept | {"scores": scores, "wrong_from": scored.get("wrong_from")}
-    return None
+    """The explanation's row as `{"explainer", "text", "rule", "reason", "class", "scores": {"detection": {"own",
+    "wrong", "shuffled"}, ..}, "wrong_from", "also": [the same of other explainers]}`, the lexical explainer's first."""
+    rows = [row for row in json_lines(study, f"explanations/{kind}.jsonl") if row["feature"] == feature]
+    said = [explanation_row(row) for row in sorted(rows, key=lambda row: str(row["explainer"]) != LEXICAL)]
+    return said[0] | {"also": said[1:]} if said else None
+
+
+def explanation_row(row: Json) -> Json:
+    """One explainer's explanation of a feature with its scores."""
+    scored = row.get("scored") or {}
+    scores: dict[str, Any] = {
+        name: {
+            "own": scored.get(name),
+            "wrong": scored.get(f"{name}_wrong"),
+            "shuffled": scored.get(f"{name}_shuffled"),
+        }
+        for name in ("detection", "fuzzing")
+    }
+    kept = {key: row.get(key) for key in ("explainer", "text", "rule", "reason", "class")}
+    return kept | {"scores": scores, "wrong_from": scored.get("wrong_from")}
 
 
 def decoder_of(study: Study, latent: int) -> Json:
