@@ -25,7 +25,7 @@ def test_every_stage_runs_and_the_report_is_there(
     assert set(figures["accuracy"]) == {"base", "adapter"} | (set() if quick else {"full"})
     assert {"sae", "patched_kl", "detection"} <= set(figures)
     titles = [line for line in capsys.readouterr().err.splitlines() if line.startswith("[")]
-    assert len(titles) == 2 * (10 if quick else 11)
+    assert len(titles) == 2 * (11 if quick else 12)
     again = demo.run_demo(tmp_path / "study", demo.DemoConfig(quick=quick), Options())
     assert again["accuracy"] == figures["accuracy"]
     assert not [row for row in Study.open(tmp_path / "study").status() if row["state"] != "done"]

@@ -14,6 +14,7 @@ from lorascope.errors import BadInput
 from lorascope.evaluation import EvaluateConfig, evaluate
 from lorascope.example_search import ExamplesConfig, examples
 from lorascope.explain import ExplainConfig, explain_features
+from lorascope.explain.categories import CategorizeConfig, categorize
 from lorascope.models import load_tokenizer
 from lorascope.recording import RecordConfig, record
 from lorascope.report import ReportConfig, write_report
@@ -101,6 +102,7 @@ def plan(
         ),
         ("find examples", lambda: both_corpora(study(), options)),
         ("explain and score", lambda: explain_features(study(), ExplainConfig(), options)),
+        ("sort into categories", lambda: categorize(study(), CategorizeConfig(), options)),
         ("write the report", lambda: write_report(study(), ReportConfig(), options)),
     ]
     return [stage for stage in stages if not (config.quick and "full" in stage[0])]
