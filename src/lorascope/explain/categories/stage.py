@@ -93,7 +93,7 @@ def categorize(study: Study, config: CategorizeConfig, options: Options, ask: As
     """Write `categories/`: KIND.jsonl, shares.json, clusters.json, flow.json (latents) and maps.parquet.
 
     Args:
-        ask: with `by="judge"`, a function from a feature's text to the name of a category or subcategory, or None.
+        ask: with `by="judge"`, a function from a feature's text to a name or None, as `Ask` says.
 
     Returns:
         `{"corpus", "taxonomy", "kinds": {kind: {"features", "assigned", "none_fits", "no_answer", "without"}}}`.
@@ -119,7 +119,8 @@ def categorize(study: Study, config: CategorizeConfig, options: Options, ask: As
             return fill_folder(study, folder, config, options, taxonomy, features, ask)
 
     names = [f"{kind}.jsonl" for kind in features] + ["shares.json", "clusters.json", "maps.parquet"]
-    result = study.run(
+    names += ["flow.json"] if "latent" in features else []
+    return study.run(
         "categorize",
         replace(config, taxonomy=f"{config.taxonomy or 'built-in'} {identity(taxonomy)}"),
         options,
@@ -127,8 +128,6 @@ def categorize(study: Study, config: CategorizeConfig, options: Options, ask: As
         outputs=[f"{FOLDER}/{name}" for name in names],
         work=work,
     )
-    study.summarise({"categories": result["kinds"]})
-    return result
 
 
 def identity(taxonomy: Taxonomy) -> str:
