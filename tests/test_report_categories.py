@@ -61,7 +61,7 @@ def test_view_of_planted_categories(study: Study) -> None:
         assert [(sub["name"], sub["n"], [f["id"] for f in sub["features"]]) for sub in group["subcategories"]] == [
             (subcategory, 1, [f"sae.{i}"])
         ]
-    none = latents["members"][-1]
+    none = latents["members"][-2]
     assert (none["category"], none["number"], none["n"]) == ("none fits", 0, 2)
     points = {(one["kind"], one["space"]): one["points"] for one in view["maps"]}
     assert {point["id"] for point in points["latent", "decoder"]} == {f"sae.{i}" for i in range(9)}

@@ -23,30 +23,29 @@ from lorascope.explain.rows import Row
 from lorascope.token_text import readable
 
 Ask = Callable[[str], str | None]
-"""A judge: from a feature's text (`words.feature_text`) to the name of a category or subcategory, or None."""
+"""A judge: from a feature's text (`words.feature_text`) to the name of a category or subcategory, `NONE_FITS`, or None
+where it gave no answer."""
+ASSIGNED, NONE_FITS, NO_ANSWER, WITHOUT = "assigned", "none fits", "no answer", "nothing to go by"
+"""Outcomes: a category; words that fit none; a judge that did not say; a feature with no explanation and no example."""
 CHANCE = 0.05
 DRAWS = 400
-NO_WORDS = "it has no explanation and no examples"
+REASON_WITHOUT = "it has no explanation and no examples"
 NAMED = 3
 """Words that a reason cites."""
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """One feature's category; None with a reason where none fits. `score` and `threshold` are excess shares."""
+    """One feature's category, None unless its outcome is `ASSIGNED`. `score` and `threshold` are excess shares."""
 
     feature: str
+    outcome: str
     category: str | None
     subcategory: str | None
-    score: float | None
-    threshold: float | None
     by: str
     reason: str
-
-    @property
-    def without_words(self) -> bool:
-        """Whether there was nothing to go by."""
-        return self.reason == NO_WORDS
+    score: float | None = None
+    threshold: float | None = None
 
     def as_row(self) -> Row:
         """The row of `categories/KIND.jsonl`."""
@@ -62,12 +61,12 @@ def assign_by_words(ids: Sequence[str], bags: Bags, taxonomy: Taxonomy, rng: np.
     share_FC = sum_by_category(share_FS, taxonomy)
     spoken_F = np.diff(bags.starts_F) > 0
     if not spoken_F.any():
-        return [Assignment(feature, None, None, None, None, "lexical", NO_WORDS) for feature in ids]
+        return [Assignment(feature, WITHOUT, None, None, "lexical", REASON_WITHOUT) for feature in ids]
     mean_S, mean_C = share_FS[spoken_F].mean(axis=0), share_FC[spoken_F].mean(axis=0)
     assigned: list[Assignment] = []
     for number, feature in enumerate(ids):
         if not spoken_F[number]:
-            assigned.append(Assignment(feature, None, None, None, None, "lexical", NO_WORDS))
+            assigned.append(Assignment(feature, WITHOUT, None, None, "lexical", REASON_WITHOUT))
             continue
         threshold = float(np.quantile(shuffled_excess(bags, number, member_VC, mean_C, rng), 1 - CHANCE))
         best = int(np.argmax(share_FC[number] - mean_C))
@@ -89,9 +88,9 @@ def _judge_share(
     said = f"{own:.0%} of its words, {mean:.0%} of a feature's on average"
     if own - mean > threshold:
         reason = f"{said}: {', '.join(readable(word) for word in cited)}"
-        return Assignment(feature, category, subcategory, excess, limit, "lexical", reason)
+        return Assignment(feature, ASSIGNED, category, subcategory, "lexical", reason, excess, limit)
     reason = f"none fits: the nearest, {category}, has {said}; shuffled words reach that"
-    return Assignment(feature, None, None, excess, limit, "lexical", reason)
+    return Assignment(feature, NONE_FITS, None, None, "lexical", reason, excess, limit)
 
 
 def bag_shares(bags: Bags, member_VX: FloatArray, n_features: int) -> FloatArray:
@@ -137,16 +136,21 @@ def assign_by_asking(ids: Sequence[str], texts: Sequence[str], ask: Ask, taxonom
     """An assignment for each feature, as the judge answers; a feature with nothing to tell is not asked about."""
     assigned: list[Assignment] = []
     for feature, text in zip(ids, texts, strict=True):
-        if "\n" not in text:  # only its name
-            assigned.append(Assignment(feature, None, None, None, None, "judge", NO_WORDS))
-            continue
-        answer = ask(text)
-        found = taxonomy.find(answer) if answer is not None else None
-        reason = "the judge's answer"
-        if answer is None:
-            reason = "none fits, or no answer, says the judge"
-        elif found is None:
-            reason = f"the judge named {answer[:80]!r}, which is not in the taxonomy"
-        category, subcategory = found or (None, None)
-        assigned.append(Assignment(feature, category, subcategory, None, None, "judge", reason))
+        if "\n" in text:
+            assigned.append(_read_answer(feature, ask(text), taxonomy))
+        else:  # only its name
+            assigned.append(Assignment(feature, WITHOUT, None, None, "judge", REASON_WITHOUT))
     return assigned
+
+
+def _read_answer(feature: str, answer: str | None, taxonomy: Taxonomy) -> Assignment:
+    """A judge's answer as an assignment; a name that the taxonomy does not have is no answer."""
+    if answer is None:
+        return Assignment(feature, NO_ANSWER, None, None, "judge", "no answer from the judge")
+    if answer.strip().casefold() == NONE_FITS:
+        return Assignment(feature, NONE_FITS, None, None, "judge", "none fits, says the judge")
+    found = taxonomy.find(answer)
+    if found is None:
+        reason = f"the judge named {answer[:80]!r}, which is not in the taxonomy"
+        return Assignment(feature, NO_ANSWER, None, None, "judge", reason)
+    return Assignment(feature, ASSIGNED, *found, "judge", "the judge's answer")

@@ -20,10 +20,19 @@ from numpy.typing import NDArray
 
 from lorascope.config import Options
 from lorascope.errors import BadInput
-from lorascope.explain.categories.assign import Ask, Assignment, assign_by_asking, assign_by_words
+from lorascope.explain.categories.assign import (
+    ASSIGNED,
+    NO_ANSWER,
+    NONE_FITS,
+    WITHOUT,
+    Ask,
+    Assignment,
+    assign_by_asking,
+    assign_by_words,
+)
 from lorascope.explain.categories.extras import embed_texts, place_by_umap
 from lorascope.explain.categories.kinds import Kind, explained_words, read_kind
-from lorascope.explain.categories.shares import NONE_FITS, Group, make_groups, share_rows, tally_traces
+from lorascope.explain.categories.shares import Group, make_groups, share_rows, tally_traces
 from lorascope.explain.categories.spaces import (
     STATES,
     Place,
@@ -84,10 +93,10 @@ def categorize(study: Study, config: CategorizeConfig, options: Options, ask: As
     """Write `categories/`: KIND.jsonl, shares.json, clusters.json, flow.json (latents) and maps.parquet.
 
     Args:
-        ask: with `by="judge"`, a function from a feature's text to the name of a category or subcategory, or None.
+        ask: with `by="judge"`, a function from a feature's text to a name or None, as `Ask` says.
 
     Returns:
-        `{"corpus", "taxonomy", "kinds": {kind: {"features", "assigned", "none_fits", "without_words"}}}`.
+        `{"corpus", "taxonomy", "kinds": {kind: {"features", "assigned", "none_fits", "no_answer", "without"}}}`.
 
     Raises:
         BadInput: an unknown option's value or kind, a file that is no taxonomy, a judge that is not given, a missing
@@ -110,7 +119,8 @@ def categorize(study: Study, config: CategorizeConfig, options: Options, ask: As
             return fill_folder(study, folder, config, options, taxonomy, features, ask)
 
     names = [f"{kind}.jsonl" for kind in features] + ["shares.json", "clusters.json", "maps.parquet"]
-    result = study.run(
+    names += ["flow.json"] if "latent" in features else []
+    return study.run(
         "categorize",
         replace(config, taxonomy=f"{config.taxonomy or 'built-in'} {identity(taxonomy)}"),
         options,
@@ -118,8 +128,6 @@ def categorize(study: Study, config: CategorizeConfig, options: Options, ask: As
         outputs=[f"{FOLDER}/{name}" for name in names],
         work=work,
     )
-    study.summarise({"categories": result["kinds"]})
-    return result
 
 
 def identity(taxonomy: Taxonomy) -> str:
@@ -212,15 +220,10 @@ def assign_kind(kind: Kind, by: str, taxonomy: Taxonomy, ask: Ask | None, rng: n
 
 
 def count_assigned(assigned: Sequence[Assignment]) -> dict[str, int]:
-    """How many features have a category, how many fit none, how many had nothing to go by."""
-    fitted = sum(one.category is not None for one in assigned)
-    without = sum(one.without_words for one in assigned)
-    return {
-        "features": len(assigned),
-        "assigned": fitted,
-        "none_fits": len(assigned) - fitted - without,
-        "without_words": without,
-    }
+    """How many features have a category, fit none, had no usable answer, or had nothing to go by."""
+    outcomes = {"assigned": ASSIGNED, "none_fits": NONE_FITS, "no_answer": NO_ANSWER, "without": WITHOUT}
+    counts = {name: sum(one.outcome == outcome for one in assigned) for name, outcome in outcomes.items()}
+    return {"features": len(assigned)} | counts
 
 
 def feature_spaces(
@@ -258,7 +261,7 @@ def measure_shares(
 def make_flow(kind: Kind, assigned: Sequence[Assignment]) -> dict[str, Any]:
     """`flow.json`: the latents that have words, by category and subcategory (see `flow_rows`)."""
     assert kind.decoder_FN is not None
-    kept = [f for f, one in enumerate(assigned) if not one.without_words]
-    groups = [(assigned[f].category or NONE_FITS, assigned[f].subcategory) for f in kept]
+    kept = [f for f, one in enumerate(assigned) if one.outcome != WITHOUT]
+    groups = [(assigned[f].category or assigned[f].outcome, assigned[f].subcategory) for f in kept]
     rows = flow_rows(kind.features.store.addresses, kind.decoder_FN[kept], groups)
     return {"unit": "effect per unit of activation", "latents": len(kept), "rows": rows}
