@@ -84,6 +84,7 @@ def test_planted_truth_comes_out(judged: tuple[Study, dict[str, str], dict[str, 
     found = result["direction"]
     assert found["classes"] == {"0": 3, "1": 1, "2": 1, "failed": 0}
     assert (found["n"], found["explained"], found["n_detection"]) == (12, 5, 5)
+    assert found["longer_than_asked"] == 0
     assert 0.4 < found["detection_wrong"]["mean"] < 0.6
     assert 0.45 <= found["fuzzing_shuffled"]["mean"] <= 0.55
 
@@ -211,7 +212,8 @@ def test_a_finished_run_replays_offline(tmp_path: Path) -> None:
         explain_features(study, config, Options())
     first = rows_of(study)
     (study.path / "explanations" / "direction.jsonl").unlink()
-    (study.path / "explanations" / "unscored" / "direction.judge-m-1d5ee5.jsonl").unlink(missing_ok=True)
+    (unscored,) = (study.path / "explanations" / "unscored").glob("direction*.jsonl")
+    unscored.unlink()
     result = explain_features(study, replace(config, judge_key_env="NOT_SET"), Options())
     assert rows_of(study) == first
     assert result["direction"]["spent"]["calls"] == 0
@@ -306,6 +308,42 @@ def test_latents_go_through_the_same_path(tmp_path: Path) -> None:
     assert (result["latent"]["n"], result["all"]["n"]) == (5, 17)
     assert study.summary["judges"]["judge:m"]["explanations"]["latent"]["features"] == 5
     assert study.summary["detection"] == result["all"]["detection"]  # there is no lexical one
+
+
+def test_long_explanations_are_kept_and_counted(tmp_path: Path) -> None:
+    study, ids = planted_study(tmp_path / "study", traces=60)
+    said = " ".join(f"word{k}" for k in range(11))
+
+    def wordy(request: dict[str, Any]) -> Said:
+        kind, _ = prompt_of(request)
+        return Said(json.dumps({"explanation": said})) if kind == "explanation" else knowing_judge(request)
+
+    with scripted_judge(wordy) as server:
+        result = explain_features(study, replace(SMALL, judge_url=server.url), Options())
+    assert result["direction"]["longer_than_asked"] == 5
+    assert rows_of(study)[ids["a token"]]["text"] == said
+
+
+def test_an_interruption_waits_for_what_is_in_flight_and_asks_nothing_more(tmp_path: Path) -> None:
+    study, _ = planted_study(tmp_path / "study", traces=60)
+
+    def slow(request: dict[str, Any]) -> Said:
+        return replace(knowing_judge(request), delay=0.3)
+
+    arguments = ["explain", str(study.path), "--explainer", "judge", "--judge-model", "m", "--kinds", "direction"]
+    with scripted_judge(slow) as server:
+        command = [sys.executable, "-m", "lorascope", *arguments, "--judge-url", server.url]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as run:
+            deadline = time.monotonic() + 60
+            while time.monotonic() < deadline and len(server.requests) < 20:
+                time.sleep(0.02)
+            run.send_signal(signal.SIGINT)
+            _, error = run.communicate(timeout=60)
+        assert (run.returncode, error.count("\n")) == (130, 1)
+        rows = read_rows(study.path / "explanations" / "judges" / "m.jsonl")
+        assert len(rows) == len(server.requests) < 60  # of more than 300, and each that was paid for is kept
+        assert all(row["failure"] is None for row in rows)
 
 
 def test_bad_options_of_judges_are_named(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def test_a_served_model_explains_and_scores(tmp_path: Path, served: tuple[str, s
     study, ids = planted_study(tmp_path / "study", traces=60)
     seed = next(s for s in range(1000) if np.random.default_rng(s).permutation(12)[0] == 0)  # draws the first feature
     config = ExplainConfig(kinds="direction", explainer="judge", judge_model=model, judge_url=url, limit=1)
-    config = replace(config, examples=5, asked=10, window=4, shown=4, judge_max_tokens=30, judge_concurrency=2)
+    config = replace(config, examples=5, asked=10, window=4, shown=4, judge_max_tokens=12, judge_concurrency=2)
     result = explain_features(study, config, Options(seed=seed))["direction"]
     (row,) = read_rows(study.path / "explanations" / "direction.jsonl")
     assert (row["feature"], row["explainer"]) == (ids["a token"], f"judge:{model}")
@@ -72,7 +72,7 @@ def test_a_served_model_explains_and_scores(tmp_path: Path, served: tuple[str, s
     assert row["class"]["reason"] or row["class"]["failure"]
     asked = read_rows(next((study.path / "explanations" / "judges").glob("*.jsonl")))
     assert len(asked) == result["spent"]["calls"] >= 2
-    assert all(row["tokens_in"] > 20 and 1 <= row["tokens_out"] <= 30 and row["text"] for row in asked)
+    assert all(row["tokens_in"] > 20 and 1 <= row["tokens_out"] <= 12 and row["text"] for row in asked)
     assert not any(row["failure"] and is_passing(row["failure"]) for row in asked)
     assert result["spent"]["tokens_out"] == sum(row["tokens_out"] for row in asked)
     (study.path / "explanations" / "direction.jsonl").unlink()
@@ -82,7 +82,7 @@ def test_a_served_model_explains_and_scores(tmp_path: Path, served: tuple[str, s
 
 def test_a_served_model_is_asked_about_windows(tmp_path: Path, served: tuple[str, str]) -> None:
     url, model = served
-    endpoint = Endpoint(model, url, max_tokens=40)
+    endpoint = Endpoint(model, url, max_tokens=12)
     question = ask_confidence("the word is", ['(think) "it is so"', '(answer) "日本 🙂 so"'], None, 0)
     log = open_log(tmp_path, endpoint)
     with Judge(endpoint, log, Budget(Limits()), 1) as judge:

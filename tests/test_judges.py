@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -240,6 +241,14 @@ def test_no_key_is_written_anywhere(
     written = (tmp_path / "m.jsonl").read_text() + caplog.text
     assert "[key]" in written
     assert "secret" not in written
+
+
+def test_without_the_extra_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with scripted_judge(lambda _: GOOD) as server, judging(tmp_path, server) as judge:
+        with pytest.raises(BadInput, match=r"lorascope\[judge\]"):
+            judge.ask_all([question()])
+        assert server.requests == []
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])

@@ -205,10 +205,10 @@ class Judge:
         self, question: Question, received: Received, left_out: frozenset[str]
     ) -> tuple[str | None, float, str]:
         """One request: (failure or None, seconds that the server asks to wait, what it said)."""
+        client = self._connect()
         import openai
 
         reserved = (_most_tokens(question), self.endpoint.max_tokens)
-        client = self._connect()
         self._budget.reserve(*reserved)
         used = (0, 0)
         try:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lorascope.explain.prompts import WORDS
 from lorascope.explain.rows import Row
 from lorascope.explain.scoring import agreement_of
 from lorascope.explain.settings import LEXICAL
@@ -113,7 +114,8 @@ def _further_scores(rows: Sequence[Row], task: str, rng: np.random.Generator) ->
 
 
 def count_classes(rows: Sequence[Row]) -> dict[str, Any]:
-    """How many features a judge put into each class, how many it failed on, and the agreement of two passes."""
+    """How many features a judge put into each class or failed on, explanations of more words than it was asked for, and
+    the agreement of two passes."""
     classes = dict.fromkeys(("0", "1", "2", "failed"), 0)
     table = np.zeros((3, 3), dtype=np.int64)
     for row in rows:
@@ -123,7 +125,8 @@ def count_classes(rows: Sequence[Row]) -> dict[str, Any]:
         classes["failed" if first is None else str(first)] += 1
         if first is not None and second is not None:
             table[first, second] += 1
-    return {"classes": classes} | ({"classes_agreement": agreement_of(table)} if table.any() else {})
+    counts = {"classes": classes, "longer_than_asked": sum(len((row["text"] or "").split()) > WORDS for row in rows)}
+    return counts | ({"classes_agreement": agreement_of(table)} if table.any() else {})
 
 
 def _mean(values: NDArray[np.float64], clusters: Sequence[str], rng: np.random.Generator) -> dict[str, float] | None:
