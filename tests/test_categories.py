@@ -13,7 +13,7 @@ import pytest
 
 from lorascope.cli import main
 from lorascope.config import Options
-from lorascope.errors import BadInput, MissingStage
+from lorascope.errors import BadInput, MissingStage, RunFailed
 from lorascope.explain.categories import CategorizeConfig, categorize
 from lorascope.explain.categories.assign import ASSIGNED, CHANCE, NONE_FITS, REASON_WITHOUT, assign_by_words
 from lorascope.explain.categories.shares import bootstrap_shares, make_groups, tally_traces
@@ -23,6 +23,7 @@ from lorascope.explain.categories.words import explanation_words, make_bags
 from lorascope.features import load_features
 from lorascope.study import Study, read_json
 from planted_categories import DECODER, PLANTED, planted_categories
+from scripted_judge import Said, scripted_judge
 
 CONFIG = CategorizeConfig()
 Planted = tuple[Study, dict[str, tuple[str, str]], dict[str, Any]]
@@ -353,7 +354,7 @@ def test_bad_options_and_missing_stages(planted: Planted, tmp_path: Path, capsys
     study, _, _ = planted
     for change, said in (
         ({"by": "vote"}, "--by is lexical or judge"),
-        ({"by": "judge"}, "No judge is given"),
+        ({"by": "judge"}, "--judge-model"),
         ({"map": "tsne"}, "--map is pca or umap"),
         ({"kinds": " "}, "at least one kind"),
         ({"kinds": "circuit"}, "no kind of feature 'circuit'"),
@@ -406,3 +407,42 @@ def test_groups_of_a_judge_that_names_only_the_category() -> None:
         [*assigned, replace(assigned[0], category="result formulation", outcome=ASSIGNED)], taxonomy
     )
     assert [groups[g] for g in group_F] == [("nothing to go by", None), ("result formulation", None)]
+
+
+def test_a_judge_behind_a_url_is_asked_once_and_continues_after_its_budget(tmp_path: Path) -> None:
+    study, where = planted_categories(tmp_path / "study", traces=20)
+
+    def script(request: dict[str, Any]) -> Said:
+        told, shown = (message["content"] for message in request["messages"])
+        feature = shown.split("\n")[0].removeprefix("Feature ").rstrip(".")
+        if feature not in where:
+            return Said(json.dumps({"category": "none fits"}))
+        category, subcategory = where[feature]
+        assert f"- {category} / {subcategory}: " in told
+        return Said(json.dumps({"category": f"{category} / {subcategory}"}))
+
+    with scripted_judge(script) as judge:
+        config = replace(CONFIG, by="judge", judge_model="m", judge_url=judge.url, judge_concurrency=2, budget_calls=5)
+        with pytest.raises(RunFailed, match="the same command continues"):
+            categorize(study, config, Options())
+        assert len(judge.requests) == 5
+        result = categorize(study, replace(config, budget_calls=100), Options())
+        assert len(judge.requests) == len({json.dumps(request, sort_keys=True) for request in judge.requests}) == 18
+    for kind in ("latent", "direction"):
+        for feature, row in rows_of(study, kind).items():
+            assert (row["category"], row["subcategory"]) == where.get(feature, (None, None))
+    assert result["kinds"]["latent"]["assigned"] == sum(name.startswith("sae.") for name in where)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "--judge-model"),
+        ({"judge_model": "m", "judge_url": "nowhere"}, "must be like http"),
+        ({"judge_model": "m", "judge_url": "http://localhost:1/v1", "judge_concurrency": 0}, "at least 1"),
+    ],
+)
+def test_a_judge_that_makes_no_sense_is_refused(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    study = Study.create(tmp_path / "study", model="m", system=None)
+    with pytest.raises(BadInput, match=said):
+        categorize(study, replace(CONFIG, by="judge", **changes), Options())

@@ -17,13 +17,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from lorascope.config import Options
-from lorascope.errors import BadInput, MissingStage
+from lorascope.errors import BadInput, MissingStage, RunFailed
 from lorascope.traces import Renderer, Trace, load_traces
 
 FORMAT = 1
@@ -31,7 +31,7 @@ VERSIONED = ("lorascope", "torch", "transformers", "tokenizers", "numpy", "safet
 # Options that change results; the others (threads, json, verbose) do not make a stage stale.
 RESULT_OPTIONS = ("seed", "dtype")
 # Files that several records of one stage fill together: writing one again outdates no other record.
-SHARED_OUTPUTS = frozenset({"examples/levels.json"})
+SHARED_OUTPUTS = ("examples/levels.json", "explanations/*.jsonl")
 
 
 def atomic_write_bytes(path: Path, data: bytes) -> None:
@@ -91,6 +91,24 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise BadInput(f"{path} is damaged ({error}); restore it or make the study anew.") from error
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The whole rows of a JSON Lines file, [] when there is none; an unfinished last line is left out.
+
+    Raises:
+        RunFailed: a finished line is not JSON.
+    """
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise RunFailed(f"{path}, line {number} is damaged; remove the line and run its stage again.") from error
+    return rows
 
 
 def digest(value: object) -> str:
@@ -275,6 +293,12 @@ class Study:
             summary.get("stages", {}).pop(stage, None)
             write_json(self.path / "summary.json", {k: v for k, v in summary.items() if k not in headlines})
 
+    def expire(self, stage: str) -> None:
+        """Have a stage run again, whether or not anything changed; its outputs and its last result stay until then."""
+        record = self.manifest["stages"].get(stage)
+        if record:
+            self.update_manifest(stages={stage: record | {"options": {}}})
+
     def log(self, text: str) -> None:
         """Append a dated line to `log.txt`."""
         with (self.path / "log.txt").open("a", encoding="utf-8") as file:
@@ -367,8 +391,13 @@ class Study:
         changed = [name for name, hash_ in record["inputs"].items() if self.fingerprint(name) != hash_]
         return changed, [name for name in record["outputs"] if not (self.path / name).exists()]
 
+    def holds(self, record: dict[str, Any]) -> bool:
+        """Whether a record is of what the study has now; a file that other stages add to may have grown."""
+        changed, gone = self.changes(record)
+        return not gone and all(is_shared(name) for name in changed)
+
     def _keep_record(self, stage: str, record: dict[str, Any]) -> None:
-        own = set(record["outputs"]) - SHARED_OUTPUTS
+        own = {output for output in record["outputs"] if not is_shared(output)}
         with self._manifest_lock():
             manifest = self.manifest
             stages = manifest["stages"]
@@ -414,6 +443,11 @@ class Study:
 
     def _manifest_lock(self) -> FileLock:
         return FileLock(self.path / ".manifest.lock", timeout=30)
+
+
+def is_shared(relative: str) -> bool:
+    """Whether several records of one stage fill this file of a study together (`SHARED_OUTPUTS`)."""
+    return any(PurePosixPath(relative).match(pattern) for pattern in SHARED_OUTPUTS)
 
 
 def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:

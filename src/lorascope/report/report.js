@@ -58,6 +58,15 @@ function openCard(card) {
   card.scrollIntoView({ block: "start" });
   one("summary", card).focus({ preventScroll: true });
 }
+for (const link of all('a[href^="#card-"]')) {
+  link.addEventListener("click", (event) => {
+    const card = document.getElementById(link.hash.slice(1));
+    if (!card) return;
+    event.preventDefault(); // following the link would take the focus off the card
+    history.pushState(null, "", link.hash);
+    openCard(card);
+  });
+}
 for (const map of all("svg.map:not(.small)")) {
   const readout = one(".readout", map.closest("figure"));
   const cells = all("rect[data-a]", map);

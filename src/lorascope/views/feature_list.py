@@ -1,5 +1,6 @@
 """One table for every kind of feature: directions' polarities, latents, controls."""
 
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import numpy.typing as npt
 from safetensors.numpy import load_file
 
 from lorascope.adapter import Adapter, direction_layer, direction_type
+from lorascope.explain import LEXICAL
 from lorascope.features import KINDS
 from lorascope.study import Study, read_json
 from lorascope.views.ablation_tables import direction_kl
@@ -56,7 +58,7 @@ def kind_rows(study: Study, corpus: str, kind: str) -> list[Json]:
         return []
     kls = direction_kl(study) if kind == "direction" else {}
     norms = decoder_norms(study) if kind == "latent" else {}
-    explained = {row["feature"]: row for row in json_lines(study, f"explanations/{kind}.jsonl")}
+    explained = shown_explanations(json_lines(study, f"explanations/{kind}.jsonl"))
     rows: list[Json] = []
     for stat in stats:
         feature = stat.pop("feature")
@@ -72,6 +74,14 @@ def kind_rows(study: Study, corpus: str, kind: str) -> list[Json]:
     return rows
 
 
+def shown_explanations(rows: Iterable[Json]) -> dict[str, Json]:
+    """The row of each feature that a table shows: all of one explainer, the lexical one where there is it."""
+    by_explainer: dict[str, dict[str, Json]] = {}
+    for row in rows:
+        by_explainer.setdefault(row["explainer"], {})[row["feature"]] = row
+    return by_explainer.get(LEXICAL) or next(iter(by_explainer.values()), {})
+
+
 def feature_kind(feature: str) -> str:
     """The kind that an id belongs to: `sae.17` latent, `base.L3.q+` base, `L3.q+` direction."""
     head = "latent" if feature.startswith("sae.") else feature.split(".")[0]
@@ -79,7 +89,10 @@ def feature_kind(feature: str) -> str:
 
 
 def feature_place(feature: str) -> Json:
-    """`{"address", "layer", "type", "polarity"}` of a direction's polarity (or its control); None each for a latent."""
+    """`{"address", "layer", "type", "polarity"}` of a direction's polarity (or a control's); None each for a latent.
+
+    A neuron (`neuron.L3.512+`) has a layer and no type.
+    """
     kind = feature_kind(feature)
     if kind == "latent":
         return {"address": None, "layer": None, "type": None, "polarity": None}
@@ -87,7 +100,7 @@ def feature_place(feature: str) -> Json:
     return {
         "address": address,
         "layer": direction_layer(address),
-        "type": direction_type(address),
+        "type": None if kind == "neuron" else direction_type(address),
         "polarity": feature[-1],
     }
 

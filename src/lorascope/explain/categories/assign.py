@@ -26,6 +26,8 @@ from lorascope.token_text import readable
 Ask = Callable[[str], str | None]
 """A judge: from a feature's text (`words.feature_text`) to the name of a category or subcategory, `NONE_FITS`, or None
 where it gave no answer."""
+AskAll = Callable[[list[str]], list[str | None]]
+"""The same for many texts at once, answers in their order."""
 ASSIGNED, NONE_FITS, NO_ANSWER, WITHOUT = "assigned", "none fits", "no answer", "nothing to go by"
 """Outcomes: a category; words that fit none; a judge that did not say; a feature with no explanation and no example."""
 CHANCE = 0.05
@@ -145,15 +147,16 @@ def strongest_words(bags: Bags, number: int, member_V: FloatArray) -> list[str]:
     return sorted(worth, key=lambda word: (-worth[word], word))[:NAMED]
 
 
-def assign_by_asking(ids: Sequence[str], texts: Sequence[str], ask: Ask, taxonomy: Taxonomy) -> list[Assignment]:
+def assign_by_asking(ids: Sequence[str], texts: Sequence[str], ask_all: AskAll, taxonomy: Taxonomy) -> list[Assignment]:
     """An assignment for each feature, as the judge answers; a feature with nothing to tell is not asked about."""
-    assigned: list[Assignment] = []
-    for feature, text in zip(ids, texts, strict=True):
-        if "\n" in text:
-            assigned.append(_read_answer(feature, ask(text), taxonomy))
-        else:  # only its name
-            assigned.append(Assignment(feature, WITHOUT, None, None, "judge", REASON_WITHOUT))
-    return assigned
+    telling = [text for text in texts if "\n" in text]  # others hold only the feature's name
+    answers = iter(ask_all(telling))
+    return [
+        _read_answer(feature, next(answers), taxonomy)
+        if "\n" in text
+        else Assignment(feature, WITHOUT, None, None, "judge", REASON_WITHOUT)
+        for feature, text in zip(ids, texts, strict=True)
+    ]
 
 
 def _read_answer(feature: str, answer: str | None, taxonomy: Taxonomy) -> Assignment:

@@ -16,9 +16,9 @@ from safetensors.numpy import load_file
 
 from lorascope.errors import MissingStage
 from lorascope.explain.categories.words import Weighted, example_words, explanation_words, sort_rows
-from lorascope.explain.rows import Row, read_rows
+from lorascope.explain.rows import Row
 from lorascope.features import FeatureSet
-from lorascope.study import Study, read_json
+from lorascope.study import Study, read_json, read_rows
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 
 from lorascope.explain.categories.assign import NO_ANSWER, NONE_FITS, WITHOUT, Assignment
 from lorascope.explain.categories.taxonomy import Taxonomy
-from lorascope.explain.summary import cluster_of
-from lorascope.features import FeatureSet
+from lorascope.features import FeatureSet, cluster_of
 from lorascope.stats import percentile_bounds
 
 FloatArray = NDArray[np.float64]
