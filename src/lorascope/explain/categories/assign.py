@@ -31,7 +31,7 @@ AskAll = Callable[[list[str]], list[str | None]]
 ASSIGNED, NONE_FITS, NO_ANSWER, WITHOUT = "assigned", "none fits", "no answer", "nothing to go by"
 """Outcomes: a category; words that fit none; a judge that did not say; a feature with no explanation and no example."""
 CHANCE = 0.05
-DRAWS = 400
+DRAWS = 2_000
 REASON_WITHOUT = "it has no explanation and no examples"
 NAMED = 3
 """Words that a reason cites."""
