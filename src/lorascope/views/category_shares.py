@@ -54,6 +54,11 @@ def category_view(study: Study) -> Json:
     return dict(ready(view))
 
 
+def feature_category(study: Study, kind: str, feature: str) -> Json | None:
+    """One feature's row of `categories/KIND.jsonl`; None when features of its kind were not sorted into categories."""
+    return next((row for row in json_lines(study, f"categories/{kind}.jsonl") if row["feature"] == feature), None)
+
+
 def one_kind(study: Study, kind: str, table: Json, numbers: dict[str, int], known: dict[str, Json]) -> Json:
     """Shares and members of one kind."""
     rows = [row | {"number": numbers.get(row["category"], 0)} for row in table["rows"]]

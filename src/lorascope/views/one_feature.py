@@ -19,6 +19,7 @@ from lorascope.study import Study
 from lorascope.token_text import open_tokenizer, token_texts
 from lorascope.traces import SEGMENT_NAMES
 from lorascope.views.ablation_tables import direction_kl
+from lorascope.views.category_shares import feature_category
 from lorascope.views.effects import direction_effects
 from lorascope.views.feature_list import TOO_FEW, decoder_effects, feature_kind, feature_place
 from lorascope.views.lens import feature_lens
@@ -40,9 +41,9 @@ def feature_page(
     Returns:
         `{"available", "id", "kind", "address", "layer", "type", "polarity", "corpus", "unit", "latent", "typical",
         "stats": {level, density, n_firing, max, p99, mean, too_few} or None, "histogram": {"edges", "counts"},
-        "shares": {"prompt", "think", "answer"}, "kl": row or None, "explanation": {...} or None, "examples": {"top":
-        [example], "q0": [..], ..}, "decoder": signed map or None, "neighbours": [{"id", "cosine"}], "lens": [side],
-        "missing_stages": [..]}`; `lens` is that of `feature_lens`.
+        "shares": {"prompt", "think", "answer"}, "kl": row or None, "explanation": {...} or None, "category": row of
+        `categories/KIND.jsonl` or None, "examples": {"top": [example], "q0": [..], ..}, "decoder": signed map or None,
+        "neighbours": [{"id", "cosine"}], "lens": [side], "missing_stages": [..]}`; `lens` is that of `feature_lens`.
         An example is `{"trace", "trace_id", "position", "activation", "segment", "start", "peak", "tokens", "values",
         "segments", "more_before", "more_after"}`: `peak` is the place of the example in `tokens`, `start` the
         position of `tokens[0]` in its trace. `typical` is the median activation over ordinary tokens: 0 but for
@@ -72,6 +73,7 @@ def feature_page(
     page["examples"] = shown_examples(study, features, column, rows or [], window, top, per_quantile)
     page["kl"] = direction_kl(study).get(str(page["address"])) if kind == "direction" else None
     page["explanation"] = explanation_of(study, kind, feature)
+    page["category"] = feature_category(study, kind, feature)
     if page["explanation"] is None:
         gone.append(missing(study, f"the explanation of {feature}", "lorascope explain STUDY")["missing"])
     page |= {"decoder": None, "neighbours": [], "lens": feature_lens(study, feature)}

@@ -7,7 +7,8 @@ with each word replaced by one drawn from all bags' words of the same source, `D
 of their largest excess is the feature's own threshold. So of features whose words do not belong together, a share of
 about `CHANCE` is assigned all the same.
 
-Shapes: F = features, M = entries of all bags, V = words, S = subcategories, C = categories, D = draws.
+Shapes: F = features, M = entries of all bags, m = entries of one, V = words, S = subcategories, C = categories,
+D = draws.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ AskAll = Callable[[list[str]], list[str | None]]
 ASSIGNED, NONE_FITS, NO_ANSWER, WITHOUT = "assigned", "none fits", "no answer", "nothing to go by"
 """Outcomes: a category; words that fit none; a judge that did not say; a feature with no explanation and no example."""
 CHANCE = 0.05
-DRAWS = 400
+DRAWS = 2_000
 REASON_WITHOUT = "it has no explanation and no examples"
 NAMED = 3
 """Words that a reason cites."""
@@ -65,12 +66,13 @@ def assign_by_words(ids: Sequence[str], bags: Bags, taxonomy: Taxonomy, rng: np.
     if not spoken_F.any():
         return [Assignment(feature, WITHOUT, None, None, "lexical", REASON_WITHOUT) for feature in ids]
     mean_S, mean_C = share_FS[spoken_F].mean(axis=0), share_FC[spoken_F].mean(axis=0)
+    drawn = draw_words(bags, member_VC, rng)
     assigned: list[Assignment] = []
     for number, feature in enumerate(ids):
         if not spoken_F[number]:
             assigned.append(Assignment(feature, WITHOUT, None, None, "lexical", REASON_WITHOUT))
             continue
-        threshold = float(np.quantile(shuffled_excess(bags, number, member_VC, mean_C, rng), 1 - CHANCE))
+        threshold = float(np.quantile(shuffled_excess(bags, number, drawn, mean_C), 1 - CHANCE))
         best = int(np.argmax(share_FC[number] - mean_C))
         cited = strongest_words(bags, number, member_VC[:, best])
         name = taxonomy.categories[best]
@@ -109,17 +111,28 @@ def sum_by_category(values_XS: FloatArray, taxonomy: Taxonomy) -> FloatArray:
     return summed
 
 
-def shuffled_excess(
-    bags: Bags, number: int, member_VC: FloatArray, mean_C: FloatArray, rng: np.random.Generator
-) -> FloatArray:
-    """The largest excess of one feature's bag with its words drawn anew, float64 [D]."""
+def draw_words(bags: Bags, member_VC: FloatArray, rng: np.random.Generator) -> dict[int, FloatArray]:
+    """For each source, what `DRAWS` bags of words drawn from all of the source's entries belong to, float64 [D, m, C].
+
+    m is the largest number of entries that a feature has; one with fewer takes the first. All features share the
+    draws, so that equal weights have equal thresholds.
+    """
+    drawn: dict[int, FloatArray] = {}
+    for source in np.unique(bags.source_M).tolist():
+        inside = bags.source_M == source
+        pool = bags.word_M[inside]
+        most = int(np.bincount(bags.feature_M[inside]).max())
+        drawn[source] = member_VC[pool[rng.integers(0, len(pool), (DRAWS, most))]]
+    return drawn
+
+
+def shuffled_excess(bags: Bags, number: int, drawn: dict[int, FloatArray], mean_C: FloatArray) -> FloatArray:
+    """The largest excess of one feature's bag with drawn words in place of its own, float64 [D]."""
     part = bags.of(number)
-    total_DC = np.zeros((DRAWS, member_VC.shape[1]))
-    for source in np.unique(bags.source_M[part]):
+    total_DC = np.zeros((DRAWS, len(mean_C)))
+    for source in np.unique(bags.source_M[part]).tolist():
         weight_m = bags.weight_M[part][bags.source_M[part] == source]
-        pool = bags.word_M[bags.source_M == source]
-        drawn_Dm = pool[rng.integers(0, len(pool), (DRAWS, len(weight_m)))]
-        total_DC += np.einsum("m,Dmc->Dc", weight_m, member_VC[drawn_Dm])
+        total_DC += np.matmul(weight_m, drawn[source][:, : len(weight_m)])
     largest_D: FloatArray = (total_DC - mean_C).max(axis=1)
     return largest_D
 
