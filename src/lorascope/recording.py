@@ -5,6 +5,7 @@ the adapted model runs share it. Shape legend: B traces of a batch, T tokens, N 
 """
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -37,7 +38,7 @@ from lorascope.memory import choose_budget
 from lorascope.models import load_model, load_tokenizer
 from lorascope.progress import progress
 from lorascope.sinks import SINK_RATIO, decoder_layers, is_sink, middle_norms
-from lorascope.store import PLAN, Store, read_json, store_folder
+from lorascope.store import INDEX, PLAN, Store, read_json, store_folder
 from lorascope.store_writer import Shard, StorePlan, StoreWriter, plan_shards
 from lorascope.study import Study, whole_folder, write_json
 from lorascope.traces import Rendered, pad_ids, plan_batches, read_traces, write_traces
@@ -192,15 +193,13 @@ def record_sources(
     if not rendered:
         raise BadInput(f"No trace of {config.corpus} is left to record; raise --max-tokens or give other traces.")
     adapter = Adapter.load(study.path / "adapter")
-    folders = {source: store_folder(study.path, config.corpus, source) for source in sources}
-    begun = {source: config.token_budget or begun_budget(folder) for source, folder in folders.items()}
-    fallback = next(filter(None, begun.values()), None) or choose_budget(adapter, model.device, model.dtype)
+    text = text_fingerprint(rendered)
     about = {
         "corpus": config.corpus,
         "model": study.model_name,
         "dtype": str(model.dtype),
         "adapter": study.fingerprint("adapter"),
-        "text": text_fingerprint(rendered),
+        "text": text,
         "length_rule": length_rule,
         "sink_rule": {
             "ratio": SINK_RATIO,
@@ -208,6 +207,12 @@ def record_sources(
             "over": "median norm in trace",
         },
     }
+    folders = {source: store_folder(study.path, config.corpus, source) for source in sources}
+    begun = {
+        source: config.token_budget or begun_budget(folder, text) or finished_budget(folder, about | {"source": source})
+        for source, folder in folders.items()
+    }
+    fallback = next(filter(None, begun.values()), None) or choose_budget(adapter, model.device, model.dtype)
     with attach(model, adapter) as attached, fused_reading(attached):
         columns = [source_columns(study, source, attached, seed) for source in sources]
         budgets = [begun[source] or fallback for source in sources]
@@ -238,10 +243,29 @@ def source_columns(study: Study, source: str, attached: Attached, seed: int) -> 
     return adapter_probe(control, attached.model, names)
 
 
-def begun_budget(folder: Path) -> int | None:
-    """The token budget of a recording that was begun here: a run that continues plans the same batches."""
+def finished_budget(folder: Path, about: dict[str, Any]) -> int | None:
+    """The token budget of a finished recording of the very same: its batches are good, though memory may have changed.
+
+    None where nothing is finished, or it is about another text, adapter, model or precision.
+    """
     try:
-        return int(read_json(folder / PLAN)["about"]["token_budget"])
+        found = read_json(folder / INDEX)["about"]
+        budget = int(found.pop("token_budget"))
+        return budget if found == json.loads(json.dumps(about)) else None
+    except (RunFailed, KeyError, TypeError, ValueError):
+        return None
+
+
+def begun_budget(folder: Path, text: str) -> int | None:
+    """The token budget of a recording of this text that was begun here: a run that continues plans the same batches.
+
+    None where nothing was begun, where it was finished, or where no shard of it is done (it may have lacked memory).
+    """
+    if (folder / INDEX).exists() or not any(folder.glob("shard-*.safetensors")):
+        return None
+    try:
+        about = read_json(folder / PLAN)["about"]
+        return int(about["token_budget"]) if about["text"] == text else None
     except (RunFailed, KeyError, TypeError, ValueError):
         return None
 
@@ -333,6 +357,8 @@ def fill_stores(
             if not begun:
                 due = zip(writers, columns, missing, strict=True)
                 begun = [(writer, writer.begin(number), part) for writer, part, lacks in due if number in lacks]
+            if written.done():
+                written.result()  # a full disk is told at once, not after the next shard
             put = read_batch(attached, [rendered[i] for i in batch], read)
             for writer, shard, part in begun:
                 if writer.scale_N is None:
