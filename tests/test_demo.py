@@ -29,7 +29,7 @@ def test_every_stage_runs_and_the_report_is_there(
     assert {row["kind"] for row in compared["rows"]} == set(KINDS)
     assert (compared["missing"], compared["stale"]) == ([], [])
     titles = [line for line in capsys.readouterr().err.splitlines() if line.startswith("[")]
-    assert len(titles) == 2 * (12 if quick else 13)
+    assert len(titles) == 2 * (14 if quick else 15)
     again = demo.run_demo(tmp_path / "study", demo.DemoConfig(quick=quick), Options())
     assert again["accuracy"] == figures["accuracy"]
     assert not [row for row in Study.open(tmp_path / "study").status() if row["state"] != "done"]

@@ -15,8 +15,11 @@ from lorascope.errors import BadInput
 from lorascope.evaluation import EvaluateConfig, evaluate
 from lorascope.example_search import ExamplesConfig, examples
 from lorascope.explain import ExplainConfig, explain_features
+from lorascope.explain.categories import CategorizeConfig, categorize
 from lorascope.features import CONTROLS
+from lorascope.logit_lens import LensConfig, read_lens
 from lorascope.models import load_tokenizer
+from lorascope.reasoning import ReasoningConfig, find_reasoning
 from lorascope.recording import RecordConfig, record
 from lorascope.report import ReportConfig, write_report
 from lorascope.sae import SAEConfig, decompose
@@ -104,7 +107,9 @@ def plan(
         ),
         ("find examples", lambda: both_corpora(study(), options)),
         ("explain and score", lambda: explain_features(study(), ExplainConfig(), options)),
+        ("reasoning words and the lens", lambda: without_judge(study(), options)),
         ("compare with controls", lambda: compare_kinds(study(), options)),
+        ("categories", lambda: categorize(study(), CategorizeConfig(), options)),
         ("write the report", lambda: write_report(study(), ReportConfig(), options)),
     ]
     return [stage for stage in stages if not (config.quick and "full" in stage[0])]
@@ -136,6 +141,12 @@ def both_corpora(study: Study, options: Options) -> None:
     """Examples on the training and on the held-out traces."""
     for corpus in ("train", "heldout"):
         examples(study, ExamplesConfig(corpus), options)
+
+
+def without_judge(study: Study, options: Options) -> None:
+    """What needs neither judge nor rule: features at reasoning words, tokens that vectors write and read."""
+    find_reasoning(study, ReasoningConfig(), options)
+    read_lens(study, LensConfig(), options)
 
 
 def headline(study: Study, seconds: float) -> dict[str, Any]:

@@ -108,6 +108,8 @@ def record(study: Study, config: RecordConfig, options: Options) -> dict[str, An
     for name in sources:
         if name in MADE:
             make_control(study, name, options, load)
+    # Chosen once, so that sources recorded together are planned in the same batches.
+    choose = cache(lambda: choose_budget(Adapter.load(study.path / "adapter"), load()[0].device, load()[0].dtype))
     results: dict[str, Any] = {}
     for source in sources:
         alone = replace(config, source=source, traces=None, response_template="")
@@ -115,7 +117,7 @@ def record(study: Study, config: RecordConfig, options: Options) -> dict[str, An
 
         def work(alone: RecordConfig = alone, together: list[str] = together) -> dict[str, Any]:
             model, tokenizer = load()
-            return record_sources(study, alone, together, model, tokenizer, options.seed)
+            return record_sources(study, alone, together, model, tokenizer, choose, options.seed)
 
         results[source] = study.run(
             f"record:{config.corpus}:{source}",
@@ -179,9 +181,17 @@ def add_corpus(study: Study, config: RecordConfig) -> None:
 
 
 def record_sources(
-    study: Study, config: RecordConfig, sources: list[str], model: Any, tokenizer: Any, seed: int
+    study: Study,
+    config: RecordConfig,
+    sources: list[str],
+    model: Any,
+    tokenizer: Any,
+    choose: Callable[[], int],
+    seed: int,
 ) -> dict[str, Any]:
     """Record a corpus of the study from the first of some sources; the counts of what went in.
+
+    `choose` gives the token budget where none is given or begun.
 
     The other sources' stores are filled in the same pass where they are planned in the same batches, so that their
     own turn finds them done.
@@ -212,7 +222,7 @@ def record_sources(
         source: config.token_budget or begun_budget(folder, text) or finished_budget(folder, about | {"source": source})
         for source, folder in folders.items()
     }
-    fallback = next(filter(None, begun.values()), None) or choose_budget(adapter, model.device, model.dtype)
+    fallback = next(filter(None, begun.values()), None) or choose()
     with attach(model, adapter) as attached, fused_reading(attached):
         columns = [source_columns(study, source, attached, seed) for source in sources]
         budgets = [begun[source] or fallback for source in sources]

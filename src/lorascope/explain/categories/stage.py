@@ -1,0 +1,304 @@
+"""The stage `lorascope categorize STUDY`: categories of features, their shares, and clusters found without a taxonomy.
+
+Shapes: F = features, N = directions, P = points of a space.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from lorascope.config import Options
+from lorascope.errors import BadInput
+from lorascope.explain.categories.asking import judge_asker
+from lorascope.explain.categories.assign import (
+    ASSIGNED,
+    NO_ANSWER,
+    NONE_FITS,
+    WITHOUT,
+    Ask,
+    AskAll,
+    Assignment,
+    assign_by_asking,
+    assign_by_words,
+)
+from lorascope.explain.categories.extras import embed_texts, place_by_umap
+from lorascope.explain.categories.kinds import Kind, explained_words, read_kind
+from lorascope.explain.categories.shares import Group, make_groups, share_rows, tally_traces
+from lorascope.explain.categories.spaces import (
+    STATES,
+    Place,
+    Space,
+    activity_vectors,
+    explanation_vectors,
+    first_two,
+    flow_rows,
+    make_space,
+    spaced_tokens,
+    state_vectors,
+)
+from lorascope.explain.categories.tables import (
+    compare_spaces,
+    describe_points,
+    describe_space,
+    feature_table,
+    token_table,
+)
+from lorascope.explain.categories.taxonomy import Taxonomy, load_taxonomy
+from lorascope.explain.categories.words import (
+    explanation_words,
+    feature_text,
+    make_bags,
+)
+from lorascope.explain.judges import Endpoint
+from lorascope.explain.settings import check_url
+from lorascope.features import FeatureSet, load_features
+from lorascope.progress import progress
+from lorascope.store import INDEX
+from lorascope.study import Study, atomic_write_text, whole_folder, write_json
+from lorascope.token_text import open_tokenizer, vocabulary_texts
+
+FOLDER = "categories"
+MAPS = {"pca", "umap"}
+
+
+@dataclass(frozen=True)
+class CategorizeConfig:
+    """Sort features into the categories of a taxonomy, measure their shares, and cluster the features without it."""
+
+    taxonomy: str | None = None
+    """YAML file of categories, subcategories and their words (default: the seven functional categories)."""
+    by: str = "lexical"
+    """What assigns: lexical (words of explanation and examples, no model) or judge (a language model behind a URL)."""
+    kinds: str = "latent,direction"
+    """Kinds of features, separated by commas: latent, direction, base."""
+    corpus: str = "heldout"
+    """Corpus whose examples and firings are used."""
+    map: str = "pca"
+    """How the 2-D maps are made: pca, or umap (extra umap)."""
+    embed: str | None = None
+    """Sentence-transformers model (hub id or folder) that embeds explanations for their clusters; needs the extra embed
+    (default: TF-IDF)."""
+    enough: int = 20
+    """A feature that fires on fewer tokens is not clustered."""
+    judge_model: str | None = None
+    """Name of the judge's model, as its server knows it."""
+    judge_url: str | None = None
+    """Base URL of an OpenAI-compatible server, for example http://localhost:8000/v1."""
+    judge_key_env: str = ""
+    """Name of the environment variable that holds the judge's key (default: no key is sent)."""
+    judge_concurrency: int = 8
+    """Most requests in flight."""
+    budget_calls: int | None = None
+    """Most requests that this run may send; what was answered is kept, and the same command continues."""
+
+
+def categorize(study: Study, config: CategorizeConfig, options: Options, ask: Ask | None = None) -> dict[str, Any]:
+    """Write `categories/`: KIND.jsonl, shares.json, clusters.json, flow.json (latents) and maps.parquet.
+
+    Args:
+        ask: with `by="judge"`, a function from a feature's text to a name or None, in place of the judge behind a URL.
+
+    Returns:
+        `{"corpus", "taxonomy", "kinds": {kind: {"features", "assigned", "none_fits", "no_answer", "without"}}}`.
+
+    Raises:
+        BadInput: an unknown option's value or kind, a file that is no taxonomy, a judge that is not given, a missing
+            extra.
+        MissingStage: examples or explanations are missing; the message names the command.
+    """
+    kinds = [kind.strip() for kind in config.kinds.split(",") if kind.strip()]
+    if config.by not in ("lexical", "judge") or config.map not in MAPS:
+        raise BadInput("--by is lexical or judge, and --map is pca or umap.")
+    if not kinds or config.enough < 1:
+        raise BadInput("Name at least one kind in --kinds, and give --enough a number of at least 1.")
+    if config.by == "judge" and ask is None:
+        check_judge(config)
+    taxonomy = load_taxonomy(config.taxonomy)
+    features = {kind: load_features(study, config.corpus, kind) for kind in dict.fromkeys(kinds)}
+    inputs = required_inputs(study, config.corpus, features)
+
+    def work() -> dict[str, Any]:
+        with whole_folder(study.path / FOLDER) as folder, asker(study, config, taxonomy, ask) as ask_all:
+            return fill_folder(study, folder, config, options, taxonomy, features, ask_all)
+
+    names = [f"{kind}.jsonl" for kind in features] + ["shares.json", "clusters.json", "maps.parquet"]
+    names += ["flow.json"] if "latent" in features else []
+    return study.run(
+        "categorize",
+        replace(config, taxonomy=f"{config.taxonomy or 'built-in'} {identity(taxonomy)}"),
+        options,
+        inputs=inputs,
+        outputs=[f"{FOLDER}/{name}" for name in names],
+        work=work,
+    )
+
+
+def check_judge(config: CategorizeConfig) -> None:
+    """Raise BadInput unless the options of the judge make sense."""
+    if not config.judge_model or not config.judge_url:
+        raise BadInput("--by judge needs --judge-model and --judge-url; see docs/judges.md.")
+    check_url(config.judge_url)
+    if min(config.judge_concurrency, 1 if config.budget_calls is None else config.budget_calls) < 1:
+        raise BadInput("Give --judge-concurrency and --budget-calls at least 1.")
+
+
+@contextmanager
+def asker(study: Study, config: CategorizeConfig, taxonomy: Taxonomy, ask: Ask | None) -> Iterator[AskAll | None]:
+    """Inside, what answers for many features at once; None where words assign."""
+    if config.by != "judge":
+        yield None
+    elif ask is not None:
+        yield lambda texts: [ask(text) for text in texts]
+    else:
+        endpoint = Endpoint(str(config.judge_model), str(config.judge_url), config.judge_key_env)
+        with judge_asker(study, endpoint, taxonomy, config.judge_concurrency, config.budget_calls) as ask_all:
+            yield ask_all
+
+
+def identity(taxonomy: Taxonomy) -> str:
+    """A short hash of a taxonomy's content: an edited file makes the stage stale."""
+    said: list[object] = [taxonomy.name, taxonomy.descriptions]
+    for sub in taxonomy.subcategories:
+        words = [sorted(sub.words), [p.pattern for p in sub.patterns], sorted(sub.classes), sorted(sub.segments)]
+        said.append([sub.category, sub.name, sub.description, *words])
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:12]
+
+
+def required_inputs(study: Study, corpus: str, features: dict[str, FeatureSet]) -> list[str]:
+    """The files that are read; MissingStage for the first that is not there."""
+    study.require("tokenizer/tokenizer.json", "lorascope record STUDY")
+    inputs = ["tokenizer/tokenizer.json", "examples/levels.json"]
+    for kind, of_kind in features.items():
+        needed = [f"examples/{corpus}/{kind}-{what}.parquet" for what in ("examples", "stats")]
+        for path in (*needed, "examples/levels.json"):
+            study.require(path, f"lorascope examples STUDY --corpus {corpus}")
+        study.require(f"explanations/{kind}.jsonl", f"lorascope explain STUDY --kinds {kind}")
+        store = of_kind.store.folder.relative_to(study.path).as_posix()
+        inputs += [*needed, f"explanations/{kind}.jsonl", f"{store}/{INDEX}"]
+        inputs += ["sae/sae_weights.safetensors"] if kind == "latent" else []
+    return list(dict.fromkeys(inputs))
+
+
+def fill_folder(
+    study: Study,
+    folder: Path,
+    config: CategorizeConfig,
+    options: Options,
+    taxonomy: Taxonomy,
+    features: dict[str, FeatureSet],
+    ask_all: AskAll | None,
+) -> dict[str, Any]:
+    """Everything of one run, into a folder; the stage's result."""
+    texts = vocabulary_texts(open_tokenizer(study.path / "tokenizer"))
+    place: Place = first_two if config.map == "pca" else partial(place_by_umap, seed=options.seed)
+    counts: dict[str, Any] = {}
+    shares: dict[str, Any] = {}
+    clusters: list[dict[str, Any]] = []
+    agreement: list[dict[str, Any]] = []
+    tables: list[pa.Table] = []
+    for name, of_kind in progress(features.items(), len(features), "categorize", "kind"):
+        kind = read_kind(study, config.corpus, of_kind, texts)
+        draws = partial(generator, options.seed, name)
+        assigned = assign_kind(kind, taxonomy, ask_all, draws("null"))
+        atomic_write_text(
+            folder / f"{name}.jsonl",
+            "".join(json.dumps(one.as_row(), ensure_ascii=False, allow_nan=False) + "\n" for one in assigned),
+        )
+        groups, group_F = make_groups(assigned, taxonomy)
+        shares[name] = measure_shares(kind, groups, group_F, draws("shares"))
+        counts[name] = count_assigned(assigned)
+        spaces = feature_spaces(kind, config, options.device, place, draws("spaces"))
+        clusters += [describe_space(space, kind, config.enough) for space in spaces]
+        agreement += compare_spaces(spaces, assigned, draws("agreement"))
+        tables += [feature_table(space, kind, assigned) for space in spaces]
+        if kind.decoder_FN is not None:
+            write_json(folder / "flow.json", make_flow(kind, assigned))
+    states = load_features(study, config.corpus, "direction").store
+    at_T = spaced_tokens(states, STATES)
+    space = make_space("token", "states", at_T, state_vectors(states, at_T), place, generator(options.seed, "states"))
+    clusters.append(describe_points(space))
+    tables.append(token_table(space, states, texts))
+    order = [{"name": c, "description": taxonomy.descriptions[c]} for c in taxonomy.categories]
+    about = {"corpus": config.corpus, "by": config.by, "taxonomy": taxonomy.name, "categories": order}
+    write_json(folder / "shares.json", about | {"kinds": shares})
+    write_json(
+        folder / "clusters.json",
+        {"map": config.map, "embed": config.embed, "enough": config.enough, "spaces": clusters, "agreement": agreement},
+    )
+    pq.write_table(pa.concat_tables(tables), folder / "maps.parquet")
+    return {"corpus": config.corpus, "taxonomy": taxonomy.name, "kinds": counts}
+
+
+def generator(seed: int, *purpose: str) -> np.random.Generator:
+    """A generator of the purpose's own, so that one option or kind does not change the draws of another."""
+    return np.random.default_rng([seed, *" ".join(purpose).encode()])
+
+
+def assign_kind(kind: Kind, taxonomy: Taxonomy, ask_all: AskAll | None, rng: np.random.Generator) -> list[Assignment]:
+    """A category, or a reason for none, for every feature of a kind."""
+    ids = kind.features.ids
+    if ask_all is not None:
+        told = [feature_text(f, rows, found) for f, rows, found in zip(ids, kind.rows_F, kind.examples_F, strict=True)]
+        return assign_by_asking(ids, told, ask_all, taxonomy)
+    sources = [(*explanation_words(rows), found) for rows, found in zip(kind.rows_F, kind.examples_F, strict=True)]
+    return assign_by_words(ids, make_bags(sources), taxonomy, rng)
+
+
+def count_assigned(assigned: Sequence[Assignment]) -> dict[str, int]:
+    """How many features have a category, fit none, had no usable answer, or had nothing to go by."""
+    outcomes = {"assigned": ASSIGNED, "none_fits": NONE_FITS, "no_answer": NO_ANSWER, "without": WITHOUT}
+    counts = {name: sum(one.outcome == outcome for one in assigned) for name, outcome in outcomes.items()}
+    return {"features": len(assigned)} | counts
+
+
+def feature_spaces(
+    kind: Kind, config: CategorizeConfig, device: str, place: Place, rng: np.random.Generator
+) -> list[Space]:
+    """The spaces of one kind: explanations, co-activation, and for latents decoder rows."""
+    point_P = np.flatnonzero(kind.firings_F >= config.enough)
+    explained_P = np.array([p for p in point_P if explained_words(kind, int(p))], np.int64)
+    if config.embed is None or len(explained_P) < 2:
+        said = explanation_vectors([explained_words(kind, int(p)) for p in explained_P])
+    else:
+        texts = [" ".join(str(row["text"]) for row in kind.rows_F[int(p)] if row.get("text")) for p in explained_P]
+        said = embed_texts(texts, config.embed, device)
+    spaces = [make_space(kind.name, "explanations", explained_P, said, place, rng)]
+    if kind.decoder_FN is not None:
+        unit = kind.decoder_FN[point_P] / np.maximum(kind.worth_F[point_P, None], 1e-30)
+        spaces.append(make_space(kind.name, "decoder", point_P, unit, place, rng))
+    spaces.append(make_space(kind.name, "coactivation", point_P, activity_vectors(kind.features, point_P), place, rng))
+    return spaces
+
+
+def measure_shares(
+    kind: Kind, groups: Sequence[Group], group_F: NDArray[np.int64], rng: np.random.Generator
+) -> dict[str, Any]:
+    """The shares of one kind with what they are of."""
+    fires_RG, mass_RG = tally_traces(kind.features, kind.level_F, kind.worth_F, group_F, len(groups))
+    return {
+        "features": len(kind.features.ids),
+        "traces": len(fires_RG),
+        "firings": int(fires_RG.sum()),
+        "rows": share_rows(kind.features.ids, groups, group_F, fires_RG, mass_RG, rng),
+    }
+
+
+def make_flow(kind: Kind, assigned: Sequence[Assignment]) -> dict[str, Any]:
+    """`flow.json`: the latents that have words, by category and subcategory (see `flow_rows`)."""
+    assert kind.decoder_FN is not None
+    kept = [f for f, one in enumerate(assigned) if one.outcome != WITHOUT]
+    groups = [(assigned[f].category or assigned[f].outcome, assigned[f].subcategory) for f in kept]
+    rows = flow_rows(kind.features.store.addresses, kind.decoder_FN[kept], groups)
+    return {"unit": "effect per unit of activation", "latents": len(kept), "rows": rows}
