@@ -12,7 +12,7 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
-from lorascope.stats import FloatArray
+from lorascope.stats import FloatArray, false_discovery_rates
 
 SLICE = 4_000_000
 """Random numbers that exist at once."""
@@ -157,11 +157,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def benjamini_hochberg(p_values: Sequence[float]) -> list[float]:
     """q-values: the smallest false discovery rate at which each is a finding (Benjamini, Hochberg, 1995); NaN stays."""
     p = np.asarray(p_values, dtype=np.float64)
-    known = np.flatnonzero(np.isfinite(p))
-    order = known[np.argsort(p[known], kind="stable")]
-    out: NDArray[np.float64] = np.full(len(p), np.nan)
-    steps = p[order] * len(order) / np.arange(1, len(order) + 1)
-    out[order] = np.minimum(np.minimum.accumulate(steps[::-1])[::-1], 1.0)
+    out, known = np.full(len(p), np.nan), np.isfinite(p)
+    out[known] = false_discovery_rates(p[known])
     return [float(value) for value in out]
 
 
