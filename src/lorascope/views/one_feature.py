@@ -18,7 +18,7 @@ from lorascope.study import Study
 from lorascope.token_text import open_tokenizer, token_texts
 from lorascope.traces import SEGMENT_NAMES
 from lorascope.views.ablation_tables import direction_kl
-from lorascope.views.effects import direction_effects
+from lorascope.views.effects import typical_effects
 from lorascope.views.feature_list import TOO_FEW, decoder_effects, feature_kind, feature_place
 from lorascope.views.maps import signed_map
 from lorascope.views.reading import Json, feature_rows, json_lines, missing, ready, stamp
@@ -88,9 +88,8 @@ def typical_activation(study: Study, features: FeatureSet, corpus: str, feature:
     """The median activation of a direction's polarity over ordinary tokens; 0 for a latent."""
     if features.latent:
         return 0.0
-    effects = direction_effects(study, corpus, features.store.folder.name)
-    medians = dict(zip(effects["address"], effects["median"], strict=True))
-    median = float(medians[str(feature_place(feature)["address"])])
+    medians = typical_effects(study, corpus, features.store.folder.name)
+    median = medians[str(feature_place(feature)["address"])]
     return max(0.0, median if feature.endswith("+") else -median)
 
 
