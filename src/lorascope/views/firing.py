@@ -26,7 +26,7 @@ def coloured_trace(study: Study, corpus: str, index: int, features: list[str]) -
 
     Returns:
         The dict of `trace_page` with `"features": [{"id", "kind", "values": [T], "level", "typical", "max"}]`. `max`
-        is the largest activation on the corpus or on this trace.
+        is the largest activation on ordinary tokens of the corpus or of this trace.
 
     Raises:
         BadInput: no such corpus, trace or feature, or too many features.
@@ -40,12 +40,13 @@ def coloured_trace(study: Study, corpus: str, index: int, features: list[str]) -
     for name in features:
         check_feature(study, corpus, name)
     values_FT = trace_features(study, corpus, index, features, page["length"])
+    ordinary_T = np.array(page["segments"]) != 0
     levels = json_file(study, "examples/levels.json") or {}
     shown = []
     for name, values_T in zip(features, values_FT, strict=True):
         kind = feature_kind(name)
         stats = feature_rows(study, f"examples/{corpus}/{kind}-stats.parquet", name)
-        most = max(float(values_T.max(initial=0)), stats[0]["max"] if stats else 0.0)
+        most = max(float(values_T[ordinary_T].max(initial=0)), stats[0]["max"] if stats else 0.0)
         typical = typical_activation(study, open_features(study, corpus, kind), corpus, name)
         level = levels.get(kind, {}).get(name, 0.0)
         shown.append({"id": name, "kind": kind, "values": values_T, "level": level, "typical": typical, "max": most})

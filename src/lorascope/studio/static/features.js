@@ -70,7 +70,9 @@ if (form) {
 // --- the overview's leaders ---
 for (const list of all(".leaders")) {
   ask(`/features.json?${list.dataset.query}`).then((found) => {
-    const rows = found.available ? found.rows : [];
+    const seen = new Set(); // the two polarities of a direction share its KL: the explained one stands for both
+    const rows = (found.available ? [...found.rows] : []).sort((a, b) => (a.address === b.address ? Boolean(b.text) - Boolean(a.text) : 0))
+      .filter((row) => !row.address || (!seen.has(row.address) && seen.add(row.address))).slice(0, 8);
     list.replaceChildren(...rows.map((row) => {
       const link = make("a", { href: featureAddress(row.id), textContent: row.id.replace(/-$/, "−") });
       const value = list.dataset.query.includes("kl") ? `KL ${figures(row.kl)}` : row.detection === null ? "" : `detection ${row.detection.toFixed(2)}`;

@@ -12,7 +12,7 @@ export function drawStrip(svg, values, low, high) {
   for (let i = 0; i < count; i++) {
     const value = Math.max(...values.slice(i * per, (i + 1) * per));
     if (!(value > low)) continue;
-    const height = Math.max(1.5, (HEIGHT * (value - low)) / (high - low || 1));
+    const height = Math.max(1.5, HEIGHT * Math.min(1, (value - low) / (high - low || 1)));
     const bar = document.createElementNS(NAMESPACE, "rect");
     const width = 100 / count;
     for (const [name, number] of [["x", `${i * width}%`], ["width", `${Math.max(width * 0.9, 0.12)}%`], ["y", HEIGHT + 1 - height], ["height", height]]) bar.setAttribute(name, number);

@@ -23,7 +23,7 @@ if (box) {
       let [best, part] = [-1, 0];
       const firing = [];
       features.forEach(({ values, typical, max, level }, k) => {
-        const share = max > typical ? (values[t] - typical) / (max - typical) : 0;
+        const share = max > typical ? Math.min(1, (values[t] - typical) / (max - typical)) : 0;
         if (share > part) [best, part] = [k, share];
         if (share > 0 && values[t] > level) firing.push(k + 1);
       });
@@ -154,5 +154,5 @@ if (box) {
 
   await choose(listed());
   const start = /^#t(\d+)$/.exec(location.hash);
-  if (start) { move(Number(start[1])); tokens[at]?.scrollIntoView({ block: "center" }); tell(at); }
+  if (start) { move(Number(start[1])); tokens[at]?.scrollIntoView({ block: "nearest" }); tell(at); }
 }
