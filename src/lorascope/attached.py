@@ -39,9 +39,12 @@ class Trunk:
     scalars: Tensor
 
 
-@dataclass
+@dataclass(eq=False)
 class Reading:
-    """Scalars seen since `tap()` was entered, per module; successive forwards are joined along tokens."""
+    """Scalars seen since `tap()` was entered, per module; successive forwards are joined along tokens.
+
+    Each is itself alone: a tap inside another has seen the same and must not be taken for it.
+    """
 
     parts: list[list[Tensor]]
 

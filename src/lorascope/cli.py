@@ -45,6 +45,7 @@ COMMANDS = {
     "examples": Command("example_search", "ExamplesConfig", "examples", "what each feature responds to most"),
     "sae": Command("sae", "SAEConfig", "decompose", "a sparse autoencoder on the whole state"),
     "explain": Command("explain", "ExplainConfig", "explain_features", "explain features and score it"),
+    "steer": Command("steering", "SteerConfig", "steer_text", "text with features pushed, scaled, clamped or off"),
     "studio": Command("studio", "StudioConfig", "serve", "look, ask, steer and note in the browser"),
     "report": Command("report", "ReportConfig", "write_report", "one HTML file of everything"),
 }

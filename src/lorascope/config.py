@@ -1,6 +1,7 @@
 """One frozen dataclass per command is its options, its `--help`, its docs and its saved JSON.
 
-A field's help is the string literal below it. Flags stand over the YAML file, the file over the defaults.
+A field's help is the string literal below it; a tuple is an option that may be given several times. Flags stand over
+the YAML file, the file over the defaults.
 """
 
 import argparse
@@ -72,15 +73,18 @@ def add_fields(parser: argparse.ArgumentParser, cls: type, title: str) -> None:
     for field in dataclasses.fields(cls):
         flag = "--" + field.name.replace("_", "-")
         kind = plain_type(hints[field.name])
-        hidden = (dataclasses.MISSING, None, "", False)
-        shown = "" if field.default in hidden else f" (default: {field.default})"
+        hidden = (dataclasses.MISSING, None, "", False, ())
+        default = ", ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        shown = "" if field.default in hidden else f" (default: {default})"
         text = (docs[field.name] + shown).replace("%", "%%")
         if kind is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
         else:
+            several = typing.get_origin(kind) is tuple
             group.add_argument(
                 flag,
-                type=kind,
+                type=typing.get_args(kind)[0] if several else kind,
+                action="append" if several else "store",
                 default=argparse.SUPPRESS,
                 help=text,
                 metavar=field.name.upper(),
@@ -153,6 +157,9 @@ def checked_value(file: Path, key: str, value: Any, kind: type) -> Any:
     """The value as the field's type; YAML's own types must already agree, but for int to float."""
     if value is None:
         return None
+    if typing.get_origin(kind) is tuple:
+        each = typing.get_args(kind)[0]
+        return [checked_value(file, key, item, each) for item in (value if isinstance(value, list) else [value])]
     if isinstance(value, bool) != (kind is bool):
         raise BadInput(f"{file}: {key} must be of type {kind.__name__}, not {value!r}.")
     if kind is str:
@@ -175,4 +182,5 @@ def make_config(cls: type[Config], values: dict[str, Any]) -> Config:
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
     if missing := [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in values]:
         raise BadInput(f"--{missing[0].replace('_', '-')} is required; see --help.")
-    return cls(**{f.name: values[f.name] for f in fields if f.name in values})
+    given = {f.name: values[f.name] for f in fields if f.name in values}
+    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})

@@ -103,26 +103,46 @@ def polarity_features(study: Study, corpus: str, *, kind: str, source: str, pref
     return FeatureSet(kind, ids, "effect", False, store, encode)
 
 
-def latent_features(study: Study, corpus: str) -> FeatureSet:
-    """The SAE's latents, from the folder `sae/` (SAELens files) and the adapter's scalars."""
+@dataclass(frozen=True)
+class LatentWeights:
+    """The SAE's weights, float32, for raw scalars: the unit in which it was trained is folded in."""
+
+    W_enc_NF: Floats
+    W_dec_FN: Floats
+    b_enc_F: Floats
+    threshold_F: Floats
+
+
+def latent_weights(study: Study) -> LatentWeights:
+    """What the study's folder `sae/` (SAELens files) says.
+
+    Raises:
+        MissingStage: there is no SAE yet.
+    """
     folder = study.require("sae/sae_weights.safetensors", "lorascope sae STUDY").parent
-    store = Store.open(store_folder(study.path, corpus, "adapter"))
     cfg = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
     weights = {key: w.astype(np.float32) for key, w in load_file(folder / "sae_weights.safetensors").items()}
     W_enc, b_enc = weights["W_enc"], weights["b_enc"]
-    if W_enc.shape[0] != len(store.addresses):
-        raise RunFailed(
-            f"The SAE reads {W_enc.shape[0]} scalars, the store of {corpus} has {len(store.addresses)}; "
-            f"run again: lorascope sae {study.path}"
-        )
     if cfg.get("apply_b_dec_to_input"):
         b_enc = b_enc - weights["b_dec"] @ W_enc
+    return LatentWeights(W_enc, weights["W_dec"], b_enc, weights["threshold"])
+
+
+def latent_features(study: Study, corpus: str) -> FeatureSet:
+    """The SAE's latents on the adapter's scalars."""
+    sae = latent_weights(study)
+    store = Store.open(store_folder(study.path, corpus, "adapter"))
+    if len(sae.W_enc_NF) != len(store.addresses):
+        raise RunFailed(
+            f"The SAE reads {len(sae.W_enc_NF)} scalars, the store of {corpus} has {len(store.addresses)}; "
+            f"run again: lorascope sae {study.path}"
+        )
 
     def encode(z_TN: Floats, wanted: npt.NDArray[np.intp] | None) -> Floats:
         which = slice(None) if wanted is None else wanted
-        return jumprelu_codes(z_TN, W_enc[:, which], b_enc[which], weights["threshold"][which])
+        return jumprelu_codes(z_TN, sae.W_enc_NF[:, which], sae.b_enc_F[which], sae.threshold_F[which])
 
-    return FeatureSet("latent", [f"sae.{i}" for i in range(W_enc.shape[1])], "code", True, store, encode)
+    return FeatureSet("latent", [f"sae.{i}" for i in range(len(sae.b_enc_F))], "code", True, store, encode)
 
 
 KINDS: dict[str, Callable[[Study, str], FeatureSet]] = {
