@@ -92,7 +92,11 @@ def main() -> None:
                 if not given.all:
                     shoot(browser, base, address, given.folder / f"studio-{name}.png", WIDE, "light")
                     continue
-                for kind, view, scheme in (("light", TALL, "light"), ("dark", TALL, "dark"), ("narrow", NARROW, "light")):
+                for kind, view, scheme in (
+                    ("light", TALL, "light"),
+                    ("dark", TALL, "dark"),
+                    ("narrow", NARROW, "light"),
+                ):
                     shoot(browser, base, address, given.folder / f"{name}-{kind}.png", view, scheme)
             browser.close()
     finally:

@@ -14,9 +14,11 @@ from lorascope import __version__
 from lorascope.config import Options
 from lorascope.errors import BadInput, RunFailed
 from lorascope.report.build import make_environment
+from lorascope.report.tokens import shown_text
+from lorascope.studio.live import Live
+from lorascope.studio.live_routes import add_live
 from lorascope.studio.notes import FILE, add_note, merge_notes
 from lorascope.studio.pages import JSON_ONLY, PAGES, Page
-from lorascope.report.tokens import shown_text
 from lorascope.study import Study, digest
 from lorascope.views.kept import study_state
 
@@ -24,7 +26,19 @@ KINDS_OF_FILE = {".css": "text/css", ".js": "text/javascript", ".svg": "image/sv
 STATIC = {
     "report.css": "report",
     **dict.fromkeys(
-        ("studio.css", "studio.js", "theme.js", "features.js", "feature.js", "map.js", "strip.js", "trace.js", "notes.js", "icon.svg"),
+        (
+            "studio.css",
+            "studio.js",
+            "theme.js",
+            "features.js",
+            "feature.js",
+            "live.js",
+            "map.js",
+            "strip.js",
+            "trace.js",
+            "notes.js",
+            "icon.svg",
+        ),
         "studio/static",
     ),
 }
@@ -35,6 +49,7 @@ NAVIGATION = (
     ("/features", "Features"),
     ("/traces", "Traces"),
     ("/evidence", "Evidence"),
+    ("/live", "Live"),
     ("/notes", "Notes"),
 )
 
@@ -52,6 +67,7 @@ def make_app(study: Study, options: Options) -> Any:
         app.add_api_route(page.path, html_endpoint(study, page), methods=["GET"])
     add_files(app)
     add_notes(app, study)
+    add_live(app, Live(study, options))
     add_errors(app, study)
     return app
 

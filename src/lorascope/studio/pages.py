@@ -11,6 +11,7 @@ from typing import Any
 
 from lorascope.errors import BadInput, MissingStage, RunFailed
 from lorascope.features import KINDS
+from lorascope.studio.live import MOST_FEATURES, RUNS, WEIGHTS, sample_prompts
 from lorascope.studio.notes import FILE, current_notes, read_events, searchable
 from lorascope.study import Study
 from lorascope.views import (
@@ -229,6 +230,15 @@ def notes_page(study: Study, path: Parts, query: Parts) -> Json:
     return {"notes": shown, "tags": tags, "tag": tag, "events": len(events), "unread": unread, "file": FILE}
 
 
+def live_page(study: Study, path: Parts, query: Parts) -> Json:
+    """What the Live page starts with; the model is another matter."""
+    if not (study.path / WEIGHTS).is_file():
+        command = f"lorascope train {study.path}"
+        return {"available": False, "missing": {"what": "the adapter", "run": command}}
+    features = listed_features(query, MOST_FEATURES)
+    return {"available": True, "features": features, "prompts": sample_prompts(study), "runs": RUNS}
+
+
 PAGES = (
     Page("/", "overview_page.html.j2", overview_page, "/overview.json"),
     Page("/map", "map_page.html.j2", map_page),
@@ -238,6 +248,7 @@ PAGES = (
     Page("/compare", "compare_page.html.j2", compare_page),
     Page("/traces", "traces_page.html.j2", traces_page),
     Page("/trace/{corpus}/{index}", "trace_page.html.j2", trace_view),
+    Page("/live", "live_page.html.j2", live_page),
     Page("/notes", "notes_page.html.j2", notes_page),
 )
 JSON_ONLY = {"/fires/{corpus}/{index}/{position}.json": fires_page}

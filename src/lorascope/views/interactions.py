@@ -37,7 +37,9 @@ def interaction_matrix(study: Study) -> Json:
             addresses = (file.metadata() or {}).get("addresses", "").split(",")
             kl_NN = file.get_tensor("kl_NN").astype(np.float64)
     except (OSError, SafetensorError) as error:
-        raise RunFailed(f"{path} is damaged ({error}); run again: {COMMAND.replace('STUDY', str(study.path))}") from error
+        raise RunFailed(
+            f"{path} is damaged ({error}); run again: {COMMAND.replace('STUDY', str(study.path))}"
+        ) from error
     root_N = np.sqrt(np.maximum(np.diag(kl_NN), 1e-30))
     cosine_NN = np.clip(kl_NN / (root_N[:, None] * root_N), -1, 1)
     first, second = np.triu_indices(len(addresses), 1)

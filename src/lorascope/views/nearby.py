@@ -61,9 +61,7 @@ def co_active(study: Study, corpus: str, features: FeatureSet, column: int, samp
         share_F[column ^ 1] = 0.0  # the other polarity can never fire with this one
     gain_F = np.where(share_F >= LEAST_SHARE, share_F * np.log(np.maximum(share_F, 1e-9) / density_F), 0.0)
     order = [int(i) for i in np.argsort(-gain_F)[:NEAR] if gain_F[i] > 0]
-    together = [
-        {"id": features.ids[i], "share": float(share_F[i]), "density": float(density_F[i])} for i in order
-    ]
+    together = [{"id": features.ids[i], "share": float(share_F[i]), "density": float(density_F[i])} for i in order]
     return {"together": together, "sampled": len(sample)}
 
 
@@ -96,9 +94,7 @@ def direction_cosines(study: Study, address: str) -> list[Json]:
 
 
 @lru_cache(maxsize=2)
-def residual_vectors(
-    folder: Path, size: int, modified: int
-) -> dict[str, tuple[list[str], npt.NDArray[np.float32]]]:
+def residual_vectors(folder: Path, size: int, modified: int) -> dict[str, tuple[list[str], npt.NDArray[np.float32]]]:
     """Unit vectors in the residual stream: `read` of q k v gate up, `write` of o and down, each with its addresses."""
     adapter = Adapter.load(folder)
     sides: dict[str, tuple[list[str], list[npt.NDArray[np.float32]]]] = {"read": ([], []), "write": ([], [])}
