@@ -1,4 +1,4 @@
-"""Pictures of the studio's pages: `python scripts/screenshots.py STUDY [FOLDER]` writes `docs/studio-*.png`, small ones.
+"""Pictures of the studio's pages: `python scripts/screenshots.py STUDY [FOLDER]` writes `docs/studio-*.png`.
 
 With `--all`, every page in light, dark and narrow, taller, for looking at.
 """

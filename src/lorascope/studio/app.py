@@ -23,25 +23,8 @@ from lorascope.study import Study, digest
 from lorascope.views.kept import study_state
 
 KINDS_OF_FILE = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
-STATIC = {
-    "report.css": "report",
-    **dict.fromkeys(
-        (
-            "studio.css",
-            "studio.js",
-            "theme.js",
-            "features.js",
-            "feature.js",
-            "live.js",
-            "map.js",
-            "strip.js",
-            "trace.js",
-            "notes.js",
-            "icon.svg",
-        ),
-        "studio/static",
-    ),
-}
+OWN_FILES = "studio.css icon.svg theme.js studio.js strip.js features.js feature.js map.js trace.js live.js notes.js"
+STATIC = {"report.css": "report"} | dict.fromkeys(OWN_FILES.split(), "studio/static")
 """The files that are served, and the package folder of each; nothing else can be asked for."""
 NAVIGATION = (
     ("/", "Overview"),
@@ -184,7 +167,7 @@ def add_notes(app: Any, study: Study) -> None:
 
     def write(event: dict[str, Any] = Body()) -> Response:  # noqa: B008 (FastAPI's way to name a body)
         try:
-            written = add_note(study, *(event.get(key) for key in ("place", "field", "value")))
+            written = add_note(study, event.get("place", ""), event.get("field", ""), event.get("value"))
         except BadInput as error:
             return Response(dumped({"error": str(error)}), 400, media_type="application/json")
         except OSError as error:

@@ -1,7 +1,7 @@
 """The Live page's engine: one model, loaded when the page asks for it, and one generation at a time.
 
-Requests wait in a queue; one thread loads the model and works through it. A request's runs (the adapter as it is, steered,
-a random control, the base model) go forward together, a token each in turn, so that they can be read side by side.
+Requests wait in a queue; one thread loads the model and works through it. A request's runs (the adapter as it is,
+steered, a random control, the base model) go forward together, a token each in turn, to be read side by side.
 """
 
 import contextlib
@@ -228,7 +228,7 @@ class Live:
 
 
 def job_events(bench: Any, job: Job) -> Iterator[Event]:
-    """What a page is told while its request is served: `start`, `token` events of all runs in turn, `done` or `failed`."""
+    """What a page is told while its request is served: `start`, then `token` of each run in turn, `done` or `failed`."""
     request = job.request
     try:
         streams = open_streams(bench, request)

@@ -1,8 +1,8 @@
 """Notes on features and places: an append-only file of events, `notes.jsonl` in the study.
 
 An event sets one field of one place: `{"id", "time", "author", "place", "field", "value"}`. A place is `feature:ID`,
-`trace:CORPUS:INDEX`, `token:CORPUS:INDEX:POSITION` or `study`. The last event of a field counts, by time, then by id; so the union of
-two people's files in any order gives the same notes, and every earlier text stays in the file.
+`trace:CORPUS:INDEX`, `token:CORPUS:INDEX:POSITION` or `study`. The last event of a field counts, by time, then by id;
+so the union of two people's files in any order gives the same notes, and every earlier text stays in the file.
 """
 
 import getpass

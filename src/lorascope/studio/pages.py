@@ -117,7 +117,9 @@ def every_address(map_: Json) -> list[str]:
 def features_page(study: Study, path: Parts, query: Parts) -> Json:
     """The table of features."""
     corpus = chosen_corpus(study, query)
-    given = {field.name: query[field.name] for field in dataclasses.fields(FeatureQuery) if query.get(field.name)}
+    given: dict[str, Any] = {
+        field.name: query[field.name] for field in dataclasses.fields(FeatureQuery) if query.get(field.name)
+    }
     numbers = {name: whole_number(given[name], name.capitalize()) for name in ("page", "size") if name in given}
     wanted = FeatureQuery(**(given | numbers))
     notes = current_notes(read_events(study.path / FILE)[0])

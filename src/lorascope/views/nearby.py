@@ -77,7 +77,7 @@ def thresholds(
 
 
 def direction_cosines(study: Study, address: str) -> list[Json]:
-    """Directions whose residual-stream vectors are closest to this one's, by absolute cosine, reads and writes apart."""
+    """Directions whose residual-stream vectors are closest to this one's, by absolute cosine."""
     folder = study.path / "adapter"
     weights = folder / "adapter_model.safetensors"
     if not weights.is_file():
