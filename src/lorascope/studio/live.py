@@ -228,7 +228,7 @@ class Live:
 
 
 def job_events(bench: Any, job: Job) -> Iterator[Event]:
-    """What a page is told while its request is served: `start`, then `token` of each run in turn, `done` or `failed`."""
+    """What a page is told while its request is served: `start`, `token` of each run in turn, `done` or `failed`."""
     request = job.request
     try:
         streams = open_streams(bench, request)

@@ -117,11 +117,11 @@ def every_address(map_: Json) -> list[str]:
 def features_page(study: Study, path: Parts, query: Parts) -> Json:
     """The table of features."""
     corpus = chosen_corpus(study, query)
-    given: dict[str, Any] = {
-        field.name: query[field.name] for field in dataclasses.fields(FeatureQuery) if query.get(field.name)
-    }
-    numbers = {name: whole_number(given[name], name.capitalize()) for name in ("page", "size") if name in given}
-    wanted = FeatureQuery(**(given | numbers))
+    names = [field.name for field in dataclasses.fields(FeatureQuery)]
+    given: dict[str, Any] = {name: query[name] for name in names if query.get(name)}
+    for name in {"page", "size"} & set(given):
+        given[name] = whole_number(given[name], name.capitalize())
+    wanted = FeatureQuery(**given)
     notes = current_notes(read_events(study.path / FILE)[0])
     starred = {place.removeprefix("feature:") for place, note in notes.items() if note.star}
     only = starred if query.get("only") == "starred" else None
