@@ -30,7 +30,7 @@ STAGES = 4
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 
 # Reading stages work without a language model; what must load one does so inside the function that needs it.
-NO_LANGUAGE_MODEL = ["example_search", "sae", "explain", "views", "report"]
+NO_LANGUAGE_MODEL = ["example_search", "sae", "explain", "views", "report", "studio"]
 LANGUAGE_MODEL = {"transformers", "peft", "lorascope.models", "lorascope.attached", "lorascope.generation"}
 
 # Import names of packages that are called something else on the registry.

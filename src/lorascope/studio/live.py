@@ -104,7 +104,7 @@ def read_move(move: Any) -> tuple[str, float, str]:
     """One move of a request as (feature, amount, mode)."""
     if not isinstance(move, dict) or not isinstance(move.get("feature"), str) or not isinstance(move.get("mode"), str):
         raise BadInput("A move has a feature, a mode and an amount.")
-    return move["feature"], number_of(move, "amount", 0.0, -100.0, 100.0), move["mode"]
+    return move["feature"], number_of(move, "amount", 0.0, -1e6, 1e6), move["mode"]
 
 
 def number_of(body: Mapping[str, Any], name: str, default: float, low: float, high: float) -> float:

@@ -15,6 +15,7 @@ const form = one("#ask");
 if (form) {
   const moves = []; // {id, mode, amount, element}
   let job = "";
+  let asked = false; // from then on the line under the buttons is about what was asked
   let aborter = null;
   let poll = 0;
   let scales = {};
@@ -25,7 +26,7 @@ if (form) {
     const now = await ask("/live/state.json").catch((error) => ({ phase: "failed", said: error.message, queue: [] }));
     one("#loading").hidden = now.phase !== "loading";
     if (now.phase === "loading") one("#said").textContent = `${now.said}: ${now.seconds.toFixed(0)} s`;
-    else if (!job) one("#said").textContent = now.phase === "failed" ? now.said : now.phase === "ready" ? "The model is loaded." : "The model is loaded when you generate.";
+    else if (!job && !asked) one("#said").textContent = now.phase === "failed" ? now.said : now.phase === "ready" ? "The model is loaded." : "The model is loaded when you generate.";
     showQueue(now.queue);
     clearTimeout(poll);
     if (now.phase === "loading" || now.queue.length) poll = setTimeout(state, 1000);
@@ -167,6 +168,7 @@ if (form) {
       max_new_tokens: Number(one("#tokens").value), temperature: Number(one("#temperature").value), seed: Number(one("#seed").value),
     };
     running(true);
+    asked = true;
     one("#said").textContent = "Asking…";
     aborter = new AbortController();
     const draw = setInterval(drawStrips, 300);
