@@ -4,6 +4,7 @@ With `--all`, every page in light, dark and narrow, taller, for looking at.
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import time
 import urllib.request
 from pathlib import Path
 
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, Page, sync_playwright
 
 PORT = 8791
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,7 +21,6 @@ WIDE, TALL, NARROW = ({"width": w, "height": h} for w, h in ((1280, 860), (1280,
 
 def pages(base: str) -> dict[str, str]:
     """Name and address of each page, features and traces that the study has."""
-    import json
 
     def ask(path: str) -> dict:
         with urllib.request.urlopen(base + path) as answer:
@@ -41,7 +41,7 @@ def pages(base: str) -> dict[str, str]:
         "trace": f"/trace/heldout/3?features={together}#t60",
         "evidence": "/evidence",
         "notes": "/notes",
-        "live": "/live",
+        "live": f"/live?features={together}",
         "missing": "/nowhere",
     }
 
@@ -57,10 +57,21 @@ def shoot(browser: Browser, base: str, address: str, file: Path, view: dict, sch
     page.goto(base + address)
     page.wait_for_load_state("networkidle")
     page.wait_for_timeout(400)
+    if "/live" in address:
+        generate(page)
     if page.evaluate("document.documentElement.scrollWidth > innerWidth"):
         print(file.stem, "scrolls sideways")
     page.screenshot(path=file)
     page.context.close()
+
+
+def generate(page: Page) -> None:
+    """Watch one feature, steer another, and wait for the answers."""
+    page.locator("#moves select").last.select_option("add")
+    page.locator('[name="run"][value="control"]').check()
+    page.locator("#tokens").fill("48")
+    page.locator("#go").click()
+    page.locator("#said", has_text="Done").wait_for(timeout=300_000)
 
 
 def main() -> None:
