@@ -1,7 +1,7 @@
 """The studio on a large study: server time of its pages and its memory, without a model.
 
-`python benchmarks/studio.py [FOLDER]` makes a study of 3,584 latents and 448 directions on 10 million tokens (9 GB; kept
-in FOLDER if one is named) and asks a studio that runs in a process of its own. Prints one JSON document.
+`python benchmarks/studio.py [FOLDER]` makes a study of 3,584 latents and 448 directions on 10 million tokens (9 GB;
+kept in FOLDER if one is named) and asks a studio that runs in a process of its own. Prints one JSON document.
 """
 
 import argparse
