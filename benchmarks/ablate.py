@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import DEVICE, HEAD, MODEL, TRUNK, gemm_rate, main, row, seconds
+from common import DEVICE, HEAD, MODEL, TRUNK, main, roofline, row, seconds
 
 TRACES, TIMED, SEEDS = 24, 10, 5
 
@@ -32,6 +32,7 @@ def measure(study_path: Path) -> dict[str, Any]:
     from lorascope.attached import attach
     from lorascope.kl import assistant_positions
     from lorascope.leave_one_out import leave_out
+    from lorascope.memory import graph_budget
     from lorascope.models import load_model
     from lorascope.screening import screen
     from lorascope.study import Study
@@ -71,39 +72,50 @@ def measure(study_path: Path) -> dict[str, Any]:
                 changed = log_probabilities()
             return float((p * (reference - changed)).sum(dim=-1).mean())
 
-        sample = adapter.addresses[:: len(adapter.addresses) // TIMED]
+        sample = np.random.default_rng(0).choice(adapter.addresses, TIMED, replace=False).tolist()
         naive(sample[0])
         values: dict[str, float] = {}
-        times = [seconds(lambda a=a: values.setdefault(a, naive(a))) for a in sample]
-        all_naive = statistics.median(times) * len(adapter.addresses)
         targets = make_targets(adapter.addresses, "direction")
         found: list[Any] = []
+
+        def time_naive(addresses: list[str]) -> list[float]:
+            return [seconds(lambda a=a: values.setdefault(a, naive(a))) for a in addresses]
+
+        # The peer before and after ours, so that a slow spell of the machine meets both.
+        times = time_naive(sample[: TIMED // 2])
         exact_seconds = seconds(lambda: found.extend(leave_out(attached, traces, targets, 0.0, 4096)))
+        times += time_naive(sample[TIMED // 2 :])
+        all_naive = statistics.median(times) * len(adapter.addresses)
         sums, floor_runs = found
         exact = np.array([sums[t.by, t.name][:, 0, 0].sum() for t in targets]) / scored
         by_address = dict(zip(adapter.addresses, exact, strict=True))
         off = {a: abs(by_address[a] - value) for a, value in values.items()}
         agree = all(error <= max(1e-3 * values[a], 1e-7) for a, error in off.items())
         screened, screen_times = [], []
+        budget = graph_budget(model, 4096)
         for seed in range(SEEDS):
-            screen_times.append(seconds(lambda seed=seed: screened.append(screen(attached, traces, seed=seed))))
+            screen_times.append(
+                seconds(lambda seed=seed: screened.append(screen(attached, traces, budget=budget, seed=seed)))
+            )
     estimates = [s.kl_KSG(np.eye(len(exact), dtype=bool)).mean(axis=0).sum(axis=0) / scored for s in screened]
     spearman = [float(np.corrcoef(ranks(exact), ranks(e))[0, 1]) for e in estimates]
     leaders = set(np.argsort(-exact)[:20])
     hits = [len(leaders & set(np.argsort(-e)[:20])) for e in estimates]
     bias = [float(np.median(e / exact)) for e in estimates]
     passes = [len(s.gradients_KSN) for s in screened]
-    rate = gemm_rate()
     exact_flops = len(exact) * (TRUNK * tokens + 2 * HEAD * scored)
     screen_flops = 2 * TRUNK * tokens * (1 + statistics.median(passes)) + 4 * HEAD * scored
     spent = statistics.median(screen_times)
+    # Weights once per pass over a batch: half the trunk on average after a restart, and the head.
+    exact_bytes = 4 * len(exact) * len(batches) * (TRUNK / 2 + HEAD)
+    screen_bytes = 4 * (1 + statistics.median(passes)) * (TRUNK + HEAD)
     return {
         "ablate_exact_vs_naive": row(
             all_naive / exact_seconds,
             exact_seconds,
             all_naive,
             "seconds for all directions",
-            share_of_gemm_limit=exact_flops / exact_seconds / rate,
+            **roofline(exact_seconds, exact_flops, exact_bytes),
             values_agree=agree,
             largest_relative_difference=max(error / values[a] for a, error in off.items()),
             floor=max(floor_runs.values()),
@@ -114,7 +126,7 @@ def measure(study_path: Path) -> dict[str, Any]:
             spent,
             all_naive,
             "seconds for all directions",
-            share_of_gemm_limit=screen_flops / spent / rate,
+            **roofline(spent, screen_flops, screen_bytes),
             passes=passes,
             traces=len(traces),
             tokens=tokens,

@@ -9,10 +9,13 @@ import platform
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
+import psutil
 import torch
 
 MODEL = "smollm2-135m-instruct"
@@ -48,19 +51,61 @@ def seconds(work: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def gemm_rate(size: int = 2048, repeats: int = 7) -> float:
-    """FLOP/s of an fp32 product of two square matrices: the best of some runs, as the limit of this machine."""
-    a, b = torch.randn(size, size, device=DEVICE), torch.randn(size, size, device=DEVICE)
+def model_dtype() -> torch.dtype:
+    """What the benchmarked model computes in: fp32 on the CPU, the checkpoint's own on a GPU."""
+    return torch.float32 if DEVICE == "cpu" else torch.bfloat16
+
+
+def gemm_rate(dtype: torch.dtype | None = None, size: int = 2048, repeats: int = 7) -> float:
+    """FLOP/s of a product of two square matrices: the best of some runs, as the limit of this machine."""
+    a, b = torch.randn(2, size, size, device=DEVICE, dtype=dtype or model_dtype())
     a @ b
     return 2 * size**3 / min(seconds(lambda: a @ b) for _ in range(repeats))
 
 
 def copy_rate(megabytes: int = 256, repeats: int = 5) -> float:
     """Bytes per second read and written by a large copy."""
-    source = torch.zeros(megabytes << 18)
+    source = torch.zeros(megabytes << 18, device=DEVICE)
     target = torch.empty_like(source)
     target.copy_(source)
     return 2 * (megabytes << 20) / min(seconds(lambda: target.copy_(source)) for _ in range(repeats))
+
+
+def roofline(spent: float, flops: float, bytes_moved: float, dtype: torch.dtype | None = None) -> dict[str, float]:
+    """The least FLOPs and bytes of a job, and the share of this machine's GEMM and copy rates that it reached.
+
+    Args:
+        spent: seconds that the job took.
+        bytes_moved: what must be read and written at least (weights once per pass, results), if caches held all else.
+    """
+    return {
+        "least_flops": flops,
+        "least_bytes": bytes_moved,
+        "share_of_gemm_limit": flops / spent / gemm_rate(dtype),
+        "share_of_copy_limit": bytes_moved / spent / copy_rate(),
+    }
+
+
+@contextmanager
+def anonymous_peak() -> Iterator[list[float]]:
+    """Inside, the largest memory of this process that is no mapped file, GiB, in the list that it gives.
+
+    Looked at every 10 ms. Mapped files are left out: their pages are the system's to drop.
+    """
+    process, found, stop = psutil.Process(), [0.0], Event()
+
+    def look() -> None:
+        while not stop.wait(0.01):
+            memory = process.memory_info()
+            found[0] = max(found[0], (memory.rss - getattr(memory, "shared", 0)) / 2**30)
+
+    thread = Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield found
+    finally:
+        stop.set()
+        thread.join()
 
 
 def peak_memory() -> float:

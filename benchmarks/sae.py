@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import DEVICE, compare, gemm_rate, main, row
+from common import DEVICE, compare, main, roofline, row
 
 K, BATCH, LR, BLOCK, REPEATS, TOKENS = 16, 512, 1e-3, 60, 5, 400_000
 
@@ -174,7 +174,6 @@ def measure(study_path: Path) -> dict[str, Any]:
     wide = np.concatenate([state[:-2], state[1:-1], state[2:]], axis=1)[:, :448]
     sizes = {"210 → 1,680": state, "448 → 3,584": np.ascontiguousarray(wide)}
     found: dict[str, list[dict[str, Any]]] = {"sae_vs_saelens": [], "sae_vs_dictionary_learning": []}
-    rate = gemm_rate()
     for size, rows in sizes.items():
         steps = TOKENS // BATCH
         mine, own_fvu = ours(rows, steps)
@@ -185,7 +184,9 @@ def measure(study_path: Path) -> dict[str, Any]:
             spent += BLOCK * (REPEATS + 1)
             theirs(steps - BLOCK * (REPEATS + 1))
             width = rows.shape[1]
-            flops = 2 * BATCH * BLOCK * width * 8 * width
+            # The dense encoder; decoding and three sparse gradients; Adam reads four numbers a weight and writes three.
+            flops = BLOCK * BATCH * width * (2 * 8 * width + 8 * K)
+            moved = BLOCK * 7 * 4 * (2 * 8 * width * width)
             found[key].append(
                 row(
                     ratio,
@@ -193,7 +194,7 @@ def measure(study_path: Path) -> dict[str, Any]:
                     BLOCK * BATCH / peer_seconds,
                     "tokens/s",
                     size=size,
-                    share_of_gemm_limit=flops / own_seconds / rate,
+                    **roofline(own_seconds, flops, moved, torch.float32),
                     unexplained_peer=their_fvu(),
                 )
             )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import DEVICE, MODEL, compare, main, row
+from common import DEVICE, HEAD, MODEL, TRUNK, compare, main, roofline, row
 
 PROMPTS, NEW, REPEATS = 8, 64, 5
 
@@ -51,7 +51,8 @@ def measure(study_path: Path) -> dict[str, Any]:
 
     mine, theirs, ratio = compare(ours, peer, REPEATS)
     made = PROMPTS * NEW
-    return {"steer_vs_peft": row(ratio, made / mine, made / theirs, "tokens/s", tokens=made)}
+    limits = roofline(mine, 2 * (TRUNK + HEAD) * made, 4 * (TRUNK + HEAD) * NEW)
+    return {"steer_vs_peft": row(ratio, made / mine, made / theirs, "tokens/s", tokens=made, **limits)}
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import DEVICE, HEAD, MODEL, TRUNK, gemm_rate, peak_memory, print_rows, row
+from common import DEVICE, HEAD, MODEL, TRUNK, gemm_rate, peak_memory, print_rows, roofline, row
 
 STEPS, WARMUP, BATCH, RATE, REPEATS = 7, 1, 16, 2e-3, 2
 
@@ -69,10 +69,11 @@ def trl(study: Path, alike: bool = False) -> dict[str, Any]:
     import time
 
     from datasets import Dataset
-    from peft import LoraConfig
+    from peft import PeftModel
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
+    from lorascope.adapter import initial_adapter
     from lorascope.models import load_model
 
     tokenizer, rendered, steps = planned(study)
@@ -125,20 +126,14 @@ def trl(study: Path, alike: bool = False) -> dict[str, Any]:
             dataset_kwargs={"skip_prepare_dataset": True},
             disable_tqdm=True,
         )
-        lora = LoraConfig(
-            r=1,
-            lora_alpha=16,
-            lora_dropout=0.0,
-            bias="none",
-            task_type="CAUSAL_LM",
-            target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-        )
+        # Ours draws its first adapter from the seed; PEFT loads the same one.
+        torch.manual_seed(0)
+        initial_adapter(model, patterns="attn,mlp", rank=1, alpha=16.0, seed=0, base_name=MODEL).save(Path(folder))
         trainer = SFTTrainer(
-            model=model,
+            model=PeftModel.from_pretrained(model, folder, is_trainable=True),
             args=config,
             train_dataset=data,
             processing_class=tokenizer,
-            peft_config=lora,
             callbacks=[Clock()],
         )
         trainer.train()
@@ -171,8 +166,11 @@ def measure(study: Path) -> dict[str, Any]:
     memory, peer_memory = (statistics.median(r[name]["peak"] for r in rounds) for name in ("ours", "trl"))
     own = rounds[0]["ours"]
     flops = 4 * TRUNK * own["tokens"] + 4 * HEAD * own["supervised"]
-    rate = gemm_rate()
-    reached = flops / statistics.median(sum(r["ours"]["seconds"]) for r in rounds)
+    spent, rate = statistics.median(sum(r["ours"]["seconds"]) for r in rounds), gemm_rate()
+    reached = flops / spent
+    moved = 4 * (2 * TRUNK + 2 * HEAD) * len(own["seconds"])
+    pairs = zip(own["losses"], rounds[0]["trl_alike"]["losses"], strict=True)
+    apart = max(abs(mine - theirs) / theirs for mine, theirs in pairs)
     return {
         "train_vs_trl": row(
             statistics.median(speed(r["ours"]) / speed(r["trl"]) for r in rounds),
@@ -180,6 +178,7 @@ def measure(study: Path) -> dict[str, Any]:
             speeds["trl"],
             "real tokens/s",
             losses={name: [round(loss, 4) for loss in rounds[0][name]["losses"]] for name in CONTESTANTS},
+            largest_relative_difference_on_our_batches=apart,
         ),
         "train_vs_trl_our_batches": row(
             statistics.median(speed(r["ours"]) / speed(r["trl_alike"]) for r in rounds),
@@ -187,8 +186,20 @@ def measure(study: Path) -> dict[str, Any]:
             speeds["trl_alike"],
             "real tokens/s",
         ),
-        "train_memory_vs_trl": row(memory / peer_memory, memory, peer_memory, "GiB peak, less is better"),
-        "train_roofline": row(reached / rate, reached / 1e9, rate / 1e9, "GFLOP/s of the measured GEMM rate"),
+        "train_memory_vs_trl": row(
+            memory / peer_memory,
+            memory,
+            peer_memory,
+            "GiB peak, less is better",
+            peer_on_our_batches=statistics.median(r["trl_alike"]["peak"] for r in rounds),
+        ),
+        "train_roofline": row(
+            reached / rate,
+            reached / 1e9,
+            rate / 1e9,
+            "GFLOP/s of the measured GEMM rate",
+            **roofline(spent, flops, moved),
+        ),
     }
 
 

@@ -11,9 +11,13 @@ import pyarrow.parquet as pq
 import torch
 
 from lorascope.adapter import Adapter, build_adapter
+from lorascope.comparison import CompareConfig, compare
 from lorascope.config import Options
 from lorascope.example_search import ExamplesConfig, examples
 from lorascope.explain import ExplainConfig, explain_features
+from lorascope.explain.categories import CategorizeConfig, categorize
+from lorascope.logit_lens import LENS, LensConfig
+from lorascope.reasoning import ReasoningConfig, find_reasoning
 from lorascope.recovery import recovery_rows
 from lorascope.sae import SAEConfig
 from lorascope.sae.training import train_sae
@@ -226,6 +230,37 @@ def add_patched(study: Study) -> None:
     )
 
 
+LENS_TOKENS = ["</b><script>hacked", " think", "\n", "<E2 80>"]
+
+
+def add_lens(study: Study) -> None:
+    """What L2.down writes, L1.gate reads and latents write: the same few tokens; `-` is no more than random."""
+    sides = {"L2.down": "write", "L1.gate": "read"} | {f"sae.{i}": "write" for i in range(56)}
+    rows = [
+        {
+            "feature": f"{name}{sign}",
+            "side": side,
+            "norm": 2.0,
+            "tokens": LENS_TOKENS,
+            "ids": [0, 1, 2, 3],
+            "values": [4.0, 3.0, 2.0, 1.0],
+            "bottom_tokens": LENS_TOKENS[::-1],
+            "bottom_ids": [3, 2, 1, 0],
+            "bottom_values": [-4.0, -3.0, -2.0, -1.0],
+            "random_share": 0.6 if sign == "-" else 0.005,
+        }
+        for name, side in sides.items()
+        for sign in ([""] if name.startswith("sae") else "+-")
+    ]
+
+    def work() -> dict[str, Any]:
+        (study.path / LENS).parent.mkdir()
+        pq.write_table(pa.Table.from_pylist(rows), study.path / LENS)
+        return {"features": len(rows), "directions_elsewhere": 0, "sides": {}}
+
+    study.run("lens", LensConfig(), Options(), inputs=["adapter"], outputs=[LENS], work=work)
+
+
 def make_report_study(path: Path, *, layers: int = 4, traces: int = 40) -> Study:
     """The study, with every stage's files."""
     study = Study.create(path, model="tiny", system=None)
@@ -240,6 +275,10 @@ def make_report_study(path: Path, *, layers: int = 4, traces: int = 40) -> Study
     for corpus in ("train", "heldout"):
         examples(study, ExamplesConfig(corpus, k=12, per_quantile=4), options)
     explain_features(study, ExplainConfig(kinds="direction,latent", examples=20, learn=64), options)
+    find_reasoning(study, ReasoningConfig(shifts=199, contrast="let me"), options)
+    compare(study, CompareConfig(draws=500), options)
+    categorize(study, CategorizeConfig(), options)
+    add_lens(study)
     add_training(study)
     add_evaluation(study)
     add_ablation(study, adapter)

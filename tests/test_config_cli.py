@@ -44,6 +44,36 @@ def test_flags_stand_over_yaml_and_yaml_over_defaults(tmp_path: Path) -> None:
     assert parse("s", "--name", "n", "--no-fast")[1] == Example("n")
 
 
+@dataclass(frozen=True)
+class Several:
+    """A command with options that may be given several times."""
+
+    name: tuple[str, ...]
+    """Names."""
+    rate: tuple[float, ...] = (0.5, 2.0)
+    """Rates."""
+
+
+def test_an_option_may_be_given_several_times(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def several(*arguments: str) -> Several:
+        return parse_arguments("several", Several, ["s", *arguments])[1]
+
+    assert several("--name", "a", "--name", "b,c", "--rate", "-1") == Several(("a", "b,c"), (-1.0,))
+    assert several("--name", "a") == Several(("a",))
+    file = tmp_path / "c.yaml"
+    file.write_text("name: [x, y]\nrate: 3\n")
+    assert several("--config", str(file)) == Several(("x", "y"), (3.0,))
+    assert several("--config", str(file), "--name", "z") == Several(("z",), (3.0,))
+    with pytest.raises(BadInput, match="--name is required"):
+        several()
+    file.write_text("name: x\nrate: [1, fast]\n")
+    with pytest.raises(BadInput, match="type float"):
+        several("--config", str(file))
+    with pytest.raises(SystemExit):
+        several("--help")
+    assert "default: 0.5, 2.0" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("yaml", "words"),
     [

@@ -8,7 +8,8 @@ from lorascope import demo
 from lorascope.config import Options
 from lorascope.creation import NewConfig, create_study
 from lorascope.errors import BadInput
-from lorascope.study import Study
+from lorascope.features import KINDS
+from lorascope.study import Study, read_json
 from tiny_folder import save_tiny
 
 
@@ -24,8 +25,11 @@ def test_every_stage_runs_and_the_report_is_there(
     assert figures["problems"] == (4 if quick else 8)
     assert set(figures["accuracy"]) == {"base", "adapter"} | (set() if quick else {"full"})
     assert {"sae", "patched_kl", "detection"} <= set(figures)
+    compared = read_json(tmp_path / "study" / "compare" / "compare.json")
+    assert {row["kind"] for row in compared["rows"]} == set(KINDS)
+    assert (compared["missing"], compared["stale"]) == ([], [])
     titles = [line for line in capsys.readouterr().err.splitlines() if line.startswith("[")]
-    assert len(titles) == 2 * (10 if quick else 11)
+    assert len(titles) == 2 * (14 if quick else 15)
     again = demo.run_demo(tmp_path / "study", demo.DemoConfig(quick=quick), Options())
     assert again["accuracy"] == figures["accuracy"]
     assert not [row for row in Study.open(tmp_path / "study").status() if row["state"] != "done"]

@@ -230,7 +230,7 @@ def test_bad_input(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="at least 1"):
         examples(study, ExamplesConfig(k=0), OPTIONS)
     with pytest.raises(BadInput, match="no kind of feature"):
-        examples(study, ExamplesConfig(kinds="neuron"), OPTIONS)
+        examples(study, ExamplesConfig(kinds="nothing"), OPTIONS)
     with pytest.raises(MissingStage, match="lorascope record"):
         examples(study, ExamplesConfig(), OPTIONS)
 

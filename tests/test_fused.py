@@ -192,3 +192,50 @@ def test_shared_scalars_belong_to_the_tensor_that_was_read() -> None:
     for tensor, number in ((x, 0), (y, 1), (y, 2), (y, 0), (x, 1), (x, 2)):
         rows = shared_inputs(adapter)[number][1]
         torch.testing.assert_close(shared.scalars(tensor, rows), tensor @ adapter.modules[number].a_RI.T)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rank", [1, 2])
+def test_low_precision_forms_are_as_near_to_fp32_as_the_plain_ones(dtype: torch.dtype, rank: int) -> None:
+    """Training, reading and the gates of screening, each against a run in fp32 of the same rounded weights."""
+    low = tiny_model("qwen2").to(dtype)
+    wide = tiny_model("qwen2").to(dtype).float()
+    adapter = random_adapter(wide, rank=rank)
+    weights = [t.requires_grad_() for m in adapter.modules for t in (m.a_RI, m.b_OR)]
+    ids = torch.randint(0, 97, (3, 9), generator=torch.Generator().manual_seed(0))
+
+    def gradients(model: Any) -> list[Tensor]:
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        return [loss.detach().float(), *torch.autograd.grad(loss, weights)]
+
+    def off(found: list[Tensor], exact: list[Tensor]) -> float:
+        return sum(float((a - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)) / len(exact)
+
+    for model in (low, wide):
+        model.requires_grad_(False)
+    with attach(wide, adapter) as attached:
+        exact = gradients(wide)
+        with torch.no_grad():
+            exact_scalars = attached.run(ids).scalars
+    with attach(low, adapter) as attached:
+        plain = gradients(low)
+        with fused(low, adapter) as count:
+            assert count == 3 * 7 + 1
+            mine = gradients(low)
+        with torch.no_grad():
+            plain_scalars = attached.run(ids).scalars
+            with fused_reading(attached) as count:
+                assert count == len(adapter.modules) + 3 * 3 + 1
+                scalars = attached.run(ids).scalars
+    assert off(mine, exact) < 1.3 * off(plain, exact)
+    assert off([scalars], [exact_scalars]) < 1.3 * off([plain_scalars], [exact_scalars])
+    assert 0 < off(plain, exact) < 0.5
+
+
+def test_a_trainable_heads_gradient_is_not_formed_where_none_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight = leaf(6, 8), leaf(11, 8, seed=1)
+    targets = torch.arange(6)
+    wanted = head_loss(hidden, weight, targets).detach()
+    monkeypatch.setattr(torch, "zeros_like", None)  # what the weight's gradient is summed in
+    with torch.no_grad():
+        assert torch.equal(head_loss(hidden, weight, targets), wanted)

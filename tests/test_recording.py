@@ -1,9 +1,10 @@
 """Recording: the store holds a·x of every adapted matrix's true input, whatever the batch or the interruption."""
 
 import dataclasses
+import errno
 import json
-import shutil
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ from lorascope.config import Options
 from lorascope.errors import BadInput, MissingStage
 from lorascope.memory import FEWEST, MOST_ON_CPU
 from lorascope.models import load_model
-from lorascope.recording import RecordConfig, is_sink, record
+from lorascope.recording import RecordConfig, record
+from lorascope.sinks import is_sink
 from lorascope.store import Store, store_folder
 from lorascope.study import Study
 from lorascope.traces import Trace, write_traces
@@ -135,21 +137,65 @@ def test_a_recording_begun_with_other_memory_continues_with_its_batches(
     """Free memory chooses the batches, but not anew in the middle of a recording."""
     monkeypatch.setattr(recording, "SHARD_TOKENS", 100)
     folder = store_folder(study.path, "train", "adapter")
-    budgets = {}
-    for free in (1 << 40, 1):
-        monkeypatch.setattr("lorascope.memory.free_memory", lambda _, free=free: free)
+
+    def budget(free: int) -> int:
+        monkeypatch.setattr("lorascope.memory.free_memory", lambda _: free)
         record(study, RecordConfig(), OPTIONS)
-        budgets[free] = open_store(study).index["about"]["token_budget"]
-        shards = {p.name: p.stat().st_mtime_ns for p in folder.glob("shard-*")}
-        (folder / "index.json").unlink()
-        (folder / "shard-00001.safetensors").unlink()
-    record(study, RecordConfig(), OPTIONS)
+        return int(open_store(study).index["about"]["token_budget"])
+
+    assert budget(1 << 40) == MOST_ON_CPU
+    shards = {p.name: p.stat().st_mtime_ns for p in folder.glob("shard-*")}
+    (folder / "index.json").unlink()
+    (folder / "shard-00001.safetensors").unlink()
+    assert budget(1) == MOST_ON_CPU
     kept = [name for name, time in shards.items() if (folder / name).stat().st_mtime_ns == time]
-    assert budgets == {1 << 40: MOST_ON_CPU, 1: MOST_ON_CPU}
     assert len(kept) == len(shards) - 1
-    shutil.rmtree(folder)
-    record(study, RecordConfig(), OPTIONS)
-    assert open_store(study).index["about"]["token_budget"] == FEWEST
+    for path in [folder / "index.json", *folder.glob("shard-*")]:  # nothing is done: memory may have been lacking
+        path.unlink()
+    assert budget(1) == FEWEST
+    write_traces(study.corpus_file("train"), TRACES[:2])  # finished, and of other text
+    assert budget(1 << 40) == MOST_ON_CPU
+
+
+def test_an_interrupt_while_a_shard_is_written_loses_nothing(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recording, "SHARD_TOKENS", 100)
+    config, folder = RecordConfig(token_budget=100), store_folder(study.path, "train", "adapter")
+    record(study, config, OPTIONS)
+    wanted = {p.name: p.read_bytes() for p in folder.iterdir()}
+    for path in folder.iterdir():
+        path.unlink()
+    real_write, real_read, writing, interrupted = store_writer.write_tensors, recording.read_batch, Event(), Event()
+
+    def slow_write(path: Path, tensors: Any) -> None:
+        writing.set()
+        assert interrupted.wait(30)
+        real_write(path, tensors)
+
+    def read(*args: Any) -> Any:
+        if writing.wait(0.2):
+            interrupted.set()
+            raise KeyboardInterrupt
+        return real_read(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store_writer, "write_tensors", slow_write)
+        patch.setattr(recording, "read_batch", read)
+        with pytest.raises(KeyboardInterrupt):
+            record(study, config, OPTIONS)
+    assert (folder / "shard-00000.safetensors").read_bytes() == wanted["shard-00000.safetensors"]
+    record(study, config, OPTIONS)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == wanted
+
+
+def test_a_shard_that_cannot_be_written_stops_the_recording(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recording, "SHARD_TOKENS", 100)
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(store_writer, "write_tensors", full)
+    with pytest.raises(OSError, match="No space left"):
+        record(study, RecordConfig(token_budget=100), OPTIONS)
 
 
 def test_a_recording_cut_off_continues_to_the_same_bytes(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from lorascope.report.grids import ramp_of
 from lorascope.report.numbers import duration, figures, memory, nice_ticks, percent, tick
 from lorascope.report.tokens import heat, heat_tokens, shown_text
 from lorascope.study import Study
+from lorascope.views import reasoning_view
 from report_study import HOSTILE, make_report_study
 
 CONFIG = ReportConfig(directions=4, latents=3, traces=3, examples=3, window=12)
@@ -275,7 +276,7 @@ def test_an_empty_study_says_what_to_run(tmp_path: Path, browser: Browser) -> No
     page, trouble = opened(browser, study.path)
     assert trouble == []
     said = page.locator("main").inner_text()
-    for command in ("train", "evaluate", "ablate", "record", "examples", "sae"):
+    for command in ("train", "evaluate", "ablate", "record", "examples", "reasoning", "lens", "sae"):
         assert f"lorascope {command} " in said
 
 
@@ -338,3 +339,29 @@ def test_ramps() -> None:
     assert [ramp.step(v) for v in (0.001, 0.01, 0.1, 1.0)] == [0, 0, 6, 11]
     assert ramp_of({"values": [[None]]}) is None
     assert ramp_of({"values": [[0.0]], "scale": "log"}) is None
+
+
+def test_reasoning_features_and_the_lens_are_shown_as_text(study: Study, browser: Browser) -> None:
+    page, trouble = opened(browser, study.path)
+    section = page.locator("#reasoning")
+    assert "Found in the thinking of heldout" in section.inner_text()
+    assert section.locator("table").count() >= 3
+    view = reasoning_view(study)
+    shown = {row["feature"] for kind in view["kinds"] for row in kind["rows"]}
+    linked = section.locator("a[href^='#card-']")
+    assert linked.count() >= 1
+    section.locator("details").evaluate_all("all => all.forEach((one) => { one.open = true; })")
+    name = linked.first.inner_text().replace("−", "-")
+    assert name in shown | {row["feature"] for contrast in view["contrasts"] for row in contrast["predictors"]}
+    linked.first.click()
+    card = page.locator(f'[id="card-{name.rstrip("+-")}"]')
+    assert card.get_attribute("open") is not None
+    assert page.evaluate("document.activeElement.closest('.card').id") == card.get_attribute("id")
+    lens = page.locator('[id="card-L1.gate"] .lens')
+    assert lens.count() == 2
+    assert "weak" not in str(lens.first.get_attribute("class"))
+    assert "60%" in lens.nth(1).inner_text()
+    assert lens.first.locator(".tok").all_inner_texts() == ["</b><script>hacked", "·think", "↵", "<E2 80>"]
+    assert lens.first.inner_text().startswith("Reads")
+    assert page.evaluate("window.hacked") is None
+    assert trouble == []

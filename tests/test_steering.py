@@ -240,7 +240,8 @@ def test_the_prompt_is_edited_only_where_asked(bench: Bench) -> None:
     assert not np.isclose(seen[0][:-1], wanted).any()
 
 
-def test_the_control_writes_as_much_along_a_random_vector(bench: Bench) -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_the_control_writes_as_much_along_a_random_vector(bench: Bench, mode: str) -> None:
     """A forward hook adds s·b′·Δz by hand to the output of the steered direction's module."""
     adapter, model = bench.attached.adapter, bench.attached.model
     twins = random_twins(adapter, seed=5)
@@ -249,20 +250,24 @@ def test_the_control_writes_as_much_along_a_random_vector(bench: Bench) -> None:
     module, twin = adapter.modules[number], twins.modules[number]
     cosine = torch.nn.functional.cosine_similarity(module.b_OR[:, 0], twin.b_OR[:, 0], dim=0)
     assert abs(float(cosine)) < 0.6
-    amount = 4.0 * bench.panel.p99["L1.down+"] / bench.panel.effect_N[number]
     ids = bench.renderer.prompt_ids(QUESTION)
-    sequel = begin_sequel(bench.attached, bench.panel, [Steer("L1.down+", 4.0)], "control", 5)
+    with torch.no_grad():
+        z_T = bench.attached.run([ids]).scalars[0, :, number]
+    pushed = 4.0 * bench.panel.p99["L1.down+"] / float(bench.panel.effect_N[number])
+    change_T = {"add": torch.full_like(z_T, pushed), "scale": 3 * z_T.relu(), "clamp": pushed - z_T, "off": -z_T.relu()}
+    steers = [Steer("L1.down+", 4.0, mode)]
+    sequel = begin_sequel(bench.attached, bench.panel, steers, "control", 5)
     got, z_TN = run_pass(sequel, ids, edited=True)
     hook = model.get_submodule(module.path).register_forward_hook(
-        lambda _m, _x, y: y + module.scale * amount * twin.b_OR[:, 0]
+        lambda _m, _x, y: y + module.scale * change_T[mode][:, None] * twin.b_OR[:, 0]
     )
     with torch.no_grad():
         wanted = bench.attached.run([ids])
     hook.remove()
     torch.testing.assert_close(got, wanted.logits[0, -1], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(z_TN, wanted.scalars[0].numpy(), rtol=1e-3, atol=1e-4)
-    steered, _ = run_pass(replace(sequel, target="adapter", twins=None), ids, edited=True)
-    assert not torch.allclose(steered, got, atol=1e-2)
+    steered, _ = run_pass(begin_sequel(bench.attached, bench.panel, steers, "adapter", 5), ids, edited=True)
+    assert not torch.allclose(steered, got, atol=1e-3)
 
 
 def test_shifts_of_the_control_are_those_of_the_edits(bench: Bench) -> None:

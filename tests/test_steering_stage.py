@@ -13,7 +13,7 @@ from lorascope.adapter import Adapter
 from lorascope.attached import attach
 from lorascope.cli import main
 from lorascope.models import load_model
-from lorascope.steering import Panel, Steer
+from lorascope.steering import Panel, Steer, stage
 from lorascope.steering.passes import begin_sequel, run_pass
 from lorascope.steering.stage import first_difference
 from lorascope.study import Study
@@ -125,6 +125,37 @@ def test_every_asking_is_kept_and_none_is_run_twice(study: Study, capsys: pytest
     assert json.loads((study.path / first["file"]).read_text()) == first
     assert [(m["feature"], m["amount"]) for m in first["steers"]] == [(latent, 2.0), (FEATURE, -1.0)]
     assert all(row["state"] == "done" for row in study.status())
+
+
+def test_a_run_that_was_cut_off_goes_on_with_the_next_prompt(
+    study: Study, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = ["--prompt", "balan", "--prompt", "monim", "--prompt", "ridok"]
+    given = ["--feature", FEATURE, "--amount", "3", *prompts, "--max-new-tokens", "3", "--json"]
+    real, answered = stage.compare_runs, []
+
+    def answer(bench: Any, prompt: str, *rest: Any) -> Any:
+        if answered == ["balan"]:
+            raise KeyboardInterrupt
+        answered.append(prompt)
+        return real(bench, prompt, *rest)
+
+    monkeypatch.setattr(stage, "compare_runs", answer)
+    assert main(["steer", str(study.path), *given]) == 130
+    (unfinished,) = (study.path / "steering").glob(".*.jsonl")
+    with unfinished.open("a") as file:
+        file.write('{"prompt": "mo')  # half a line
+    answered.append("")
+    assert main(["steer", str(study.path), *given]) == 0
+    assert answered == ["balan", "", "monim", "ridok"]
+    assert not list((study.path / "steering").glob(".*"))
+    capsys.readouterr()
+    assert main(["steer", str(study.path), *given]) == 0
+    pieced = json.loads(capsys.readouterr().out)
+    (study.path / pieced["file"]).unlink()
+    monkeypatch.undo()
+    assert main(["steer", str(study.path), *given]) == 0
+    assert json.loads(capsys.readouterr().out) == pieced
 
 
 def test_modes_and_prompts_come_one_by_one(study: Study, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -23,8 +23,8 @@ from lorascope.creation import NewConfig, create_study
 from lorascope.errors import BadInput
 from lorascope.models import load_model
 from lorascope.study import Study
-from lorascope.traces import Trace, write_traces
-from lorascope.training import Learner, TrainConfig, train
+from lorascope.traces import Rendered, Trace, write_traces
+from lorascope.training import Learner, Run, TrainConfig, train
 from lorascope.training_plan import (
     batch_tensors,
     control_traces,
@@ -124,14 +124,27 @@ def test_packs_hold_every_sequence_once_within_the_budget() -> None:
     assert packs == [[4], [1, 5], [0, 2], [3]]
 
 
-def test_a_packed_run_reaches_what_a_padded_one_does(tmp_path: Path, model_folder: Path) -> None:
-    losses = []
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_packed_run_reaches_what_a_padded_one_does(
+    tmp_path: Path, model_folder: Path, full: bool, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses, sizes = [], []
+
+    def packs(lengths: Any, budget: int) -> Any:
+        found = plan_packs(lengths, budget)
+        sizes.extend(map(len, found))
+        return found
+
+    monkeypatch.setattr(training, "plan_packs", packs)
+    rates = {"learning_rate": "1e-3" if full else "1e-2", "full": full, "gradient_checkpointing": checkpointing}
     for pack in (False, True):
         (tmp_path / str(pack)).mkdir()
         study = make_study(tmp_path / str(pack), model_folder)
-        config = TrainConfig(learning_rate="1e-2", pack=pack, token_budget=100, **FAST)
+        config = TrainConfig(pack=pack, token_budget=200, **FAST | rates | {"max_steps": 3})
         losses.append(train(study, config, Options())["heldout_loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert max(sizes) > 1
 
 
 @pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="torch.compile needs a C++ compiler")
@@ -144,6 +157,49 @@ def test_a_compiled_run_gives_the_same_weights(tmp_path: Path, model_folder: Pat
         found.append(weights_of(study.path / "adapter"))
     for name, plain in found[0].items():
         torch.testing.assert_close(found[1][name], plain, rtol=1e-3, atol=1e-5)
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0
+
+
+def test_gradients_in_half_precision_do_not_fade_with_the_length_of_a_step(model_folder: Path) -> None:
+    """A mean over 16 long traces has slopes below what fp16 holds, so the sum is what goes backwards."""
+    model, tokenizer = load_model(str(model_folder), dtype="float16")
+    adapter = training.trainable_adapter(model, TrainConfig(), 0, "")
+    with torch.no_grad():
+        for module in adapter.modules:
+            module.b_OR.normal_(0, 0.05, generator=torch.Generator().manual_seed(0))
+    ids = [tokenizer(f"{i} + {i} is {2 * i}.")["input_ids"] for i in range(4)]
+    traces = [Rendered(str(i), np.array(x, np.int32), np.full(len(x), 2, np.uint8), 1, 0) for i, x in enumerate(ids)]
+    parameters = [t for m in adapter.modules for t in (m.a_RI, m.b_OR)]
+    found = []
+    for repeats in (1, 4000):  # what a step of so many more tokens would divide by
+        run = Run(TrainConfig(max_grad_norm=1e9), 0.0, traces, [], [[0, 1, 2, 3]], adapter, Path())
+        with attach(model, adapter), pytest.MonkeyPatch.context() as patch:
+            count = training.assistant_positions
+            patch.setattr(training, "assistant_positions", lambda t, n=repeats, count=count: list(count(t)) * n)
+            optimizer = torch.optim.SGD(parameters, lr=0.0)
+            optimizer.zero_grad = lambda *_, **__: None  # type: ignore[method-assign]
+            run.step(Learner(model, adapter), optimizer, parameters, [0, 1, 2, 3])
+        found.append([p.grad * repeats for p in parameters if p.grad is not None])
+        for p in parameters:
+            p.grad = None
+    for whole, scaled in zip(*found, strict=True):
+        torch.testing.assert_close(scaled, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_several_processes_are_refused(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = make_study(tmp_path, model_folder)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(BadInput, match="trains in one process"):
+        train(study, TrainConfig(), Options())
+
+
+def test_nothing_to_measure_the_loss_on_is_refused(tmp_path: Path, model_folder: Path) -> None:
+    study = make_study(tmp_path, model_folder)
+    with pytest.raises(BadInput, match="--eval-traces must be at least 1"):
+        train(study, TrainConfig(eval_traces=0), Options())
+    study.corpus_file("heldout").write_text("")
+    with pytest.raises(BadInput, match="no held-out trace"):
+        train(study, TrainConfig(), Options())
 
 
 def test_an_interrupted_run_resumes_to_the_same_weights(

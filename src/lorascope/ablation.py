@@ -25,6 +25,7 @@ from lorascope.config import Options
 from lorascope.errors import BadInput
 from lorascope.kl import assistant_positions
 from lorascope.leave_one_out import PARTS, Target, leave_out
+from lorascope.memory import graph_budget
 from lorascope.models import load_model
 from lorascope.screening import Screened, screen
 from lorascope.stats import bootstrap_ratio
@@ -54,7 +55,7 @@ class AblateConfig:
     max_tokens: int = 2048
     """Only the first so many tokens of each trace."""
     token_budget: int = 4096
-    """Padded tokens per forward pass."""
+    """Padded tokens per forward pass; screening takes fewer where their activations would fill the memory."""
     passes: int = 0
     """With screen: backward passes, at least 2 (default 0: as many as --precision asks for, at most 64)."""
     precision: float = 0.2
@@ -187,7 +188,7 @@ def run_screening(folder: Path, config: AblateConfig, options: Options, load: Ca
             traces,
             passes=config.passes,
             precision=config.precision,
-            budget=config.token_budget,
+            budget=graph_budget(model, config.token_budget),
             seed=options.seed,
         )
     rng = np.random.default_rng(options.seed)

@@ -45,8 +45,13 @@ COMMANDS = {
     "examples": Command("example_search", "ExamplesConfig", "examples", "what each feature responds to most"),
     "sae": Command("sae", "SAEConfig", "decompose", "a sparse autoencoder on the whole state"),
     "explain": Command("explain", "ExplainConfig", "explain_features", "explain features and score it"),
+    "compare": Command("comparison", "CompareConfig", "compare", "kinds of features beside each other, with tests"),
+    "categorize": Command("explain.categories", "CategorizeConfig", "categorize", "what kinds of things they encode"),
+    "reasoning": Command("reasoning", "ReasoningConfig", "find_reasoning", "which features fire at reasoning words"),
+    "lens": Command("logit_lens", "LensConfig", "read_lens", "tokens that directions and latents read and write"),
     "steer": Command("steering", "SteerConfig", "steer_text", "text with features pushed, scaled, clamped or off"),
     "studio": Command("studio", "StudioConfig", "serve", "look, ask, steer and note in the browser"),
+    "export": Command("export", "ExportConfig", "export_study", "files for PEFT, SAELens, Neuronpedia, or as CSV"),
     "report": Command("report", "ReportConfig", "write_report", "one HTML file of everything"),
 }
 

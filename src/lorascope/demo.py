@@ -8,13 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from lorascope.ablation import AblateConfig, ablate
+from lorascope.comparison import CompareConfig, compare
 from lorascope.config import Options
 from lorascope.creation import NewConfig, create_study, local_path
 from lorascope.errors import BadInput
 from lorascope.evaluation import EvaluateConfig, evaluate
 from lorascope.example_search import ExamplesConfig, examples
 from lorascope.explain import ExplainConfig, explain_features
+from lorascope.explain.categories import CategorizeConfig, categorize
+from lorascope.features import CONTROLS
+from lorascope.logit_lens import LensConfig, read_lens
 from lorascope.models import load_tokenizer
+from lorascope.reasoning import ReasoningConfig, find_reasoning
 from lorascope.recording import RecordConfig, record
 from lorascope.report import ReportConfig, write_report
 from lorascope.sae import SAEConfig, decompose
@@ -30,6 +35,9 @@ PROBLEMS = 160
 ABLATION_TRACES = 8
 CONFIRMED = 20
 PATCHED_TOKENS = 3072
+BESIDE = "adapter,random,untrained,neurons"
+"""What is read in one run of the adapted model."""
+CONTROL_FEATURES = 200
 
 
 @dataclass(frozen=True)
@@ -90,17 +98,18 @@ def plan(
         ("train the full finetune", lambda: train(study(), replace(rank1, full=True, learning_rate="3e-4"), options)),
         ("evaluate on held-out problems", lambda: evaluate(study(), test, options)),
         ("ablate", lambda: ablate_all(study(), ABLATION_TRACES // half, options)),
-        ("record the training traces", lambda: record(study(), RecordConfig(), options)),
-        (
-            "record the held-out traces",
-            lambda: record(study(), RecordConfig("heldout", source="adapter,base"), options),
-        ),
+        ("record the training traces", lambda: record(study(), RecordConfig(source=BESIDE), options)),
+        ("record the held-out traces", lambda: record(study(), RecordConfig("heldout", source=BESIDE), options)),
+        ("record the base model", lambda: record_base(study(), STEPS * BATCH // (2 * half), options)),
         (
             "train the sparse autoencoder",
             lambda: decompose(study(), SAEConfig(patched_tokens=PATCHED_TOKENS // half), options),
         ),
         ("find examples", lambda: both_corpora(study(), options)),
         ("explain and score", lambda: explain_features(study(), ExplainConfig(), options)),
+        ("reasoning words and the lens", lambda: without_judge(study(), options)),
+        ("compare with controls", lambda: compare_kinds(study(), options)),
+        ("categories", lambda: categorize(study(), CategorizeConfig(), options)),
         ("write the report", lambda: write_report(study(), ReportConfig(), options)),
     ]
     return [stage for stage in stages if not (config.quick and "full" in stage[0])]
@@ -116,10 +125,28 @@ def ablate_all(study: Study, traces: int, options: Options) -> None:
         ablate(study, config, options)
 
 
+def record_base(study: Study, traces: int, options: Options) -> None:
+    """The same read vectors on the base model's run; it needs a pass of its own, so on some of the training traces."""
+    record(study, RecordConfig("heldout", source="base"), options)
+    record(study, RecordConfig(source="base", limit=traces), options)
+
+
+def compare_kinds(study: Study, options: Options) -> None:
+    """Explain a sample of each control as the directions were, and put all kinds into one table."""
+    explain_features(study, ExplainConfig(kinds=",".join(CONTROLS), limit=CONTROL_FEATURES), options)
+    compare(study, CompareConfig(), options)
+
+
 def both_corpora(study: Study, options: Options) -> None:
     """Examples on the training and on the held-out traces."""
     for corpus in ("train", "heldout"):
         examples(study, ExamplesConfig(corpus), options)
+
+
+def without_judge(study: Study, options: Options) -> None:
+    """What needs neither judge nor rule: features at reasoning words, tokens that vectors write and read."""
+    find_reasoning(study, ReasoningConfig(), options)
+    read_lens(study, LensConfig(), options)
 
 
 def headline(study: Study, seconds: float) -> dict[str, Any]:

@@ -38,7 +38,7 @@ class ExamplesConfig:
     corpus: str = "train"
     """Corpus to search."""
     kinds: str = "auto"
-    """Kinds of features, comma-separated: direction, latent, base (auto: all whose stages have been run)."""
+    """Kinds, comma-separated: direction, latent, base, random, untrained, neuron (auto: whose stages have been run)."""
     k: int = 50
     """Number of strongest examples per feature."""
     per_trace: int = 4

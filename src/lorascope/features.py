@@ -36,7 +36,7 @@ class FeatureSet:
 
     kind: str
     ids: list[str]
-    """`L12.gate+`, `sae.17`, `base.L12.gate+`: one per feature, in the order of the activations' last axis."""
+    """`L12.gate+`, `sae.17`, `random.L12.gate+`, `neuron.L3.512-`: one per feature, in the activations' order."""
     unit: str
     """What an activation is measured in."""
     latent: bool
@@ -149,7 +149,25 @@ KINDS: dict[str, Callable[[Study, str], FeatureSet]] = {
     "direction": partial(polarity_features, kind="direction", source="adapter"),
     "latent": latent_features,
     "base": partial(polarity_features, kind="base", source="base", prefix="base."),
+    "random": partial(polarity_features, kind="random", source="random", prefix="random."),
+    "untrained": partial(polarity_features, kind="untrained", source="untrained", prefix="untrained."),
+    "neuron": partial(polarity_features, kind="neuron", source="neurons", prefix="neuron."),
 }
+DIFFERENCE = "#difference"
+"""Ends the address of a random direction whose read vector is a difference of two tokens' inputs: `L12.gate#difference`
+beside the isotropic `L12.gate`."""
+CONTROLS = ("base", "random", "untrained", "neuron")
+"""Kinds of features that others are compared with."""
+
+
+def source_of(kind: str) -> str:
+    """Whose store the features of a kind are read from."""
+    return {"direction": "adapter", "latent": "adapter", "neuron": "neurons"}.get(kind, kind)
+
+
+def cluster_of(feature: str) -> str:
+    """The two polarities of a direction (or of a control) are one cluster: the id without its sign."""
+    return feature.rstrip("+-")
 
 
 def load_features(study: Study, corpus: str, kind: str) -> FeatureSet:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -133,6 +134,8 @@ class HeadLossFunction(torch.autograd.Function):
 
 def head_loss(hidden_MD: Tensor, weight_VD: Tensor, targets_M: Tensor) -> Tensor:
     """Summed negative log-likelihood, nats fp32, of `targets_M` under logits `hidden·weightᵀ`."""
+    if not torch.is_grad_enabled():  # a trainable weight would still be taken to want its gradient
+        hidden_MD, weight_VD = hidden_MD.detach(), weight_VD.detach()
     result: Tensor = HeadLossFunction.apply(hidden_MD, weight_VD, targets_M)
     return result
 
@@ -233,7 +236,7 @@ class SharedInput:
     def scalars(self, x: Tensor, rows: slice) -> Tensor:
         """Scalars [..., R] of one member, whose read vectors are `rows` of all of the group's."""
         if x is not self.x:
-            self.x, self.z, self.served = x, x @ self.a_GI.T, 0
+            self.x, self.z, self.served = x, x.float() @ self.a_GI.T, 0
         self.served += 1
         if self.served == self.size:
             self.x = None  # nobody else will ask, so the input need not be held
@@ -265,16 +268,16 @@ def shared_inputs(adapter: Adapter) -> list[tuple[SharedInput, slice]]:
 def fused_reading(attached: Attached) -> Iterator[int]:
     """Inside, forward passes without gradients are fast and still give every scalar; gives the number of parts.
 
-    Adapted maps of an fp32 base run merged, in one GEMM, and scalars of modules that share an input are computed
-    together, where they are read at all. Edited maps, and parts that are not recognised, run in the forms of `attach`.
+    Adapted maps of an fp32 base run merged, in one GEMM; those of other bases add the directions' term in fp32. Scalars
+    of modules that share an input are computed together, with an fp32 base only where they are read. Edited maps, and
+    parts that are not recognised, run in the forms of `attach`.
     """
-    model, adapter = attached.model, attached.adapter
+    model, adapter = attached.model, beside_weights(attached.model, attached.adapter)
     forms: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
     for index, (part, (shared, rows)) in enumerate(zip(adapter.modules, shared_inputs(adapter), strict=True)):
         module = find_module(model, part)
-        weight = module.weight
-        if type(module) is nn.Linear and weight.dtype == torch.float32 and weight.device == part.a_RI.device:
-            linear = Linear(weight, module.bias, part.a_RI, part.b_OR, part.scale)
+        if type(module) is nn.Linear:
+            linear = Linear(module.weight, module.bias, part.a_RI, part.b_OR, part.scale)
             forms[module] = partial(read_linear, attached, index, linear, shared, rows, module.forward)
     for module in model.modules():
         form = norm_form(module) or (partial(read_mlp, module) if gated_parts(module) else None)
@@ -282,6 +285,16 @@ def fused_reading(attached: Attached) -> Iterator[int]:
             forms[module] = form
     with forwards(forms):
         yield len(forms)
+
+
+def beside_weights(model: Any, adapter: Adapter) -> Adapter:
+    """The adapter with each module's directions on the device of the weight that they are added to."""
+    devices = [next(find_module(model, part).parameters()).device for part in adapter.modules]
+    modules = [
+        replace(part, a_RI=part.a_RI.to(device), b_OR=part.b_OR.to(device))
+        for part, device in zip(adapter.modules, devices, strict=True)
+    ]
+    return replace(adapter, modules=tuple(modules))
 
 
 def read_mlp(module: Any, x: Tensor) -> Tensor:
@@ -300,12 +313,16 @@ def read_linear(
     edited: Callable[[Tensor], Tensor],
     x: Tensor,
 ) -> Tensor:
-    """An adapted map, merged; its scalars go to who reads them. `edited` is what runs where an edit touches it."""
+    """An adapted map; its scalars go to who reads them. `edited` is what runs where an edit touches it."""
     if any(active.local[index] is not None for active in attached.edits):
         return edited(x)
-    if attached.readings:
-        attached._pass_scalars(index, shared.scalars(x, rows))
-    return F.linear(x, linear.merged(), linear.bias_O)
+    if attached.readings or not linear.merges:
+        z = attached._pass_scalars(index, shared.scalars(x, rows))
+    if linear.merges:
+        return F.linear(x, linear.merged(), linear.bias_O)
+    assert linear.b_OR is not None
+    y = F.linear(x, linear.W_OI, linear.bias_O)
+    return (y.float() + F.linear(z * linear.scale, linear.b_OR)).to(y.dtype)
 
 
 @contextmanager

@@ -1,46 +1,55 @@
 """Recording: every direction's scalar on every token of a corpus, into the scalar store.
 
-One forward pass of the trunk (no LM head) over right-padded batches planned by length. Shape legend: B traces of
-a batch, T tokens, N directions, D hidden width.
+One forward pass of the trunk (no LM head) over right-padded batches planned by length; sources that are read while
+the adapted model runs share it. Shape legend: B traces of a batch, T tokens, N columns (directions; neurons).
 """
 
 import hashlib
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorascope.adapter import AdaptedModule, Adapter
 from lorascope.attached import Attached, attach, find_module
 from lorascope.config import Options
+from lorascope.controls import (
+    Probe,
+    adapter_probe,
+    neuron_probe,
+    probing,
+    random_addresses,
+    random_control,
+    untrained_control,
+)
 from lorascope.edits import Edit
 from lorascope.errors import BadInput, RunFailed
 from lorascope.fused import fused_reading
 from lorascope.memory import choose_budget
 from lorascope.models import load_model, load_tokenizer
 from lorascope.progress import progress
-from lorascope.store import PLAN, Store, read_json, store_folder
-from lorascope.store_writer import StorePlan, StoreWriter, plan_shards
-from lorascope.study import Study, write_json
+from lorascope.sinks import SINK_RATIO, decoder_layers, is_sink, middle_norms
+from lorascope.store import INDEX, PLAN, Store, read_json, store_folder
+from lorascope.store_writer import Shard, StorePlan, StoreWriter, plan_shards
+from lorascope.study import Study, whole_folder, write_json
 from lorascope.traces import Rendered, pad_ids, plan_batches, read_traces, write_traces
 
-SINK_RATIO = 10.0
-"""A token is an attention sink when its hidden state entering the middle decoder layer is this many times longer
-than its trace's median. Massive activations stand far off: 90 to 170 times on the default model, where every
-other token stays below 2 (docs/log.md)."""
 SHARD_TOKENS = 1 << 16  # at most this much work is lost when a run is cut off
 MAX_SHARDS = 256  # each is an open file of every reader
 OUTPUT_RMS = "output_rms.json"
 """Beside the adapter's store: how long the base's own outputs are, from `OUTPUT_TRACES` traces."""
 OUTPUT_TRACES = 16
+MADE = ("random", "untrained")
+"""Controls that are adapters of their own, made once for a study."""
+SOURCES = ("adapter", "base", *MADE, "neurons")
 
 
 @dataclass(frozen=True)
@@ -54,7 +63,8 @@ class RecordConfig:
     response_template: str = ""
     """For traces of plain text: the text after which the response begins."""
     source: str = "adapter"
-    """Whose scalars, comma-separated: adapter, or base (the same read vectors on the base model's run)."""
+    """What to read, comma-separated: adapter; base (the same read vectors on the base model's run); or controls in the
+    adapted model's run: random, untrained (the read vectors of step 0), neurons."""
     token_budget: int | None = None
     """Most tokens in a batch, padding included; a longer trace is a batch of its own (default: by free memory)."""
     max_tokens: int | None = None
@@ -63,6 +73,14 @@ class RecordConfig:
     """What to do with longer traces: keep, truncate or drop (default: the study's rule)."""
     limit: int | None = None
     """Record only the first so many traces."""
+
+
+@dataclass(frozen=True)
+class ControlConfig:
+    """What `controls/NAME` was made as."""
+
+    control: str
+    """random or untrained."""
 
 
 def record(study: Study, config: RecordConfig, options: Options) -> dict[str, Any]:
@@ -86,24 +104,56 @@ def record(study: Study, config: RecordConfig, options: Options) -> dict[str, An
         add_corpus(study, config)
     study.traces(config.corpus)  # an unknown corpus is named before a model is loaded
     load = cache(lambda: load_model(study.model_name, device=options.device, dtype=options.dtype))
+    for name in sources:
+        if name in MADE:
+            make_control(study, name, options, load)
+    # Chosen once, so that sources recorded together are planned in the same batches.
+    choose = cache(lambda: choose_budget(Adapter.load(study.path / "adapter"), load()[0].device, load()[0].dtype))
     results: dict[str, Any] = {}
     for source in sources:
         alone = replace(config, source=source, traces=None, response_template="")
+        together = [source] if source == "base" else [source, *(s for s in sources if s not in ("base", source))]
 
-        def work(alone: RecordConfig = alone) -> dict[str, Any]:
+        def work(alone: RecordConfig = alone, together: list[str] = together) -> dict[str, Any]:
             model, tokenizer = load()
-            return record_source(study, alone, model, tokenizer)
+            return record_sources(study, alone, together, model, tokenizer, choose, options.seed)
 
         results[source] = study.run(
             f"record:{config.corpus}:{source}",
             alone,
             options,
-            inputs=[f"traces/{config.corpus}.jsonl", "adapter"],
+            inputs=[f"traces/{config.corpus}.jsonl", "adapter", *([f"controls/{source}"] if source in MADE else [])],
             outputs=[f"scalars/{config.corpus}/{source}/{name}" for name in written(source)],
             work=work,
         )
     study.summarise({"recording": {config.corpus: results}})
     return {"corpus": config.corpus, "sources": results}
+
+
+def make_control(study: Study, name: str, options: Options, load: Callable[[], tuple[Any, Any]]) -> None:
+    """Write the adapter of a control to `controls/NAME`, once for all corpora."""
+
+    def work() -> dict[str, Any]:
+        model, tokenizer = load()
+        adapter = Adapter.load(study.path / "adapter")
+        if name == "untrained":
+            made = untrained_control(study, model, adapter)
+        else:
+            rendered, _ = study.renderer(tokenizer).render_all(study.traces("train"))
+            with attach(model, adapter) as attached, fused_reading(attached):
+                made = random_control(attached, rendered, options.seed)
+        with whole_folder(study.path / "controls" / name) as new:
+            made.save(new)
+        return {"directions": len(made.addresses)}
+
+    study.run(
+        f"control:{name}",
+        ControlConfig(name),
+        options,
+        inputs=["adapter", "traces/train.jsonl"],
+        outputs=[f"controls/{name}"],
+        work=work,
+    )
 
 
 def written(source: str) -> list[str]:
@@ -129,8 +179,22 @@ def add_corpus(study: Study, config: RecordConfig) -> None:
     study.update_manifest(corpora={config.corpus: entry})
 
 
-def record_source(study: Study, config: RecordConfig, model: Any, tokenizer: Any) -> dict[str, Any]:
-    """Record a corpus of the study from one source; the counts of what went in."""
+def record_sources(
+    study: Study,
+    config: RecordConfig,
+    sources: list[str],
+    model: Any,
+    tokenizer: Any,
+    choose: Callable[[], int],
+    seed: int,
+) -> dict[str, Any]:
+    """Record a corpus of the study from the first of some sources; the counts of what went in.
+
+    `choose` gives the token budget where none is given or begun.
+
+    The other sources' stores are filled in the same pass where they are planned in the same batches, so that their
+    own turn finds them done.
+    """
     renderer = study.renderer(tokenizer)
     changed: dict[str, Any] = {"max_tokens": config.max_tokens, "too_long": config.too_long}
     renderer = replace(renderer, **{key: value for key, value in changed.items() if value is not None})
@@ -138,16 +202,16 @@ def record_source(study: Study, config: RecordConfig, model: Any, tokenizer: Any
     if not rendered:
         raise BadInput(f"No trace of {config.corpus} is left to record; raise --max-tokens or give other traces.")
     adapter = Adapter.load(study.path / "adapter")
-    folder = store_folder(study.path, config.corpus, config.source)
-    budget = config.token_budget or begun_budget(folder) or choose_budget(adapter, model.device, model.dtype)
+    text = text_fingerprint(rendered)
+    folders = {source: store_folder(study.path, config.corpus, source) for source in sources}
+    begun = {source: config.token_budget or begun_budget(folder, text) for source, folder in folders.items()}
+    fallback = next(filter(None, begun.values()), None) or choose()
     about = {
         "corpus": config.corpus,
-        "source": config.source,
         "model": study.model_name,
         "dtype": str(model.dtype),
         "adapter": study.fingerprint("adapter"),
-        "text": text_fingerprint(rendered),
-        "token_budget": budget,
+        "text": text,
         "length_rule": length_rule,
         "sink_rule": {
             "ratio": SINK_RATIO,
@@ -155,18 +219,46 @@ def record_source(study: Study, config: RecordConfig, model: Any, tokenizer: Any
             "over": "median norm in trace",
         },
     }
-    plan = plan_recording(adapter, rendered, budget, about)
     with attach(model, adapter) as attached, fused_reading(attached):
-        counts = fill_store(folder, plan, rendered, attached, SOURCES[config.source], config.corpus)
-        if config.source == "adapter":
+        columns = [source_columns(study, source, attached, seed) for source in sources]
+        budgets = [begun[source] or fallback for source in sources]
+        plans = [
+            plan_recording(part, rendered, budget, about | {"source": source, "token_budget": budget})
+            for source, part, budget in zip(sources, columns, budgets, strict=True)
+        ]
+        shared = [i for i, plan in enumerate(plans) if plan.shards == plans[0].shards]
+        beside = partial(scalars_beside, columns=[columns[i] for i in shared])
+        read = base_scalars if sources[0] == "base" else beside
+        stores = [(folders[sources[i]], plans[i]) for i in shared]
+        counts = fill_stores(stores, rendered, attached, read, config.corpus)[0]
+        if sources[0] == "adapter":
+            folder = folders["adapter"]
             write_json(folder / OUTPUT_RMS, output_rms(attached, rendered, Store.open(folder)))
     return counts | {"length_rule": length_rule, "sink_rule": about["sink_rule"]}
 
 
-def begun_budget(folder: Path) -> int | None:
-    """The token budget of a recording that was begun here: a run that continues plans the same batches."""
+def source_columns(study: Study, source: str, attached: Attached, seed: int) -> Adapter | Probe:
+    """What a source's store has as columns; the adapter stands for its own scalars."""
+    adapter = attached.adapter
+    if source == "neurons":
+        return neuron_probe(attached.model, len(adapter.addresses), seed)
+    if source not in MADE:
+        return adapter
+    control = Adapter.load(study.path / "controls" / source)
+    names = random_addresses(adapter) if source == "random" else adapter.addresses
+    return adapter_probe(control, attached.model, names)
+
+
+def begun_budget(folder: Path, text: str) -> int | None:
+    """The token budget of a recording of this text that was begun here: a run that continues plans the same batches.
+
+    None where nothing was begun, where it was finished, or where no shard of it is done (it may have lacked memory).
+    """
+    if (folder / INDEX).exists() or not any(folder.glob("shard-*.safetensors")):
+        return None
     try:
-        return int(read_json(folder / PLAN)["about"]["token_budget"])
+        about = read_json(folder / PLAN)["about"]
+        return int(about["token_budget"]) if about["text"] == text else None
     except (RunFailed, KeyError, TypeError, ValueError):
         return None
 
@@ -179,13 +271,15 @@ def text_fingerprint(rendered: list[Rendered]) -> str:
     return digest.hexdigest()
 
 
-def plan_recording(adapter: Adapter, rendered: list[Rendered], token_budget: int, about: dict[str, Any]) -> StorePlan:
+def plan_recording(
+    columns: Adapter | Probe, rendered: list[Rendered], token_budget: int, about: dict[str, Any]
+) -> StorePlan:
     """Which traces share a shard and a batch: shards in the corpus's order, batches by length within a shard."""
     lengths = [len(item.ids) for item in rendered]
     ranges = plan_shards(lengths, max(SHARD_TOKENS, -(-sum(lengths) // MAX_SHARDS)))
     return StorePlan(
-        addresses=adapter.addresses,
-        effect_per_scalar=[float(x) for x in adapter.effect_per_scalar],
+        addresses=columns.addresses,
+        effect_per_scalar=[float(x) for x in columns.effect_per_scalar],
         trace_ids=[item.trace_id for item in rendered],
         lengths=lengths,
         response_starts=[int(item.response_start) for item in rendered],
@@ -231,34 +325,50 @@ def output_rms(attached: Attached, rendered: list[Rendered], store: Store) -> di
 
 
 Read = Callable[[Attached, Tensor], Tensor]
-"""Scalars [B, T, N] fp32 of a batch of ids [B, T]."""
+"""Scalars [B, T, N] fp32 of a batch of ids [B, T]; the columns of several stores side by side."""
 
 
-def fill_store(
-    folder: Path, plan: StorePlan, rendered: list[Rendered], attached: Attached, read: Read, name: str
-) -> dict[str, Any]:
-    """Run the model over all shards that are not on disk yet and finish the store; returns its counts.
+def fill_stores(
+    stores: list[tuple[Path, StorePlan]], rendered: list[Rendered], attached: Attached, read: Read, name: str
+) -> list[dict[str, Any]]:
+    """Run the model over all shards that are not on disk yet and finish the stores; returns each one's counts.
 
-    A full shard is written while the model runs on, so at most two are in memory.
+    The stores have the same shards and batches. Full shards are written while the model runs on, so at most two of
+    each store are in memory.
     """
-    writer = StoreWriter(folder, plan)
-    work = [(shard, batch) for shard in writer.missing() for batch in plan.shards[shard]]
-    shard, written = None, Future[None]()
+    writers = [StoreWriter(folder, plan) for folder, plan in stores]
+    stops = np.cumsum([0, *(len(plan.addresses) for _, plan in stores)])
+    columns = [slice(int(a), int(b)) for a, b in pairwise(stops)]
+    missing = [writer.missing() for writer in writers]
+    shards = stores[0][1].shards
+    work = [(shard, batch) for shard in sorted(set().union(*missing)) for batch in shards[shard]]
+    begun: list[tuple[StoreWriter, Shard, slice]] = []
+    written = Future[None]()
     written.set_result(None)
     with ThreadPoolExecutor(1) as pool:
         for number, batch in progress(work, total=len(work), desc=f"record {name}", unit="batch"):
-            if shard is None:
-                shard = writer.begin(number)
+            if not begun:
+                due = zip(writers, columns, missing, strict=True)
+                begun = [(writer, writer.begin(number), part) for writer, part, lacks in due if number in lacks]
+            if written.done():
+                written.result()  # a full disk is told at once, not after the next shard
             put = read_batch(attached, [rendered[i] for i in batch], read)
-            if writer.scale_N is None:
-                writer.calibrate(np.max([np.abs(z_TN).max(axis=0) for z_TN, _ in put], axis=0))
-            for i, (z_TN, sink_T) in zip(batch, put, strict=True):
-                writer.put(shard, i, z_TN, rendered[i].ids, rendered[i].segments, sink_T)
-            if batch is plan.shards[number][-1]:
+            for writer, shard, part in begun:
+                if writer.scale_N is None:
+                    writer.calibrate(np.max([np.abs(z_TN[:, part]).max(axis=0) for z_TN, _ in put], axis=0))
+                for i, (z_TN, sink_T) in zip(batch, put, strict=True):
+                    writer.put(shard, i, z_TN[:, part], rendered[i].ids, rendered[i].segments, sink_T)
+            if batch is shards[number][-1]:
                 written.result()
-                written, shard = pool.submit(writer.commit, shard), None
+                written, begun = pool.submit(commit_all, begun), []
         written.result()
-    return writer.finish()
+    return [writer.finish() for writer in writers]
+
+
+def commit_all(begun: list[tuple[StoreWriter, Shard, slice]]) -> None:
+    """Write a filled shard of each store."""
+    for writer, shard, _ in begun:
+        writer.commit(shard)
 
 
 @torch.inference_mode()
@@ -272,43 +382,18 @@ def read_batch(attached: Attached, batch: list[Rendered], read: Read) -> list[tu
     return [(z_BTN[i, :n], is_sink(norms_BT[i, :n])) for i, n in enumerate(lengths)]
 
 
-def is_sink(norms_T: Any) -> Any:
-    """Which tokens of one trace are attention sinks, bool [T]."""
-    return norms_T > SINK_RATIO * np.median(norms_T)
-
-
-@contextmanager
-def middle_norms(layers: nn.ModuleList) -> Iterator[list[Tensor]]:
-    """Collect the norms [B, T] fp32 of the hidden states that enter the middle decoder layer."""
-    norms: list[Tensor] = []
-
-    def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden_BTD: Tensor = args[0] if args else kwargs["hidden_states"]
-        norms.append(torch.linalg.vector_norm(hidden_BTD, dim=-1, dtype=torch.float32))
-
-    handle = layers[len(layers) // 2].register_forward_pre_hook(look, with_kwargs=True)
-    try:
-        yield norms
-    finally:
-        handle.remove()
-
-
-def decoder_layers(model: nn.Module, adapter: Adapter) -> nn.ModuleList:
-    """The list of decoder layers that the adapter's modules are in.
-
-    Raises:
-        BadInput: the adapter has no module in a numbered layer.
-    """
-    for module in adapter.modules:
-        match = re.match(r"(.*?)\.\d+\.", module.path)
-        if match and isinstance(layers := model.get_submodule(match[1]), nn.ModuleList):
-            return layers
-    raise BadInput("The adapter adapts no numbered decoder layer; lorascope cannot tell attention sinks in it.")
-
-
 def adapter_scalars(attached: Attached, ids_BT: Tensor) -> Tensor:
     """The adapted model's scalars [B, T, N]."""
     return attached.trunk(ids_BT).scalars
+
+
+def scalars_beside(attached: Attached, ids_BT: Tensor, columns: Sequence[Adapter | Probe]) -> Tensor:
+    """What several sources read in one run of the adapted model, side by side, [B, T, N]."""
+    probes = [part for part in columns if isinstance(part, Probe)]
+    with probing(attached.model, probes) as read:
+        own_BTN = adapter_scalars(attached, ids_BT)
+    found = iter(read())
+    return torch.cat([next(found).to(own_BTN.device) if isinstance(part, Probe) else own_BTN for part in columns], -1)
 
 
 def base_scalars(attached: Attached, ids_BT: Tensor) -> Tensor:
@@ -325,6 +410,3 @@ def base_scalars(attached: Attached, ids_BT: Tensor) -> Tensor:
     for columns, z_BTn in seen:
         z_BTN[..., columns.to(z_BTN.device)] = z_BTn.to(z_BTN.device)
     return z_BTN
-
-
-SOURCES: dict[str, Read] = {"adapter": adapter_scalars, "base": base_scalars}

@@ -132,3 +132,16 @@ def crossed_draws(values_nSM: FloatArray, rng: np.random.Generator, draws: int =
         else:
             out[start : start + count] = means[:, 0]
     return out
+
+
+def false_discovery_rates(p_F: Sequence[float] | FloatArray) -> FloatArray:
+    """Benjamini-Hochberg q-values [F]: rejecting all q <= x keeps the expected share of false ones at most x.
+
+    After Benjamini and Hochberg (1995); holds for independent and for positively dependent p-values.
+    """
+    p = np.asarray(p_F, dtype=np.float64)
+    order = np.argsort(p, kind="stable")
+    scaled = p[order] * len(p) / np.arange(1, len(p) + 1)
+    q = np.empty_like(p)
+    q[order] = np.minimum.accumulate(scaled[::-1])[::-1]  # never above 1: the largest p is scaled by 1
+    return q

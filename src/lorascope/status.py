@@ -18,7 +18,15 @@ from lorascope.errors import BadInput, RunFailed
 from lorascope.store import Store
 from lorascope.study import Study
 
-EXTRAS = {"peft": "peft", "math": "math_verify", "gym": "reasoning_gym", "hub": "datasets", "web": "fastapi"}
+EXTRAS = {
+    "peft": "peft",
+    "math": "math_verify",
+    "gym": "reasoning_gym",
+    "hub": "datasets",
+    "web": "fastapi",
+    "embed": "sentence_transformers",
+    "umap": "umap",
+}
 
 
 @dataclass(frozen=True)

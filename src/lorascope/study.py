@@ -23,7 +23,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from lorascope.config import Options
-from lorascope.errors import BadInput, MissingStage
+from lorascope.errors import BadInput, MissingStage, RunFailed
 from lorascope.traces import Renderer, Trace, load_traces
 
 FORMAT = 1
@@ -91,6 +91,24 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise BadInput(f"{path} is damaged ({error}); restore it or make the study anew.") from error
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The whole rows of a JSON Lines file, [] when there is none; an unfinished last line is left out.
+
+    Raises:
+        RunFailed: a finished line is not JSON.
+    """
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise RunFailed(f"{path}, line {number} is damaged; remove the line and run its stage again.") from error
+    return rows
 
 
 def digest(value: object) -> str:
@@ -366,6 +384,11 @@ class Study:
         """What is no longer as a stage's record says: inputs that changed, outputs that are gone."""
         changed = [name for name, hash_ in record["inputs"].items() if self.fingerprint(name) != hash_]
         return changed, [name for name in record["outputs"] if not (self.path / name).exists()]
+
+    def holds(self, record: dict[str, Any]) -> bool:
+        """Whether a record is of what the study has now; a file that other stages add to may have grown."""
+        changed, gone = self.changes(record)
+        return not gone and set(changed) <= SHARED_OUTPUTS
 
     def _keep_record(self, stage: str, record: dict[str, Any]) -> None:
         own = set(record["outputs"]) - SHARED_OUTPUTS

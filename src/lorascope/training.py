@@ -7,6 +7,7 @@ Shapes: B = sequences, T = tokens, M = supervised positions of a batch, D = mode
 
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -17,7 +18,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -132,9 +132,11 @@ def check_config(study: Study, config: TrainConfig) -> None:
     """Refuse what cannot be trained before anything heavy is loaded."""
     if config.control not in CONTROLS:
         raise BadInput(f"--control is answers or shuffled, not {config.control!r}.")
-    for field, low in (("rank", 1), ("batch", 1), ("token_budget", 1), ("eval_every", 1), ("save_every", 1)):
-        if getattr(config, field) < low:
-            raise BadInput(f"--{field.replace('_', '-')} must be at least {low}, not {getattr(config, field)}.")
+    for field in ("rank", "batch", "token_budget", "eval_every", "eval_traces", "save_every"):
+        if getattr(config, field) < 1:
+            raise BadInput(f"--{field.replace('_', '-')} must be at least 1, not {getattr(config, field)}.")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise BadInput("lorascope trains in one process; start it without torchrun or accelerate launch.")
     if config.epochs <= 0 or (config.max_steps is not None and config.max_steps < 1):
         raise BadInput("--epochs and --max-steps must be above zero.")
     own = study.manifest["adapter"]
@@ -185,7 +187,7 @@ def tagged(name: str, rate: float) -> str:
 class Learner(nn.Module):
     """The model with what is trained in it; its forward is the summed loss of a batch.
 
-    A module, so that Accelerate can wrap it and keep several processes' gradients in step.
+    A module, so that `torch.compile` can wrap it.
     """
 
     def __init__(self, model: Any, adapter: Adapter | None) -> None:
@@ -334,6 +336,8 @@ def train_once(study: Study, config: TrainConfig, options: Options, rate: float,
     rendered, counts = renderer.render_all(traces)
     heldout, _ = renderer.render_all(control_traces(study.traces("heldout"), config.control, options.seed))
     heldout = heldout[: config.eval_traces]
+    if not heldout:
+        raise BadInput("The study has no held-out trace to measure the loss on; make it anew with --heldout.")
     torch.manual_seed(options.seed)
     adapter = None if config.full else trainable_adapter(model, config, options.seed, study.model_name)
     lengths = [len(r.ids) for r in rendered]
@@ -376,15 +380,14 @@ class Run:
     def loop(self, learner: Any, state: State, log: Path) -> dict[str, Any]:
         """Train from the state's step to the end."""
         config = self.config
-        accelerator = Accelerator(cpu=next(learner.parameters()).device.type == "cpu")
+        device = next(learner.parameters()).device
         parameters = [p for p in learner.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             parameters, lr=self.rate, betas=(0.9, 0.95), weight_decay=config.weight_decay, foreach=True
         )
         state.load(optimizer, parameters)
         metrics = Metrics(log, state.step)
-        learner, optimizer = accelerator.prepare(learner, optimizer)
-        device, total = accelerator.device, len(self.steps)
+        total = len(self.steps)
         learner.train()
         if state.step == 0:
             start_loss = heldout_loss(learner, self.heldout, config.token_budget, device)
@@ -393,7 +396,7 @@ class Run:
         for step in progress(range(state.step, total), desc=log.stem, unit="step", total=total - state.step):
             for group in optimizer.param_groups:
                 group["lr"] = rate_at(step, total, self.rate, config.warmup)
-            row = self.step(learner, optimizer, accelerator, self.steps[step])
+            row = self.step(learner, optimizer, parameters, self.steps[step])
             state.step = step + 1
             row |= {"lr": optimizer.param_groups[0]["lr"]}
             if state.step % config.eval_every == 0 or state.step == total:
@@ -407,30 +410,24 @@ class Run:
                 state.save(optimizer, parameters)
         return self.summary(metrics.rows, parameters)
 
-    def step(self, learner: Any, optimizer: Any, accelerator: Any, chosen: list[int]) -> dict[str, Any]:
+    def step(self, learner: Any, optimizer: Any, parameters: Sequence[Tensor], chosen: list[int]) -> dict[str, Any]:
         """One optimizer step over some traces, their gradients accumulated over budgeted batches."""
         started = time.perf_counter()
         traces = [self.traces[i] for i in chosen]
         arrange, make = (plan_packs, packed_tensors) if self.config.pack else (plan_batches, batch_tensors)
         batches = arrange([len(t.ids) for t in traces], self.config.token_budget)
-        mine = batches[accelerator.process_index :: accelerator.num_processes]
         supervised = sum(len(assistant_positions(t)) for t in traces)
-        total = torch.zeros((), device=accelerator.device)
-        for number, batch in enumerate(mine):
-            last = number == len(mine) - 1
-            with ExitStack() as stack:
-                if not last:
-                    stack.enter_context(accelerator.no_sync(learner))
-                loss = learner(*make([traces[i] for i in batch], accelerator.device))
-                # DDP averages gradients over processes; the loss is a sum over all tokens of the step.
-                accelerator.backward(loss * accelerator.num_processes / supervised)
-                total += loss.detach()
-        norm = accelerator.clip_grad_norm_(
-            [p for p in learner.parameters() if p.requires_grad], self.config.max_grad_norm
-        )
+        device, total = parameters[0].device, 0.0
+        for batch in batches:
+            loss = learner(*make([traces[i] for i in batch], device))
+            loss.backward()
+            total += float(loss.detach())
+        # Divided afterwards and in fp32: a mean's slopes are so small that an fp16 base would lose them.
+        torch._foreach_div_([p.grad for p in parameters if p.grad is not None], float(supervised))
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        loss_mean = float(accelerator.reduce(total)) / supervised
+        loss_mean = total / supervised
         if not math.isfinite(loss_mean):
             raise RunFailed("The training loss is not finite; lower --learning-rate and train again.")
         return {

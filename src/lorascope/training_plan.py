@@ -3,6 +3,7 @@
 Shapes: B = sequences, T = tokens, M = supervised positions of a batch.
 """
 
+import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -120,10 +121,15 @@ def prepare_packing(model: Any) -> None:
     device = model.get_input_embeddings().weight.device
     if device.type == "cuda":
         flash = is_flash_attn_2_available() and model.dtype != torch.float32
-        model.set_attn_implementation("flash_attention_2" if flash else "flex_attention")
+        try:
+            model.set_attn_implementation("flash_attention_2" if flash else "flex_attention")
+        except (ValueError, ImportError) as e:
+            raise BadInput("This model has no attention that packs sequences on a GPU; train without --pack.") from e
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (24,), generator=torch.Generator().manual_seed(0)).to(device)
     places = torch.cat([torch.arange(10), torch.arange(14)])[None].to(device)
+    if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
+        raise BadInput("This model mixes packed sequences; train without --pack.")
     packed = model.base_model(input_ids=ids[None], position_ids=places, use_cache=False).last_hidden_state[0, 10:]
     alone = model.base_model(input_ids=ids[None, 10:], use_cache=False).last_hidden_state[0]
     tolerance = 1e-3 if model.dtype == torch.float32 else 5e-2

@@ -3,10 +3,9 @@
 from lorascope.explain.rules import Rule, describe_rule, execute_rule, make_vocabulary, rule_from_json, rule_to_json
 from lorascope.explain.scoring import Explanation, borrow_explanations, execute_answers, score_answers
 from lorascope.explain.stage import ExplainConfig, explain_features
-from lorascope.explain.summary import CONTROLS, explain_records, pool_kinds, summarise_rows
+from lorascope.explain.summary import explain_records, pool_kinds, summarise_rows
 
 __all__ = [
-    "CONTROLS",
     "ExplainConfig",
     "Explanation",
     "Rule",

@@ -11,28 +11,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from lorascope.errors import RunFailed
-from lorascope.study import atomic_write_text
+from lorascope.study import atomic_write_text, read_rows
 
 Row = dict[str, Any]
-
-
-def read_rows(path: Path) -> list[Row]:
-    """The whole rows of a JSON Lines file, [] when there is none; an unfinished last line is left out.
-
-    Raises:
-        RunFailed: a finished line is not JSON.
-    """
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    rows: list[Row] = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise RunFailed(f"{path}, line {number} is damaged; remove the line and explain again.") from error
-    return rows
 
 
 def append_row(path: Path, row: Row) -> None:

@@ -26,9 +26,9 @@ from lorascope.explain.scoring import (
     pose_fuzzing,
     score_answers,
 )
-from lorascope.explain.summary import cluster_of, pool_kinds, summarise_rows
+from lorascope.explain.summary import pool_kinds, summarise_rows
 from lorascope.explain.windows import draw_windows
-from lorascope.features import FeatureSet, load_features
+from lorascope.features import FeatureSet, cluster_of, load_features
 from lorascope.progress import progress
 from lorascope.store import INDEX
 from lorascope.study import Study, digest, read_json
@@ -48,7 +48,7 @@ class ExplainConfig:
     """Explain each feature by a rule learned on the training corpus and score it on text that the rule never saw."""
 
     kinds: str = "direction,latent"
-    """Kinds of features to explain, separated by commas: direction, latent, base."""
+    """Kinds of features to explain, separated by commas: direction, latent, base, random, untrained, neuron."""
     corpus: str = "heldout"
     """Corpus to score on; traces that are also in the training corpus are left out."""
     explainer: str = "lexical"

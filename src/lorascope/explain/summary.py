@@ -8,17 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lorascope.explain.rows import Row, read_rows
+from lorascope.explain.rows import Row
+from lorascope.features import CONTROLS, cluster_of
 from lorascope.stats import bootstrap_mean
-from lorascope.study import SHARED_OUTPUTS, Study
-
-CONTROLS = ("base",)
-"""Kinds of features that others are compared with."""
-
-
-def cluster_of(feature: str) -> str:
-    """The two polarities of a direction are one cluster: the id without its sign."""
-    return feature.rstrip("+-")
+from lorascope.study import Study, read_rows
 
 
 def explain_records(study: Study) -> dict[str, dict[str, Any]]:
@@ -32,15 +25,9 @@ def pool_kinds(study: Study) -> dict[str, Any]:
 
     Explanations of another adapter's or autoencoder's features than the study has now are left out.
     """
-    kinds = [kind for kind, record in explain_records(study).items() if kind not in CONTROLS and holds(study, record)]
+    kinds = [kind for kind, record in explain_records(study).items() if kind not in CONTROLS and study.holds(record)]
     rows = [row for kind in kinds for row in read_rows(study.path / "explanations" / f"{kind}.jsonl")]
     return summarise_rows(rows, np.random.default_rng(study.manifest["seed"]))
-
-
-def holds(study: Study, record: dict[str, Any]) -> bool:
-    """Whether a record is of what the study has now; a file that other kinds add to may have grown."""
-    changed, gone = study.changes(record)
-    return not gone and set(changed) <= SHARED_OUTPUTS
 
 
 def summarise_rows(rows: Sequence[Row], rng: np.random.Generator) -> dict[str, Any]:

@@ -26,20 +26,37 @@ from lorascope.report.figures_of import (
     patched_bars,
     sae_chart,
 )
+from lorascope.report.flows import flow_chart, flow_table
 from lorascope.report.gather import ReportConfig, gather
 from lorascope.report.grids import decoder_map, layer_map, strongest_writes
-from lorascope.report.marks import bar_mark, interval_words, scale_top, score_pair, score_words, share_bar
+from lorascope.report.marks import (
+    bar_mark,
+    interval_words,
+    scale_top,
+    score_floor,
+    score_mark,
+    score_pair,
+    score_words,
+    share_bar,
+)
 from lorascope.report.numbers import duration, figures, memory, moment, percent, points, tick, whole, whole_percent
-from lorascope.report.tokens import heat_tokens, plain_tokens
+from lorascope.report.rings import largest_subcategory, share_rings
+from lorascope.report.scatter import link_target, listed_features, point_map, shape_defs, shape_mark
+from lorascope.report.tokens import heat_tokens, plain_tokens, shown_text, token_list
 from lorascope.study import Study, atomic_write_bytes
 
 LIMIT = 20 * 10**6
 """Largest report in bytes."""
-INPUTS = ("adapter", "train", "eval", "ablation", "examples", "explanations", "sae", "scalars", "tokenizer")
+MADE = ("train", "eval", "ablation", "examples", "explanations", "compare", "categories", "sae", "reasoning", "lens")
+INPUTS = ("adapter", *MADE, "scalars", "tokenizer")
 CHARTS = (accuracy_bars, card_names, kl_bars, layer_chart, loss_chart, patched_bars, sae_chart, histogram, layer_map)
 MARKS = (decoder_map, strongest_writes, bar_mark, interval_words, scale_top, score_pair, score_words, share_bar)
-TEXTS = (duration, figures, tick, memory, moment, percent, points, whole, whole_percent, heat_tokens, plain_tokens)
-HELPERS: tuple[Callable[..., Any], ...] = (*CHARTS, *MARKS, *TEXTS)
+SCORES = (score_floor, score_mark)
+NUMBERS = (duration, figures, tick, memory, moment, percent, points, whole, whole_percent)
+TOKENS = (heat_tokens, plain_tokens, shown_text, token_list)
+KINDS = (flow_chart, flow_table, largest_subcategory, share_rings)
+POINTS = (link_target, listed_features, point_map, shape_defs, shape_mark)
+HELPERS: tuple[Callable[..., Any], ...] = (*CHARTS, *MARKS, *SCORES, *NUMBERS, *TOKENS, *KINDS, *POINTS)
 """What templates may call."""
 
 
@@ -75,7 +92,8 @@ def write_report(study: Study, config: ReportConfig, options: Options) -> dict[s
 
 def missing_commands(data: dict[str, Any]) -> list[str]:
     """The commands that would fill the sections that are empty."""
-    views = [data[name] for name in ("curves", "map", "ablation", "scores", "sae", "table", "traces")]
+    first = ("curves", "map", "ablation", "scores", "compare", "categories", "reasoning", "lens")
+    views = [data[name] for name in (*first, "sae", "table", "traces")]
     views += [data["overview"]["recovery"], data["sae"].get("patched", {})]
     return list(dict.fromkeys(view["missing"]["run"] for view in views if "missing" in view))
 

@@ -14,13 +14,17 @@ from lorascope.errors import BadInput
 from lorascope.study import Study
 from lorascope.views import (
     ablation_view,
+    category_view,
+    comparison_view,
     direction_map,
     dropped,
     explanation_scores,
     feature_page,
     feature_table,
+    lens_view,
     overview,
     provenance,
+    reasoning_view,
     sae_page,
     trace_page,
     training_curves,
@@ -79,16 +83,28 @@ def gather(study: Study, config: ReportConfig, seed: int) -> Json:
         "map": direction_map(study, config.corpus),
         "ablation": ablation_view(study),
         "scores": explanation_scores(study),
+        "compare": comparison_view(study),
+        "categories": category_view(study),
+        "reasoning": either_corpus(study, config),
+        "lens": lens_view(study),
         "sae": sae_page(study),
         "dropped": dropped(study),
         "made": provenance(study),
         "table": table,
+        "texts": {row["id"]: row["text"] for row in rows if row["text"]},
+        "cards": {page["id"]: f"card-{page['address'] or page['id']}" for page in pages},
         "kinds": table.get("kinds", {}),
         "directions": directions,
         "latents": latents,
         "traces": whole_traces(study, config, typical, by_id, seed),
         "config": config,
     }
+
+
+def either_corpus(study: Study, config: ReportConfig) -> Json:
+    """Reasoning features on the corpus of the whole traces or, where only that was scored, of the examples."""
+    first, second = (reasoning_view(study, corpus) for corpus in (config.trace_corpus, config.corpus))
+    return second if second["available"] and not first["available"] else first
 
 
 def card_page(study: Study, config: ReportConfig, feature: str) -> Json:

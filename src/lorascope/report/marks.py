@@ -1,5 +1,6 @@
 """Small marks that go into tables and cards: bars with intervals, shares per segment, pairs of scores."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -72,17 +73,28 @@ def share_bar(shares: Mapping[str, float | None] | None) -> Markup:
     )
 
 
-def score_pair(name: str, pair: Mapping[str, Any] | None) -> Markup:
-    """An explanation's own score beside the wrong explanation's, from 0 to 1 with chance marked."""
-    own, wrong = (pair or {}).get("own"), (pair or {}).get("wrong")
-    if not own:
+def score_floor(rows: Sequence[Mapping[str, Any]]) -> float:
+    """The left end, a tenth, of a scale to 1 that holds all scores of some rows and the line of chance."""
+    ends = [row[name]["low"] for row in rows for name in ("score", "wrong") if row[name]]
+    return max(0.0, math.floor(10 * min([0.45, *ends])) / 10)
+
+
+def score_mark(row: Mapping[str, Any], low: float) -> Markup:
+    """A row's mean detection score beside that of wrong explanations, from `low` to 1, with chance as a line."""
+    if not row["score"]:
         return Markup("")
+    drawing = score_dots(row["score"], row["wrong"], low)
+    return Markup(f'<svg class="mark" width="100%" height="{ROW}" aria-hidden="true">{drawing}</svg>')
+
+
+def score_dots(own: Mapping[str, Any], wrong: Mapping[str, Any] | None, low: float) -> str:
+    """Dots with intervals of an own score and a wrong explanation's, on a scale from `low` to 1."""
 
     def at(value: float) -> str:
-        return f"{100 * value:.2f}%"
+        return f"{100 * (value - low) / (1 - low):.2f}%"
 
     parts = '<line class="grid" x1="0" x2="100%" y1="11" y2="11"/>'
-    parts += '<line class="chance" x1="50%" x2="50%" y1="2" y2="20"/>'
+    parts += f'<line class="chance" x1="{at(0.5)}" x2="{at(0.5)}" y1="2" y2="20"/>'
     for score, kind in ((wrong, "wrong"), (own, "own")):
         if score:
             parts += (
@@ -90,6 +102,14 @@ def score_pair(name: str, pair: Mapping[str, Any] | None) -> Markup:
             )
             shape = f'cx="{at(score["value"])}" cy="11"'
             parts += f'<circle class="dot {kind}" {shape} r="{5 if kind == "own" else 4}"/>'
+    return parts
+
+
+def score_pair(name: str, pair: Mapping[str, Any] | None) -> Markup:
+    """An explanation's own score beside the wrong explanation's, from 0 to 1 with chance marked."""
+    own, wrong = (pair or {}).get("own"), (pair or {}).get("wrong")
+    if not own:
+        return Markup("")
     said = f"{name}: own {own['value']:.2f} ({own['low']:.2f} to {own['high']:.2f}, n = {own['n']})"
     said += f", wrong explanation {wrong['value']:.2f} ({wrong['low']:.2f} to {wrong['high']:.2f})" if wrong else ""
     against = (
@@ -97,7 +117,7 @@ def score_pair(name: str, pair: Mapping[str, Any] | None) -> Markup:
     )
     return Markup(
         f'<div class="score" title="{escape(said)}"><span class="name">{escape(name)}</span>'
-        f'<svg width="100%" height="22" role="img" aria-label="{escape(said)}">{parts}</svg>'
+        f'<svg width="100%" height="22" role="img" aria-label="{escape(said)}">{score_dots(own, wrong, 0.0)}</svg>'
         f"<b>{own['value']:.2f}</b>{against}</div>"
     )
 

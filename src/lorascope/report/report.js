@@ -58,6 +58,15 @@ function openCard(card) {
   card.scrollIntoView({ block: "start" });
   one("summary", card).focus({ preventScroll: true });
 }
+for (const link of all('a[href^="#card-"]')) {
+  link.addEventListener("click", (event) => {
+    const card = document.getElementById(link.hash.slice(1));
+    if (!card) return;
+    event.preventDefault(); // following the link would take the focus off the card
+    history.pushState(null, "", link.hash);
+    openCard(card);
+  });
+}
 for (const map of all("svg.map:not(.small)")) {
   const readout = one(".readout", map.closest("figure"));
   const cells = all("rect[data-a]", map);
@@ -88,6 +97,15 @@ for (const map of all("svg.map:not(.small)")) {
     if (ahead.length) show(ahead[0][2]);
   });
 }
+
+// --- a link into something folded unfolds it ---
+document.addEventListener("click", (event) => {
+  const link = event.target.closest && event.target.closest('a[href^="#"]');
+  const target = link && document.getElementById(link.getAttribute("href").slice(1));
+  if (!target) return;
+  target.hidden = false;
+  for (let fold = target.closest("details"); fold; fold = fold.parentElement.closest("details")) fold.open = true;
+});
 
 // --- a table that is wider than the page can be scrolled by key ---
 const watchWidth = new ResizeObserver((entries) => {

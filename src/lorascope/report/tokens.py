@@ -71,6 +71,18 @@ def heat_tokens(example: Mapping[str, Any], most: float, level: float, typical: 
     return Markup("".join(parts))
 
 
+def token_list(tokens: Sequence[Mapping[str, Any]]) -> Markup:
+    """Tokens on their own, `{"text", "value"}` each, with leading and trailing spaces as dots."""
+    shown = []
+    for token in tokens:
+        text = token["text"]
+        left, right = len(text) - len(text.lstrip(" ")), len(text) - len(text.rstrip(" "))
+        core = text.strip(" ")
+        dotted = "·" * left + shown_text(core) + "·" * right if core else shown_text(text)
+        shown.append(f'<span class="tok" title="{figures(token["value"])}">{escape(dotted)}</span>')
+    return Markup(" ".join(shown))
+
+
 def plain_tokens(tokens: Sequence[str], segments: Sequence[int]) -> Markup:
     """A whole trace, one element per token, line breaks kept; a script colours it."""
     parts: list[str] = []

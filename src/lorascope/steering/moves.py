@@ -97,7 +97,14 @@ def direction_edit(address: str, move: Callable[[Tensor], Tensor]) -> Edit:
 def shift_edit(shift: Floats) -> Edit:
     """Add [N] to the scalars of every token, or [T, N] to those of each token of the one sequence."""
     whole = torch.from_numpy(shift)
-    return Edit("*", lambda z, columns: z + whole[..., columns.cpu()].to(z), per_sequence=shift.ndim == 2)
+    placed: dict[torch.device, Tensor] = {}  # moved to a device once, not for every module
+
+    def change(z: Tensor, columns: Tensor) -> Tensor:
+        if z.device not in placed:
+            placed[z.device] = whole.to(z)
+        return z + placed[z.device][..., columns]
+
+    return Edit("*", change, per_sequence=shift.ndim == 2)
 
 
 def direction_move(panel: Panel, steer: Steer, place: Place) -> Callable[[Tensor], Tensor]:

@@ -19,10 +19,11 @@ from lorascope.steering.moves import Steer, check_moves
 from lorascope.steering.panel import Panel, open_panel, stats_file
 from lorascope.steering.passes import WHERE
 from lorascope.steering.stream import Bench, open_bench, steer_stream
-from lorascope.study import Study, digest, read_json, write_json
+from lorascope.study import Study, atomic_write_text, digest, read_json, write_json
 from lorascope.token_text import token_texts
 
 Run = dict[str, Any]
+SAE_WEIGHTS = "sae/sae_weights.safetensors"
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class SteerConfig:
     prompt_file: str | None = None
     """File with one prompt per line; in a .jsonl file a line is a text, or an object with prompt or question."""
     where: str = "generated"
-    """Which tokens to edit: generated, or all (the prompt included)."""
+    """Which tokens to edit: generated (the first of them, which the prompt predicts, stays what it was), or all (the
+    prompt too)."""
     max_new_tokens: int = 128
     """Longest response."""
     temperature: float = 0.0
@@ -58,11 +60,11 @@ def steer_text(study: Study, config: SteerConfig, options: Options) -> dict[str,
     """The stage.
 
     Returns:
-        `{"file", "steers": [{"feature", "mode", "amount", "p99", "change", "unit"}], "prompts": [{"prompt", "runs",
-        "first_difference"}]}`. `change` is the amount in the feature's own unit. Runs are `plain`, `steered` and, to
-        compare, `control` and `base`, each `{"text", "finished", "token_ids", "tokens", "activations": {feature: one
-        number per token}}`; without --json only their text and `finished`. `first_difference` is the first token at
-        which a run is not the plain one's, None when there is none.
+        `{"file", "steers": [{"feature", "mode", "amount", "p99", "change", "unit"}], "settings", "prompts": [{"prompt",
+        "runs", "first_difference"}]}`. `change` is the amount in the feature's own unit. Runs are `plain`, `steered`
+        and, to compare, `control` and `base`, each `{"text", "finished", "token_ids", "tokens", "activations":
+        {feature: one number per token}}`; without --json only their text and `finished`. `first_difference` is the
+        first token at which a run is not the plain one's, None when there is none.
 
     Raises:
         BadInput: a feature, an option or the file of prompts is wrong.
@@ -79,23 +81,44 @@ def steer_text(study: Study, config: SteerConfig, options: Options) -> dict[str,
     watch = list(dict.fromkeys([steer.feature for steer in steers] + list(config.watch)))
     for feature in watch:
         panel.place(feature)
+    used = ["adapter", *(stats_file(config.corpus, kind) for kind in ("direction", "latent")), SAE_WEIGHTS]
     asked = asdict(config) | {"prompts": prompts, "options": [options.seed, options.dtype]}
-    file = f"steering/{digest(json.loads(json.dumps(asked)))[:12]}.json"
+    file = f"steering/{name_of(asked)}.json"
+    unfinished = study.path / f"steering/.{name_of([asked, *map(study.fingerprint, used)])}.jsonl"
 
     def work() -> dict[str, Any]:
-        sampling = Sampling(config.max_new_tokens, temperature=config.temperature, seed=options.seed)
+        rows = finished_rows(unfinished)
+        settings = {name: getattr(config, name) for name in ("where", "max_new_tokens", "temperature", "corpus")}
         with open_bench(study, options, config.corpus) as bench:
-            rows = [
-                compare_runs(bench, prompt, steers, watch, config, sampling)
-                for prompt in progress(prompts, len(prompts), "steer", "prompt")
-            ]
-        write_json(study.path / file, {"file": file, "steers": described(panel, steers), "prompts": rows})
+            for prompt in progress(prompts[len(rows) :], len(prompts) - len(rows), "steer", "prompt"):
+                rows.append(compare_runs(bench, prompt, steers, watch, config, options.seed))
+                keep_row(unfinished, rows[-1])
+        about = {"file": file, "steers": described(panel, steers), "settings": settings | {"seed": options.seed}}
+        write_json(study.path / file, about | {"prompts": rows})
+        unfinished.unlink()
         return {"file": file, "prompts": len(rows)}
 
-    used = [stats_file(config.corpus, kind) for kind in ("direction", "latent")] + ["sae/sae_weights.safetensors"]
-    study.run("steer", config, options, inputs=["adapter", *used], outputs=[file], work=work)
+    study.run("steer", config, options, inputs=used, outputs=[file], work=work)
     result: dict[str, Any] = read_json(study.path / file)
     return result if options.json else headline(result)
+
+
+def name_of(asked: Any) -> str:
+    """A short name for all that a result depends on."""
+    return digest(json.loads(json.dumps(asked)))[:12]
+
+
+def finished_rows(path: Path) -> list[dict[str, Any]]:
+    """The prompts that a run which was cut off had answered; half a last line is cut away."""
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
+    atomic_write_text(path, "".join(line + "\n" for line in lines))
+    return [json.loads(line) for line in lines]
+
+
+def keep_row(path: Path, row: dict[str, Any]) -> None:
+    """Append an answered prompt."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row, allow_nan=False) + "\n")
 
 
 def planned_steers(config: SteerConfig) -> list[Steer]:
@@ -155,9 +178,10 @@ def json_prompt(path: Path, line: str) -> str:
 
 
 def compare_runs(
-    bench: Bench, prompt: str, steers: Sequence[Steer], watch: Sequence[str], config: SteerConfig, sampling: Sampling
+    bench: Bench, prompt: str, steers: Sequence[Steer], watch: Sequence[str], config: SteerConfig, seed: int
 ) -> dict[str, Any]:
     """One prompt's row of the result."""
+    sampling = Sampling(config.max_new_tokens, temperature=config.temperature, seed=seed)
     wanted: dict[str, tuple[str, Sequence[Steer]]] = {"plain": ("adapter", ()), "steered": ("adapter", steers)}
     if config.compare:
         wanted |= {"control": ("control", steers), "base": ("base", ())}

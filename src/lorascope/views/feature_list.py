@@ -79,7 +79,10 @@ def feature_kind(feature: str) -> str:
 
 
 def feature_place(feature: str) -> Json:
-    """`{"address", "layer", "type", "polarity"}` of a direction's polarity (or its control); None each for a latent."""
+    """`{"address", "layer", "type", "polarity"}` of a direction's polarity (or a control's); None each for a latent.
+
+    A neuron (`neuron.L3.512+`) has a layer and no type.
+    """
     kind = feature_kind(feature)
     if kind == "latent":
         return {"address": None, "layer": None, "type": None, "polarity": None}
@@ -87,7 +90,7 @@ def feature_place(feature: str) -> Json:
     return {
         "address": address,
         "layer": direction_layer(address),
-        "type": direction_type(address),
+        "type": None if kind == "neuron" else direction_type(address),
         "polarity": feature[-1],
     }
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from lorascope.errors import BadInput, MissingStage
-from lorascope.features import FeatureSet, load_features
+from lorascope.features import FeatureSet, load_features, source_of
 from lorascope.store import INDEX, store_folder
 from lorascope.study import Study
 from lorascope.token_text import open_tokenizer, token_texts
@@ -20,6 +20,7 @@ from lorascope.traces import SEGMENT_NAMES
 from lorascope.views.ablation_tables import direction_kl
 from lorascope.views.effects import typical_effects
 from lorascope.views.feature_list import TOO_FEW, decoder_effects, feature_kind, feature_place
+from lorascope.views.lens import feature_lens
 from lorascope.views.maps import signed_map
 from lorascope.views.reading import Json, feature_rows, json_lines, missing, ready, stamp
 
@@ -39,8 +40,8 @@ def feature_page(
         `{"available", "id", "kind", "address", "layer", "type", "polarity", "corpus", "unit", "latent", "typical",
         "stats": {level, density, n_firing, max, p99, mean, too_few} or None, "histogram": {"edges", "counts"},
         "shares": {"prompt", "think", "answer"}, "kl": row or None, "explanation": {...} or None, "examples": {"top":
-        [example], "q0": [..], ..}, "decoder": signed map or None, "neighbours": [{"id", "cosine"}], "missing_stages":
-        [..]}`.
+        [example], "q0": [..], ..}, "decoder": signed map or None, "neighbours": [{"id", "cosine"}], "lens": [side],
+        "missing_stages": [..]}`; `lens` is that of `feature_lens`.
         An example is `{"trace", "trace_id", "position", "activation", "segment", "start", "peak", "tokens", "values",
         "segments", "more_before", "more_after"}`: `peak` is the place of the example in `tokens`, `start` the
         position of `tokens[0]` in its trace. `typical` is the median activation over ordinary tokens: 0 but for
@@ -72,7 +73,7 @@ def feature_page(
     page["explanation"] = explanation_of(study, kind, feature)
     if page["explanation"] is None:
         gone.append(missing(study, f"the explanation of {feature}", "lorascope explain STUDY")["missing"])
-    page |= {"decoder": None, "neighbours": []}
+    page |= {"decoder": None, "neighbours": [], "lens": feature_lens(study, feature)}
     if kind == "latent":
         page |= decoder_of(study, column)
     return dict(ready(page | {"missing_stages": gone}))
@@ -99,7 +100,7 @@ def open_features(study: Study, corpus: str, kind: str) -> FeatureSet:
     Raises:
         MissingStage: the corpus is not recorded or the SAE not trained.
     """
-    folder = store_folder(study.path, corpus, "base" if kind == "base" else "adapter")
+    folder = store_folder(study.path, corpus, source_of(kind))
     files = [folder / INDEX, *([study.path / "sae" / "sae_weights.safetensors"] if kind == "latent" else [])]
     if not all(path.is_file() for path in files):
         return load_features(study, corpus, kind)

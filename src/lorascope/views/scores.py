@@ -2,12 +2,21 @@
 
 from typing import Any
 
-from lorascope.explain import CONTROLS, explain_records, pool_kinds
+from lorascope.explain import explain_records, pool_kinds
+from lorascope.features import CONTROLS
 from lorascope.study import Study
 from lorascope.views.reading import Json, missing, ready
 
 TASKS = ("detection", "fuzzing")
-NAMES = {"all": "all features", "direction": "directions", "latent": "latents", "base": "control: base model"}
+NAMES = {
+    "all": "all features",
+    "direction": "directions",
+    "latent": "latents",
+    "neuron": "control: MLP neurons",
+    "random": "control: random",
+    "untrained": "control: untrained",
+    "base": "control: base model",
+}
 
 
 def explanation_scores(study: Study) -> Json:

@@ -1,0 +1,413 @@
+"""`lorascope compare`: directions, latents, neurons and controls in one table, with intervals, tests and power.
+
+Every number is a mean over the features of a kind that one explainer was asked about. Features without an explanation
+or a score are counted by reason, and `score_all` takes them as chance, since a mean over scored features alone
+flatters a kind that fails often. Explainers are never mixed. Shape legend: n features, M measures, D draws.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lorascope.adapter import direction_layer, direction_type
+from lorascope.config import Options
+from lorascope.differences import (
+    Clustered,
+    benjamini_hochberg,
+    bootstrap_means,
+    cluster_values,
+    compare_means,
+    holm,
+    proportions_p,
+    smallest_difference,
+)
+from lorascope.errors import BadInput, MissingStage, RunFailed
+from lorascope.features import DIFFERENCE, cluster_of, source_of
+from lorascope.stats import FloatArray, percentile_bounds
+from lorascope.study import Study, read_json, read_rows, write_json
+
+Json = dict[str, Any]
+ORDER = ("direction", "latent", "neuron", "random", "untrained", "base")
+"""Kinds in the order of the table."""
+OUTPUT = "compare/compare.json"
+CHANCE = 0.5
+SEGMENTS = ("prompt", "think", "answer")
+SHARES = tuple(f"share_{name}" for name in SEGMENTS)
+CLASSES = ("0", "1", "2", "none")
+SCORES = {
+    "score": "detection",
+    "wrong": "detection_wrong",
+    "gain": "detection_gain",
+    "fuzzing": "fuzzing",
+    "fuzzing_wrong": "fuzzing_wrong",
+    "fuzzing_gain": "fuzzing_gain",
+}
+"""A row's mean scores, and where a feature's score is in its explanation's row (a gain: less the wrong one's)."""
+MEASURES = (*SCORES, "score_all", "scored_share", *(f"class_{c}" for c in CLASSES), "density", *SEGMENTS, "reasoning")
+TESTED = ("score", "score_all", "fuzzing", "scored_share", "class_0", "class_1", "class_2", "reasoning")
+PROPORTIONS = ("scored_share", "class_0", "class_1", "class_2")
+THIRDS = ("early", "middle", "late")
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Compare kinds of features: scores beside wrong explanations', classes, densities, segments, with tests."""
+
+    corpus: str = "heldout"
+    """Corpus that the explanations were scored on, whose densities and segments are taken."""
+    draws: int = 10_000
+    """Bootstrap draws of each interval, and permutations of each test."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Features of one kind, or those of them in one group (a layer third, a type)."""
+
+    explainer: str
+    kind: str
+    group: str | None
+    ids: list[str]
+    rows: list[Json]
+    """The explainer's row of each feature."""
+    size: int
+    """Features of the kind, explained or not."""
+    training_tokens: int | None
+    """Ordinary tokens of the kind's training recording, from which rules were learned."""
+    values_nM: FloatArray
+
+    @cached_property
+    def clustered(self) -> Clustered:
+        """Values by direction."""
+        return cluster_values(self.values_nM, [cluster_of(name) for name in self.ids])
+
+    def draws(self, config: CompareConfig, seed: int) -> FloatArray:
+        """Bootstrap draws [D, M]; they depend on the cell alone, so that another kind changes nothing."""
+        name = f"{self.explainer} {self.kind} {self.group}".encode()
+        return bootstrap_means(self.clustered, np.random.default_rng([seed, *name]), config.draws)
+
+
+def compare(study: Study, config: CompareConfig, options: Options) -> Json:
+    """Write `compare/compare.json` and return it.
+
+    Returns:
+        `{"corpus", "explainers", "rows", "tests", "by": {"third", "type", "family": {"rows", "tests"}}, "missing",
+        "stale"}`. A row: `{"explainer", "kind", "group", "n", "clusters", "features", "training_tokens",
+        "explained", "scored", "failures": {reason: n}, "score": {"value", "low", "high"}, "wrong", "gain", "fuzzing",
+        "fuzzing_wrong", "fuzzing_gain", "score_all", "scored_share", "classes": {"0", "1", "2", "none"} or None,
+        "density", "segments": {"prompt", "think", "answer"}, "reasoning"}`; None where nothing is known. A test:
+        `{"explainer", "group", "measure", "first", "second", "n", "difference": {"value", "low", "high"}, "p",
+        "p_pooled", "detectable", "p_holm", "q"}`: first - second, corrected over all tests of its table and explainer.
+
+    Raises:
+        BadInput: too few draws.
+        MissingStage: nothing is explained on this corpus.
+    """
+    if config.draws < 100:
+        raise BadInput("--draws must be at least 100.")
+    study.corpus_file(config.corpus)  # refuses a name that is none
+    inputs = [name for kind in ORDER for name in files_of(config.corpus, kind) if (study.path / name).is_file()]
+
+    def work() -> Json:
+        result = comparison_of(study, config, options.seed)
+        write_json(study.path / OUTPUT, result)
+        return result
+
+    return study.run("compare", config, options, inputs=inputs, outputs=[OUTPUT], work=work)
+
+
+def files_of(corpus: str, kind: str) -> list[str]:
+    """What is known of a kind: statistics, explanations, reasoning scores."""
+    return [
+        f"examples/{corpus}/{kind}-stats.parquet",
+        f"explanations/{kind}.jsonl",
+        f"reasoning/{corpus}/{kind}.parquet",
+    ]
+
+
+def comparison_of(study: Study, config: CompareConfig, seed: int) -> Json:
+    """All tables."""
+    cells: list[Cell] = []
+    missing, stale = [], []
+    for kind in ORDER:
+        found = read_kind(study, config.corpus, kind)
+        if not found:
+            missing.append({"kind": kind, "run": command_for(study, config.corpus, kind)})
+        elif not is_current(study, kind):
+            stale.append({"kind": kind, "run": f"lorascope explain {study.path} --kinds {kind}"})
+        else:
+            cells += found
+    if not cells:
+        gone = (missing + stale)[0]
+        raise MissingStage(f"No features are explained and scored on {config.corpus}; run: {gone['run']}.")
+    groupings: dict[str, Callable[[str, str], Sequence[str]]] = {
+        "third": thirds_of(cells),
+        "type": types_of,
+        "family": families_of,
+    }
+    tables = {name: table_of(split_cells(cells, group), config, seed) for name, group in groupings.items()}
+    explainers = list(dict.fromkeys(cell.explainer for cell in cells))
+    whole = table_of(cells, config, seed)
+    return {
+        "corpus": config.corpus,
+        "explainers": explainers,
+        **whole,
+        "by": tables,
+        "missing": missing,
+        "stale": stale,
+    }
+
+
+def command_for(study: Study, corpus: str, kind: str) -> str:
+    """The next command towards a kind's row."""
+    source = source_of(kind)
+    for name in dict.fromkeys(("train", corpus)):
+        if not (study.path / "scalars" / name / source / "index.json").is_file():
+            return f"lorascope record {study.path} --corpus {name} --source {source}"
+    if kind == "latent" and not (study.path / "sae" / "sae_weights.safetensors").is_file():
+        return f"lorascope sae {study.path}"
+    if not (study.path / files_of(corpus, kind)[0]).is_file():
+        return f"lorascope examples {study.path} --corpus {corpus} --kinds {kind}"
+    return f"lorascope explain {study.path} --corpus {corpus} --kinds {kind}"
+
+
+def is_current(study: Study, kind: str) -> bool:
+    """Whether a kind's explanations are of the features that the study has now."""
+    output = f"explanations/{kind}.jsonl"
+    records = [record for record in study.manifest["stages"].values() if output in record["outputs"]]
+    return not records or any(study.holds(record) for record in records)
+
+
+def read_kind(study: Study, corpus: str, kind: str) -> list[Cell]:
+    """A kind's features that were explained for a corpus, one cell per explainer."""
+    stats_file, explained_file, reasoning_file = (study.path / name for name in files_of(corpus, kind))
+    stats = {row["feature"]: row for row in table_rows(stats_file, ("feature", "density", "n_firing", *SHARES))}
+    reasoning = {row["feature"]: row["score"] for row in table_rows(reasoning_file, ("feature", "score"))}
+    index = study.path / "scalars" / "train" / source_of(kind) / "index.json"
+    tokens = read_json(index)["counts"]["ordinary"] if index.is_file() else None
+    by_explainer: dict[str, dict[str, Json]] = {}
+    for row in read_rows(explained_file):
+        if row["corpus"] == corpus and row["feature"] in stats:
+            by_explainer.setdefault(row["explainer"], {})[row["feature"]] = row
+    cells = []
+    for explainer, rows in by_explainer.items():
+        classed = any(class_of(row) is not None for row in rows.values())
+        values = [measure(row, stats[name], reasoning.get(name), classed) for name, row in rows.items()]
+        values_nM = np.array(values, np.float64)
+        cells.append(Cell(explainer, kind, None, list(rows), list(rows.values()), len(stats), tokens, values_nM))
+    return cells
+
+
+def table_rows(path: Path, columns: Sequence[str]) -> list[Json]:
+    """Some columns of a Parquet file as dicts, none when it does not exist.
+
+    Raises:
+        RunFailed: the file is damaged, or has no such columns.
+    """
+    if not path.is_file():
+        return []
+    try:
+        rows: list[Json] = pq.read_table(path, columns=list(columns)).select(list(columns)).to_pylist()
+    except (OSError, KeyError, pa.ArrowException) as error:
+        raise RunFailed(f"{path} is damaged ({error}); remove it and run its stage again.") from error
+    return rows
+
+
+def class_of(row: Json) -> str | None:
+    """The class that a judge gave: `0`, `1` or `2`."""
+    text = str(row.get("class"))
+    return text if text in ("0", "1", "2") else None
+
+
+def measure(row: Json, stat: Json, reasoning: float | None, classed: bool) -> list[float]:
+    """A feature's number for each of `MEASURES`, NaN where it has none."""
+    scored = row["scored"] or {}
+    found = {name: (scored.get(name) or {}).get("value", np.nan) for name in SCORES.values()}
+    for task in ("detection", "fuzzing"):
+        found[f"{task}_gain"] = found[task] - found[f"{task}_wrong"]
+    known = bool(np.isfinite(found["detection"]))
+    given = class_of(row) or "none"
+    classes = [float(given == name) if classed else np.nan for name in CLASSES]
+    shares = [stat[name] if stat["n_firing"] else np.nan for name in SHARES]
+    return [
+        *(found[name] for name in SCORES.values()),
+        found["detection"] if known else CHANCE,
+        float(known),
+        *classes,
+        stat["density"],
+        *shares,
+        np.nan if reasoning is None else reasoning,
+    ]
+
+
+def place_of(kind: str, feature: str) -> tuple[int | None, str | None]:
+    """Layer and type of a feature; a neuron has no type, a latent neither."""
+    if kind == "latent":
+        return None, None
+    address = cluster_of(feature).removeprefix(f"{kind}.")
+    return direction_layer(address), None if kind == "neuron" else direction_type(address)
+
+
+def thirds_of(cells: Sequence[Cell]) -> Callable[[str, str], Sequence[str]]:
+    """The grouping of features by thirds of the layers that any of them is in."""
+    layers = {place_of(cell.kind, name)[0] for cell in cells for name in cell.ids} - {None}
+    count = 1 + max((layer for layer in layers if layer is not None), default=0)
+
+    def third_of(kind: str, feature: str) -> Sequence[str]:
+        layer = place_of(kind, feature)[0]
+        return () if layer is None else (THIRDS[3 * layer // count],)
+
+    return third_of
+
+
+def types_of(kind: str, feature: str) -> Sequence[str]:
+    """The type that a feature is of."""
+    type_ = place_of(kind, feature)[1]
+    return () if type_ is None else (type_,)
+
+
+def families_of(kind: str, feature: str) -> Sequence[str]:
+    """Both families of random directions, each beside all trained ones."""
+    if kind == "direction":
+        return ("isotropic", "difference")
+    return () if kind != "random" else ("difference" if DIFFERENCE in feature else "isotropic",)
+
+
+def split_cells(cells: Sequence[Cell], groups_of: Callable[[str, str], Sequence[str]]) -> list[Cell]:
+    """The features of each cell by group."""
+    parts: list[Cell] = []
+    for cell in cells:
+        members: dict[str, list[int]] = {}
+        for number, name in enumerate(cell.ids):
+            for group in groups_of(cell.kind, name):
+                members.setdefault(group, []).append(number)
+        parts += [
+            replace(
+                cell,
+                group=group,
+                ids=[cell.ids[i] for i in chosen],
+                rows=[cell.rows[i] for i in chosen],
+                values_nM=cell.values_nM[chosen],
+            )
+            for group, chosen in members.items()
+        ]
+    return parts
+
+
+def table_of(cells: Sequence[Cell], config: CompareConfig, seed: int) -> Json:
+    """`{"rows", "tests"}` of some cells; those of one explainer and group are compared, and corrected per explainer."""
+    draws = [cell.draws(config, seed) for cell in cells]
+    rows = [row_of(cell, draws_DM) for cell, draws_DM in zip(cells, draws, strict=True)]
+    tests: list[Json] = []
+    for explainer in dict.fromkeys(cell.explainer for cell in cells):
+        own = [
+            test
+            for i, first in enumerate(cells)
+            for j, second in enumerate(cells)
+            if (first.explainer, second.group) == (explainer, first.group) and is_pair(first, second)
+            for test in tests_of(first, second, draws[i], draws[j], config, seed)
+        ]
+        p = [test["p"] if test["p"] is not None else np.nan for test in own]
+        for test, p_holm, q in zip(own, holm(p), benjamini_hochberg(p), strict=True):
+            tests.append(test | {"p_holm": known_number(p_holm), "q": known_number(q)})
+    return {"rows": rows, "tests": tests}
+
+
+def is_pair(first: Cell, second: Cell) -> bool:
+    """What is compared: directions with every other kind, and latents with neurons."""
+    kinds = (first.kind, second.kind)
+    return first.explainer == second.explainer and (
+        kinds == ("latent", "neuron") or (first.kind == "direction" != second.kind)
+    )
+
+
+def row_of(cell: Cell, draws_DM: FloatArray) -> Json:
+    """A cell's row."""
+    intervals = {
+        name: interval_of(value, draws_DM[:, k])
+        for k, (name, value) in enumerate(zip(MEASURES, means(cell), strict=True))
+    }
+    failures: dict[str, int] = {}
+    for row, value in zip(cell.rows, cell.values_nM[:, MEASURES.index("score")], strict=True):
+        if not np.isfinite(value):
+            reason = plain_reason(row.get("reason"))
+            failures[reason] = failures.get(reason, 0) + 1
+    classes = {name: intervals[f"class_{name}"] for name in CLASSES}
+    return {
+        "explainer": cell.explainer,
+        "kind": cell.kind,
+        "group": cell.group,
+        "n": len(cell.ids),
+        "clusters": len(cell.clustered.sums_CM),
+        "features": cell.size,
+        "training_tokens": cell.training_tokens,
+        "explained": sum(row["text"] is not None for row in cell.rows),
+        "scored": len(cell.ids) - sum(failures.values()),
+        "failures": failures,
+        **{name: intervals[name] for name in (*SCORES, "score_all", "scored_share")},
+        "classes": classes if all(classes.values()) else None,
+        "density": intervals["density"],
+        "segments": {name: intervals[name] for name in SEGMENTS},
+        "reasoning": intervals["reasoning"],
+    }
+
+
+def means(cell: Cell) -> list[float]:
+    """The mean of each measure."""
+    return [float(value) for value in cell.clustered.means_M]
+
+
+def plain_reason(reason: str | None) -> str:
+    """A reason without its numbers, so that equal ones are counted together."""
+    return re.sub(r"\d+", "n", (reason or "no score").split(", fewer")[0])
+
+
+def interval_of(value: float, draws_D: FloatArray) -> Json | None:
+    """`{"value", "low", "high"}`, rounded; None without a value."""
+    if not np.isfinite(value):
+        return None
+    low, high = percentile_bounds(draws_D)
+    return {name: known_number(number) for name, number in (("value", value), ("low", low), ("high", high))}
+
+
+def known_number(value: float) -> float | None:
+    """A number to six significant figures; None when it is not finite."""
+    return float(f"{value:.6g}") if np.isfinite(value) else None
+
+
+def tests_of(
+    first: Cell, second: Cell, draws_DM: FloatArray, other_DM: FloatArray, config: CompareConfig, seed: int
+) -> list[Json]:
+    """Tests of each measure that both cells have."""
+    name = f"{first.explainer} {first.kind} {second.kind} {first.group}".encode()
+    rng = np.random.default_rng([seed, *name])
+    found = compare_means(first.clustered, second.clustered, rng, config.draws)
+    counts = [[int(n) for n in cell.clustered.counts_CM.sum(0)] for cell in (first, second)]
+    hits = [[round(float(s)) for s in cell.clustered.sums_CM.sum(0)] for cell in (first, second)]
+    tests = []
+    for k, measure_name in enumerate(MEASURES):
+        n, other_n = counts[0][k], counts[1][k]
+        if measure_name not in TESTED or not n or not other_n:
+            continue
+        pooled = proportions_p(hits[0][k], n, hits[1][k], other_n) if measure_name in PROPORTIONS else np.nan
+        tests.append(
+            {
+                "explainer": first.explainer,
+                "group": first.group,
+                "measure": measure_name,
+                "first": first.kind,
+                "second": second.kind,
+                "n": [n, other_n],
+                "difference": interval_of(found[k].difference, draws_DM[:, k] - other_DM[:, k]),
+                "p": known_number(found[k].p),
+                "p_pooled": known_number(pooled),
+                "detectable": known_number(smallest_difference(found[k].standard_error)),
+            }
+        )
+    return tests

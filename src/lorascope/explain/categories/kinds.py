@@ -1,0 +1,82 @@
+"""One kind of features with all that categories are made from.
+
+Shapes: F = features, N = directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
+
+from lorascope.errors import MissingStage
+from lorascope.explain.categories.words import Weighted, example_words, explanation_words, sort_rows
+from lorascope.explain.rows import Row
+from lorascope.features import FeatureSet
+from lorascope.study import Study, read_json, read_rows
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of features with what is known of each, in the order of `features.ids`."""
+
+    features: FeatureSet
+    level_F: NDArray[np.float32]
+    worth_F: NDArray[np.float32]
+    """Effect written per unit of activation."""
+    decoder_FN: NDArray[np.float32] | None
+    """A latent's decoder row in effect units; None for other kinds."""
+    firings_F: NDArray[np.int64]
+    rows_F: list[list[Row]]
+    """Explanations, of any explainer."""
+    examples_F: list[Weighted]
+
+    @property
+    def name(self) -> str:
+        """The kind's name."""
+        return self.features.kind
+
+
+def read_kind(study: Study, corpus: str, features: FeatureSet, texts: Sequence[str]) -> Kind:
+    """Levels, decoder, firings, explanations and example tokens of one kind.
+
+    Raises:
+        MissingStage: levels or statistics are of other features than the study has now.
+    """
+    name, store = features.kind, features.store
+    known = read_json(study.path / "examples" / "levels.json").get(name, {})
+    stats = pq.read_table(study.path / "examples" / corpus / f"{name}-stats.parquet", columns=["feature", "n_firing"])
+    if stats.column("feature").to_pylist() != features.ids or not set(features.ids) <= set(known):
+        raise MissingStage(
+            f"The examples of {corpus} are not of these {name} features; run: lorascope examples {study.path} "
+            f"--corpus {corpus}"
+        )
+    decoder_FN = None
+    worth_F = np.ones(len(features.ids), np.float32)
+    if features.latent:
+        decoder: NDArray[Any] = load_file(study.path / "sae" / "sae_weights.safetensors")["W_dec"]
+        decoder_FN = (decoder * store.effect_per_scalar).astype(np.float32)
+        worth_F = np.linalg.norm(decoder_FN, axis=1).astype(np.float32)
+    rows = sort_rows(read_rows(study.path / "explanations" / f"{name}.jsonl"))
+    table = pq.read_table(study.path / "examples" / corpus / f"{name}-examples.parquet")
+    found = example_words(table, store, texts)
+    return Kind(
+        features,
+        np.array([known[feature] for feature in features.ids], np.float32),
+        worth_F,
+        decoder_FN,
+        stats.column("n_firing").to_numpy().astype(np.int64),
+        [rows.get(feature, []) for feature in features.ids],
+        [found.get(feature, []) for feature in features.ids],
+    )
+
+
+def explained_words(kind: Kind, number: int) -> Weighted:
+    """The words of one feature's explanations, of rules and of texts."""
+    of_rules, of_texts = explanation_words(kind.rows_F[number])
+    return of_rules + of_texts

@@ -1,0 +1,147 @@
+"""What kinds of things features encode: shares of categories, where their weight comes from, maps and clusters."""
+
+from collections import Counter
+from typing import Any
+
+from lorascope.study import Study
+from lorascope.views.feature_list import kind_rows
+from lorascope.views.reading import Json, json_file, json_lines, missing, ready, table_rows
+
+NONE_FITS, WITHOUT = "none fits", "nothing to go by"
+LABELS = {"latent": "latents", "direction": "directions", "base": "control: base model", "token": "tokens"}
+SPACES = {
+    "explanations": "by explanation",
+    "decoder": "by decoder row",
+    "coactivation": "by co-activation",
+    "states": "by raw state",
+    "categories": "categories",
+}
+MEMBERS = 8
+"""Features listed per subcategory, the strongest."""
+POINTS = 500
+"""Features shown on a map, the strongest; tokens, evenly spaced."""
+
+
+def category_view(study: Study) -> Json:
+    """Categories of features, or what to run.
+
+    Returns:
+        `{"available", "corpus", "by", "taxonomy", "categories": [{"name", "number", "description"}], "kinds": [{"kind",
+        "label", "features", "firings", "traces", "rows": [share], "members": [group]}], "flow": {"rows", "unit",
+        "latents"} or None, "maps": [map], "agreement": [{"kind", "one", "two", "value", "null_95", "p", "n"}]}`.
+        A share is a row of `categories/shares.json` with its category's number; a group is `{"category", "number", "n",
+        "subcategories": [{"name", "n", "features": [{"id", "text", "reason", "score"}]}]}`; a map is `{"kind", "space",
+        "label", "total", "k", "silhouette", "clusters", "points": [{"id", "x", "y", "number", "segment", "cluster",
+        "said"}]}` with x and y from 0 to 1. Number 0 is for features without a category.
+    """
+    shares = json_file(study, "categories/shares.json")
+    if shares is None:
+        return missing(study, "the categories of features", "lorascope categorize STUDY")
+    numbers = {entry["name"]: i for i, entry in enumerate(shares["categories"], start=1)}
+    known = {kind: {row["id"]: row for row in kind_rows(study, shares["corpus"], kind)} for kind in shares["kinds"]}
+    found = json_file(study, "categories/clusters.json") or {"spaces": [], "agreement": []}
+    view = {key: shares[key] for key in ("corpus", "by", "taxonomy")} | {
+        "available": True,
+        "categories": [entry | {"number": numbers[entry["name"]]} for entry in shares["categories"]],
+        "kinds": [one_kind(study, kind, shares["kinds"][kind], numbers, known[kind]) for kind in shares["kinds"]],
+        "flow": numbered_flow(study, numbers),
+        "maps": [one_map(study, space, numbers, known.get(space["kind"], {})) for space in found["spaces"]],
+        "agreement": [agreement_row(row) for row in found["agreement"]],
+        "map_by": found.get("map"),
+        "embed": found.get("embed"),
+        "enough": found.get("enough"),
+    }
+    return dict(ready(view))
+
+
+def one_kind(study: Study, kind: str, table: Json, numbers: dict[str, int], known: dict[str, Json]) -> Json:
+    """Shares and members of one kind."""
+    rows = [row | {"number": numbers.get(row["category"], 0)} for row in table["rows"]]
+    assigned = json_lines(study, f"categories/{kind}.jsonl")
+    kept = {key: table[key] for key in ("features", "firings", "traces")}
+    members = [group_of(name, number, assigned, known) for name, number in [*numbers.items(), (NONE_FITS, 0)]]
+    without = next((row["n"] for row in rows if row["category"] == WITHOUT), 0)
+    return {"kind": kind, "label": LABELS.get(kind, kind), "rows": rows, "members": members, "without": without} | kept
+
+
+def group_of(name: str, number: int, assigned: tuple[Json, ...], known: dict[str, Json]) -> Json:
+    """The features of one category (or of none) by subcategory, the strongest of each."""
+    inside = [row for row in assigned if belongs(row, name)]
+    strength = {row["feature"]: known.get(row["feature"], {}).get("strength") or 0.0 for row in inside}
+    subcategories: list[Json] = []
+    for sub, count in Counter(row["subcategory"] for row in inside).most_common():
+        own = sorted((row for row in inside if row["subcategory"] == sub), key=lambda row: -strength[row["feature"]])
+        listed = [
+            {
+                "id": row["feature"],
+                "text": known.get(row["feature"], {}).get("text"),
+                "reason": row["reason"],
+                "score": row["score"],
+            }
+            for row in own[:MEMBERS]
+        ]
+        subcategories.append({"name": sub, "n": count, "features": listed})
+    return {"category": name, "number": number, "n": len(inside), "subcategories": subcategories}
+
+
+def belongs(row: Json, name: str) -> bool:
+    """Whether an assignment is to a category; to none of them, but with words, for the last group."""
+    if name == NONE_FITS:
+        return row["category"] is None and row["reason"].startswith("none fits")
+    return bool(row["category"] == name)
+
+
+def numbered_flow(study: Study, numbers: dict[str, int]) -> Json | None:
+    """The rows of `categories/flow.json` with their category's number; None without latents."""
+    flow = json_file(study, "categories/flow.json")
+    if flow is None or not any(row["weight"] > 0 for row in flow["rows"]):
+        return None
+    rows = [row | {"number": numbers.get(row["category"], 0)} for row in flow["rows"] if row["weight"] > 0]
+    return dict(flow | {"rows": rows})
+
+
+def one_map(study: Study, space: Json, numbers: dict[str, int], known: dict[str, Json]) -> Json:
+    """One space's map with its strongest points."""
+    rows = [
+        row
+        for row in table_rows(study, "categories/maps.parquet") or []
+        if (row["kind"], row["space"]) == (space["kind"], space["space"])
+    ]
+    low = {axis: min((row[axis] for row in rows), default=0.0) for axis in "xy"}
+    high = {axis: max((row[axis] for row in rows), default=1.0) for axis in "xy"}
+    rows = sorted(rows, key=lambda row: -(known.get(row["feature"], {}).get("strength") or 0.0))
+    rows = rows[:POINTS] if known else rows[:: max(1, -(-len(rows) // POINTS))]
+    points = [point_of(row, numbers, known) for row in rows]
+    for point, row in zip(points, rows, strict=True):
+        point |= {axis: (row[axis] - low[axis]) / (high[axis] - low[axis] or 1.0) for axis in "xy"}
+    values = space["silhouettes"]
+    label = f"{LABELS.get(space['kind'], space['kind'])} {SPACES.get(space['space'], space['space'])}"
+    return {
+        "kind": space["kind"],
+        "space": space["space"],
+        "label": label[0].upper() + label[1:],
+        "total": space["points"],
+        "k": space["k"],
+        "silhouette": values.get(str(space["k"])),
+        "clusters": space["clusters"],
+        "points": points,
+    }
+
+
+def point_of(row: Json, numbers: dict[str, int], known: dict[str, Json]) -> Json:
+    """What a point is and says."""
+    if row["feature"] is None:
+        where = f"token {row['position']} of trace {row['trace']}"
+        return {"id": None, "number": None, "segment": row["segment"], "cluster": row["cluster"]} | {
+            "said": f"{row['text']!r}, {row['segment']}, {where}, cluster {row['cluster'] + 1}"
+        }
+    text = known.get(row["feature"], {}).get("text") or "not explained"
+    said = f"{row['feature']}: {row['category'] or NONE_FITS}, cluster {row['cluster'] + 1}; {text}"
+    kept: dict[str, Any] = {"id": row["feature"], "number": numbers.get(row["category"] or "", 0), "segment": None}
+    return kept | {"cluster": row["cluster"], "said": said}
+
+
+def agreement_row(row: Json) -> Json:
+    """One comparison with its names in words."""
+    words = {"kind": LABELS.get(row["kind"], row["kind"])}
+    return row | words | {name: SPACES.get(row[name], row[name]) for name in ("one", "two")}

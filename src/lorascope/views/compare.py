@@ -1,0 +1,116 @@
+"""Kinds of features beside each other: the tables of `lorascope compare`, and what their tests say in words."""
+
+from collections.abc import Sequence
+
+from lorascope.study import Study
+from lorascope.views.reading import Json, json_file, missing
+
+NAMES = {
+    "direction": "directions",
+    "latent": "latents",
+    "neuron": "MLP neurons",
+    "random": "random directions",
+    "untrained": "untrained directions",
+    "base": "the directions on the base model",
+}
+MEASURES = {
+    "score": "Detection",
+    "score_all": "Detection, failures as chance",
+    "fuzzing": "Fuzzing",
+    "scored_share": "Share with a score",
+    "class_0": "Share in class 0 (specific)",
+    "class_1": "Share in class 1 (broad)",
+    "class_2": "Share in class 2 (several things)",
+    "reasoning": "Reasoning score",
+}
+"""What is tested, in words; the verdicts are given in this order."""
+GROUPS = {"third": "By layer third", "type": "By matrix type", "family": "By family of random directions"}
+SURE = 0.05
+"""Corrected p-value below which a difference is said to be found."""
+
+
+def comparison_view(study: Study) -> Json:
+    """The comparison, one table per explainer.
+
+    Returns:
+        `{"available", "corpus", "missing_kinds": [{"kind", "label", "run"}], "stale_kinds", "tables": [{"explainer",
+        "rows": [row with "label" and "drawn"], "learned": [sentence], "tests": [test with "text"], "verdicts":
+        [{"measure", "sentences"}], "by": [{"name", "label", "rows"}]}]}`; rows and tests are those of `compare`.
+    """
+    found = json_file(study, "compare/compare.json")
+    if found is None:
+        return missing(study, "the comparison of kinds of features", "lorascope compare STUDY")
+    return {
+        "available": True,
+        "corpus": found["corpus"],
+        "missing_kinds": [entry | {"label": NAMES[entry["kind"]]} for entry in found["missing"]],
+        "stale_kinds": [entry | {"label": NAMES[entry["kind"]]} for entry in found["stale"]],
+        "tables": [explainer_table(found, explainer) for explainer in found["explainers"]],
+    }
+
+
+def explainer_table(found: Json, explainer: str) -> Json:
+    """Everything that one explainer's features gave."""
+    tests = [test | {"text": verdict(test)} for test in found["tests"] if test["explainer"] == explainer]
+    by = [
+        {"name": name, "label": label, "rows": labelled(found["by"][name]["rows"], explainer)}
+        for name, label in GROUPS.items()
+    ]
+    return {
+        "explainer": explainer,
+        "rows": labelled(found["rows"], explainer),
+        "learned": uneven_training(labelled(found["rows"], explainer)),
+        "tests": tests,
+        "verdicts": [
+            {"measure": words, "sentences": sentences}
+            for measure, words in MEASURES.items()
+            if (sentences := [test["text"] for test in tests if test["measure"] == measure])
+        ],
+        "by": [table for table in by if table["rows"]],
+    }
+
+
+def uneven_training(rows: Sequence[Json]) -> list[str]:
+    """What was learned from fewer training tokens than the most, in words: such rows are not quite comparable."""
+    most = max((row["training_tokens"] or 0 for row in rows), default=0)
+    return [
+        f"Explanations of {row['label']} were learned from {row['training_tokens']:,} ordinary tokens, others from up "
+        f"to {most:,}."
+        for row in rows
+        if row["training_tokens"] and row["training_tokens"] < most
+    ]
+
+
+def labelled(rows: Sequence[Json], explainer: str) -> list[Json]:
+    """One explainer's rows with a label: the kind, drawn or whole."""
+    return [
+        row | {"label": NAMES[row["kind"]], "drawn": row["group"] is None and row["n"] < row["features"]}
+        for row in rows
+        if row["explainer"] == explainer
+    ]
+
+
+def verdict(test: Json) -> str:
+    """What a test says, no more: a difference with its direction, or that none was found and what would have been."""
+    first, second = NAMES[test["first"]], NAMES[test["second"]]
+    gap = test["difference"]
+    if test["p"] is None or gap["low"] is None:
+        return f"{sentence(first)} and {second}: too few to test (n = {test['n'][0]} and {test['n'][1]})."
+    size = f"{gap['value']:+.3f}, {gap['low']:+.3f} to {gap['high']:+.3f}; {p_words(test['p_holm'])}"
+    if test["p_holm"] < SURE:
+        text = f"{sentence(first)} {'above' if gap['value'] > 0 else 'below'} {second} ({size})."
+    else:
+        found = "no difference found" + (" after correction" if gap["low"] > 0 or gap["high"] < 0 else "")
+        text = f"{sentence(first)} and {second}: {found} ({size}); a single test of this size finds one of "
+        text += f"{test['detectable']:.3f} or more four times in five."
+    return text.replace("-", "−")
+
+
+def sentence(words: str) -> str:
+    """With a capital letter at the start."""
+    return words[0].upper() + words[1:]
+
+
+def p_words(p: float) -> str:
+    """A corrected p-value in words."""
+    return "corrected p < 0.001" if p < 0.001 else f"corrected p = {p:.2g}"
