@@ -373,23 +373,6 @@ def test_a_study_made_anew_is_shown_as_such(study: Study, tmp_path: Path) -> Non
     assert client.get("/feature/L1.gate%2B").status_code == 200
 
 
-def test_lens_and_categories_are_shown_when_they_exist(study: Study, tmp_path: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    copy = Study(Path(shutil.copytree(study.path, tmp_path / "copy")))
-    (copy.path / "lens").mkdir()
-    table = pa.table({"feature": ["L1.gate+", "sae.0"], "token": [" therefore", " other"], "logit": [1.5, 2.0]})
-    pq.write_table(table, copy.path / "lens" / "lens.parquet")
-    (copy.path / "categories").mkdir()
-    row = {"feature": "L1.gate+", "category": "punctuation", "subcategory": "stops"}
-    (copy.path / "categories" / "direction.jsonl").write_text(json.dumps(row) + "\n")
-    html = client_of(copy).get(f"/feature/{GATE}").text
-    assert " therefore" in html
-    assert " other" not in html
-    assert "punctuation" in html
-
-
 def test_damage_is_a_sentence(study: Study, tmp_path: Path) -> None:
     copy = Study(Path(shutil.copytree(study.path, tmp_path / "copy")))
     (copy.path / "examples" / "train" / "direction-stats.parquet").write_bytes(b"broken")

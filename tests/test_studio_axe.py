@@ -23,6 +23,7 @@ PAGES = (
     "/traces",
     "/trace/train/0?features=L1.gate%2B%2Csae.1#t12",
     "/evidence",
+    "/categories",
     "/notes",
     "/live",
 )

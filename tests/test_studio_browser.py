@@ -24,6 +24,7 @@ PAGES = {
     "traces": "/traces",
     "trace": "/trace/train/0?features=L1.gate%2B%2Csae.1#t12",
     "evidence": "/evidence",
+    "categories": "/categories",
     "notes": "/notes",
     "missing": "/compare",
 }

@@ -14,7 +14,6 @@ from lorascope import __version__
 from lorascope.config import Options
 from lorascope.errors import BadInput, RunFailed
 from lorascope.report.build import make_environment
-from lorascope.report.tokens import shown_text
 from lorascope.studio.live import Live
 from lorascope.studio.live_routes import add_live
 from lorascope.studio.notes import FILE, add_note, merge_notes
@@ -31,6 +30,7 @@ NAVIGATION = (
     ("/map", "Map"),
     ("/features", "Features"),
     ("/traces", "Traces"),
+    ("/categories", "Categories"),
     ("/evidence", "Evidence"),
     ("/live", "Live"),
     ("/notes", "Notes"),
@@ -60,7 +60,7 @@ def environment() -> jinja2.Environment:
     """The studio's templates, and those of the report that it shows parts of."""
     loaders = [jinja2.PackageLoader("lorascope.studio"), jinja2.PackageLoader("lorascope.report")]
     made = make_environment(jinja2.ChoiceLoader(loaders))
-    made.globals |= {"feature_url": feature_url, "shown_text": shown_text}
+    made.globals["feature_url"] = feature_url
     return made
 
 

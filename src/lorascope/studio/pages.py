@@ -16,25 +16,29 @@ from lorascope.studio.notes import FILE, current_notes, read_events, searchable
 from lorascope.study import Study
 from lorascope.views import (
     ablation_view,
+    category_view,
+    comparison_view,
     direction_map,
     dropped,
     explanation_scores,
     feature_page,
+    lens_view,
     overview,
     provenance,
+    reasoning_view,
     sae_page,
     training_curves,
 )
 from lorascope.views.effects import direction_effects, kept_effects
 from lorascope.views.feature_list import feature_kind, feature_place
-from lorascope.views.feature_search import SORTS, FeatureQuery, find_features, rows_of
-from lorascope.views.findings import category_rows, lens_rows
+from lorascope.views.feature_search import SORTS, FeatureQuery, feature_index, find_features, rows_of
 from lorascope.views.firing import check_corpus, coloured_trace, fires_here, trace_list
 from lorascope.views.interactions import interaction_matrix
-from lorascope.views.kept import kept_view
+from lorascope.views.kept import kept_view, study_state
 from lorascope.views.maps import score_grid
 from lorascope.views.nearby import nearby
 from lorascope.views.one_feature import column_of, open_features
+from lorascope.views.reading import json_lines
 
 Json = dict[str, Any]
 Parts = Mapping[str, str]
@@ -89,9 +93,30 @@ def overview_page(study: Study, path: Parts, query: Parts) -> Json:
 
 
 def evidence_page(study: Study, path: Parts, query: Parts) -> Json:
-    """Whether explanations hold, how good the SAE is, and how the study was made."""
-    views = {"overview": overview, "scores": explanation_scores, "sae": sae_page, "made": provenance}
-    return {name: kept_view(study, view) for name, view in views.items()}
+    """Whether explanations hold and against what, reasoning features, how good the SAE is, how all of it was made."""
+    views = {"overview": overview, "scores": explanation_scores, "compare": comparison_view, "sae": sae_page}
+    rows = feature_index(study, "train", study_state(study)).get("rows", [])
+    shown = {
+        "reasoning": reasoning_found(study),
+        "made": kept_view(study, provenance),
+        "cards": {row["id"]: f"card-{row['id']}" for row in rows},
+        "texts": {row["id"]: row["text"] for row in rows if row["text"]},
+    }
+    return {name: kept_view(study, view) for name, view in views.items()} | shown
+
+
+def reasoning_found(study: Study) -> Json:
+    """Reasoning features on the held-out corpus or, where only that was scored, on the training corpus."""
+    first = kept_view(study, reasoning_view, "heldout")
+    second = first if first["available"] else kept_view(study, reasoning_view, "train")
+    return dict(second if second["available"] else first)
+
+
+def categories_page(study: Study, path: Parts, query: Parts) -> Json:
+    """What kinds of things features encode."""
+    rows = feature_index(study, "train", study_state(study)).get("rows", [])
+    features = [{"id": row["id"]} for row in rows]
+    return {"categories": kept_view(study, category_view), "directions": [], "latents": features}
 
 
 def map_page(study: Study, path: Parts, query: Parts) -> Json:
@@ -156,10 +181,15 @@ def feature_view(study: Study, path: Parts, query: Parts) -> Json:
         "sides": pages,
         "near": {name: nearby(study, corpus, name) for name in sides},
         "steps": steps_around(study, corpus, sides[0], len(sides)),
-        "lens": lens_rows(study, [*sides, str(place["address"])]),
+        "lens": kept_view(study, lens_view),
         "categories": {name: category_rows(study, kind, name) for name in sides},
         "notes": notes_at(study, [f"feature:{name}" for name in sides]),
     }
+
+
+def category_rows(study: Study, kind: str, feature: str) -> list[Json]:
+    """The categories that a feature was put into; none before `lorascope categorize`."""
+    return [row for row in json_lines(study, f"categories/{kind}.jsonl") if row.get("feature") == feature]
 
 
 def polarities(feature: str, kind: str) -> list[str]:
@@ -245,6 +275,7 @@ PAGES = (
     Page("/", "overview_page.html.j2", overview_page, "/overview.json"),
     Page("/map", "map_page.html.j2", map_page),
     Page("/evidence", "evidence_page.html.j2", evidence_page),
+    Page("/categories", "categories_page.html.j2", categories_page),
     Page("/features", "features_page.html.j2", features_page),
     Page("/feature/{feature}", "feature_page.html.j2", feature_view),
     Page("/compare", "compare_page.html.j2", compare_page),

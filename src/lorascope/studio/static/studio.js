@@ -72,7 +72,7 @@ nameTheme();
 // --- keys ---
 const help = one("#help");
 one("#keys").addEventListener("click", () => help.showModal());
-const PLACES = { o: "/", m: "/map", f: "/features", t: "/traces", e: "/evidence", n: "/notes", l: "/live" };
+const PLACES = { o: "/", m: "/map", f: "/features", t: "/traces", c: "/categories", e: "/evidence", l: "/live", n: "/notes" };
 let going = 0;
 
 /** Move the mark among rows ([data-id] or [data-row]) by a step; without rows, go to the next or previous page. */
@@ -122,6 +122,17 @@ document.addEventListener("pointerover", (event) => {
   const box = token.getBoundingClientRect();
   tip.style.left = `${Math.max(4, box.left + scrollX)}px`;
   tip.style.top = `${box.top + scrollY - 26}px`;
+});
+
+// --- sections that the report has, too, link to its cards: here to the features' pages; and a link into a fold opens it ---
+document.addEventListener("click", (event) => {
+  const link = event.target.closest && event.target.closest('a[href^="#"]');
+  const name = link ? link.getAttribute("href").slice(1) : "";
+  if (name.startsWith("card-")) { event.preventDefault(); location.href = featureAddress(name.slice(5)); return; }
+  const target = name && document.getElementById(name);
+  if (!target) return;
+  target.hidden = false;
+  for (let fold = target.closest("details"); fold; fold = fold.parentElement.closest("details")) fold.open = true;
 });
 
 // --- a table that is wider than the page can be scrolled by key ---
