@@ -149,10 +149,32 @@ def make_study(path: Path, tokens: int) -> Study:
     write_json(path / "sae" / "cfg.json", {"metadata": {"addresses": adapter.addresses, "k": 16}})
     directions = [f"{a}{sign}" for a in adapter.addresses for sign in "+-"]
     latents = [f"sae.{i}" for i in range(LATENTS)]
+    add_ablation(study, adapter)
     make_tables(study, directions, "direction", tokens)
     make_tables(study, latents, "latent", tokens)
     write_json(path / "examples" / "levels.json", {"direction": dict.fromkeys(directions, 1.0), "latent": {}})
     return study
+
+
+def add_ablation(study: Study, adapter: Adapter) -> None:
+    """Exact KL of every direction in three segments, and the matrix of interactions."""
+    rng = np.random.default_rng(2)
+    rows = [
+        {"by": "direction", "target": address, "segment": segment, "tokens": 9000, "under_floor": False}
+        | {"ce_change": 0.0, "ce_low": 0.0, "ce_high": 0.0, "kl": kl, "low": kl / 2, "high": kl * 2}
+        for address, kl in zip(adapter.addresses, rng.gamma(1, 0.001, len(adapter.addresses)), strict=True)
+        for segment in ("all", "think", "answer")
+    ]
+    (study.path / "ablation").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), study.path / "ablation" / "exact-direction.parquet")
+    write_json(study.path / "ablation" / "floor-exact-direction.json", {"kl": 1e-6, "runs": {}})
+    gradients = rng.normal(size=(32, len(adapter.addresses)))
+    names = {"addresses": ",".join(adapter.addresses)}
+    save_file(
+        {"kl_NN": (gradients.T @ gradients).astype(np.float32)},
+        study.path / "ablation" / "interactions.safetensors",
+        names,
+    )
 
 
 def ask(path: str) -> float:
@@ -163,40 +185,70 @@ def ask(path: str) -> float:
     return time.perf_counter() - began
 
 
+def used(process: psutil.Process) -> float:
+    """Seconds of processor time so far."""
+    times = process.cpu_times()
+    return times.user + times.system
+
+
+def wait_until_idle(process: psutil.Process) -> float:
+    """Seconds until the server has done what it does in the background (at most ten minutes)."""
+    began = time.perf_counter()
+    while time.perf_counter() - began < 600:
+        before = used(process)
+        time.sleep(2)
+        if used(process) - before < 0.1:
+            break
+    return time.perf_counter() - began
+
+
+def pages() -> dict[str, list[str]]:
+    """Addresses to ask for, by kind of page."""
+    rng = np.random.default_rng(0)
+    latents = [int(i) for i in rng.permutation(LATENTS)[:REPEATS]]
+    layers = [int(i) for i in rng.permutation(LAYERS)[:REPEATS]]
+    return {
+        "overview": ["/"] * REPEATS,
+        "latent": [f"/feature/sae.{i}" for i in latents],
+        "latent_all_examples": [f"/feature/sae.{i}?all=1" for i in latents],
+        "direction": [f"/feature/L{layer}.gate%2B" for layer in layers],
+        "table": [f"/features?q=word{i}" for i in range(REPEATS)],
+        "table_sorted": ["/features?sort=max&kind=latent"] * REPEATS,
+        "map": ["/map"] * REPEATS,
+        "trace": [f"/trace/train/{i}?features=sae.1%2Csae.2" for i in range(REPEATS)],
+        "fires_here": [f"/fires/train/{i}/2000.json" for i in range(REPEATS)],
+    }
+
+
 def measure(study: Study) -> dict[str, float]:
-    """Start a studio, ask for its pages, stop it; seconds, and bytes of its largest resident size."""
+    """Start a studio, ask for its pages, stop it.
+
+    Returns:
+        Seconds: of the first answers at once after the start; then by kind of page the median of what a reader waits,
+        and the mean processor time of the server, which other work on the machine does not change; and bytes.
+    """
     command = [sys.executable, "-m", "lorascope", "studio", str(study.path), "--port", str(PORT), "--no-open"]
     server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     process, largest = psutil.Process(server.pid), 0
     try:
         while True:
             try:
-                first = ask("/static/theme.js")
+                ask("/static/theme.js")
                 break
             except OSError:
                 time.sleep(0.05)
-        found = {"static_file": first, "first_view_at_once": ask("/")}
-        rng = np.random.default_rng(0)
-        latents = [int(i) for i in rng.integers(0, LATENTS, REPEATS)]
-        directions = [(int(i), TYPES[3].split(".")[1][0]) for i in rng.integers(0, LAYERS, REPEATS)]
-        found["first_feature_at_once"] = ask(f"/feature/sae.{latents[0]}")
-        time.sleep(20)  # the warm-up, as a reader's first minute would see it
-        pages = {
-            "overview": ["/"] * REPEATS,
-            "latent": [f"/feature/sae.{i}" for i in latents],
-            "latent_all_examples": [f"/feature/sae.{i}?all=1" for i in latents],
-            "direction": [f"/feature/L{layer}.{type_}%2B" for layer, type_ in directions],
-            "table": [f"/features?q=word{i}" for i in range(REPEATS)],
-            "table_sorted": ["/features?sort=max&kind=latent"] * REPEATS,
-            "map": ["/map"] * 5,
-            "trace": [f"/trace/train/{i}?features=sae.1%2Csae.2" for i in range(REPEATS)],
-            "fires_here": [f"/fires/train/{i}/2000.json" for i in range(REPEATS)],
-        }
-        for name, paths in pages.items():
+        before = used(process)
+        found = {"first_view_at_once": ask("/"), "first_view_at_once_processor": used(process) - before}
+        found["first_feature_at_once"] = ask("/feature/sae.7")
+        found["background"] = wait_until_idle(process)
+        found["memory_after_background"] = process.memory_info().rss
+        for name, paths in pages().items():
+            before = used(process)
             times = [ask(path) for path in paths]
-            found[f"{name}_median"], found[f"{name}_worst"] = median(times), max(times)
+            found[name] = median(times)
+            found[f"{name}_processor"] = (used(process) - before) / len(paths)
             largest = max(largest, process.memory_info().rss)
-        found["memory_bytes"] = largest
+        found["memory"] = largest
         return found
     finally:
         server.terminate()
@@ -213,9 +265,9 @@ def main() -> None:
     study = Study.open(folder) if (folder / "study.json").is_file() else make_study(folder, given.tokens)
     found = measure(study)
     held = {
-        "first_view": max(found["first_view_at_once"], found["overview_worst"]) < FIRST_VIEW,
-        "feature_page": max(found["latent_median"], found["direction_median"]) < FEATURE_PAGE,
-        "memory": found["memory_bytes"] < MEMORY,
+        "first_view": found["first_view_at_once"] < FIRST_VIEW,
+        "feature_page": max(found["latent_processor"], found["direction_processor"]) < FEATURE_PAGE,
+        "memory": max(found["memory"], found["memory_after_background"]) < MEMORY,
     }
     print(json.dumps({"tokens": given.tokens, "latents": LATENTS, "held": held} | found, indent=2))
     if given.folder is None:

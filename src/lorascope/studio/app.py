@@ -1,5 +1,6 @@
 """The application: addresses, templates, static files, and what may be written. FastAPI is loaded inside functions."""
 
+import contextlib
 import json
 import traceback
 from collections.abc import Callable
@@ -80,6 +81,13 @@ def render(study: Study, template: str, here: str, data: dict[str, Any]) -> str:
         "version": __version__,
     }
     return environment().get_template(template).render(**(shown | data))
+
+
+def first_view(study: Study) -> None:
+    """Make the first page once before anybody asks for it; what is wrong with it, the page itself says."""
+    first = PAGES[0]
+    with contextlib.suppress(BadInput, RunFailed, OSError):
+        render(study, first.template, first.path, first.view(study, {}, {}))
 
 
 def state_of(study: Study) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from lorascope.errors import BadInput, MissingStage, RunFailed
 from lorascope.features import KINDS
+from lorascope.store import INDEX, store_folder
 from lorascope.studio.live import MOST_FEATURES, RUNS, WEIGHTS, sample_prompts
 from lorascope.studio.notes import FILE, current_notes, read_events, searchable
 from lorascope.study import Study
@@ -31,7 +32,7 @@ from lorascope.views import (
 )
 from lorascope.views.effects import direction_effects, kept_effects
 from lorascope.views.feature_list import feature_kind, feature_place
-from lorascope.views.feature_search import SORTS, FeatureQuery, feature_index, find_features, rows_of
+from lorascope.views.feature_search import SORTS, FeatureQuery, feature_index, find_features
 from lorascope.views.firing import check_corpus, coloured_trace, fires_here, trace_list
 from lorascope.views.interactions import interaction_matrix
 from lorascope.views.kept import kept_view, study_state
@@ -122,21 +123,26 @@ def categories_page(study: Study, path: Parts, query: Parts) -> Json:
 def map_page(study: Study, path: Parts, query: Parts) -> Json:
     """The layer × type maps, the ablation tables and the interaction matrix."""
     corpus = chosen_corpus(study, query)
-    map_ = direction_map(study, corpus, effects_of=kept_effects)
-    if map_["available"]:
-        found = find_features(study, corpus, FeatureQuery(kind="direction", size=1))
-        rows = rows_of(study, corpus, every_address(map_)) if found["available"] else {}
-        map_["grids"].append(score_grid(map_, list(rows.values())))
+    measured = is_recorded(study, corpus) and kept_effects(study, corpus) is not None
     return {
-        "map": map_,
+        "map": kept_view(study, scored_map, corpus, measured),
         "ablation": kept_view(study, ablation_view),
         "interactions": kept_view(study, interaction_matrix),
     }
 
 
-def every_address(map_: Json) -> list[str]:
-    """Both polarities of every direction that a map shows."""
-    return [f"{a}{sign}" for line in map_["grids"][0]["address"] for a in line if a for sign in "+-"]
+def is_recorded(study: Study, corpus: str) -> bool:
+    """Whether the adapter's scalars on a corpus are recorded."""
+    return (store_folder(study.path, corpus, "adapter") / INDEX).is_file()
+
+
+def scored_map(study: Study, corpus: str, measured: bool) -> Json:
+    """The layer × type maps with one of detection scores; those of effects only once these are measured."""
+    map_ = direction_map(study, corpus, effects_of=kept_effects)
+    if map_["available"]:
+        rows = feature_index(study, corpus, study_state(study)).get("rows", [])
+        map_["grids"].append(score_grid(map_, rows))
+    return map_
 
 
 def features_page(study: Study, path: Parts, query: Parts) -> Json:

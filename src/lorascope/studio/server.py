@@ -15,6 +15,8 @@ from lorascope.studio.guard import guarded, rules_for
 from lorascope.study import Study
 
 FIRST_PORT, TRIES = 8700, 20
+LATER = 1.5
+"""Seconds that the first page has for itself before the others are prepared."""
 
 
 @dataclass(frozen=True)
@@ -39,15 +41,18 @@ def serve(study: Study, config: StudioConfig, options: Options) -> dict[str, Any
         raise BadInput('The studio needs the extra "web"; install it with: pip install "lorascope[web]".')
     import uvicorn
 
-    from lorascope.studio.app import make_app
+    from lorascope.studio.app import first_view, make_app
     from lorascope.studio.pages import warm_up
 
     bound = bind(config.host, config.port)
     rules = rules_for(config.host)
     url = address_of(config.host, bound.getsockname()[1])
     shown = url + (f"#token={rules.token}" if rules.token else "")
+    first_view(study)
     print(f"The studio of {study.path} is at {shown} (stop with Ctrl-C).", file=sys.stderr, flush=True)
-    threading.Thread(target=warm_up, args=(study,), daemon=True).start()
+    later = threading.Timer(LATER, warm_up, (study,))
+    later.daemon = True
+    later.start()
     if config.open:
         threading.Timer(0.5, webbrowser.open, (shown,)).start()
     settings = uvicorn.Config(

@@ -104,7 +104,7 @@ def median_effects(store: Store) -> npt.NDArray[np.float64]:
     if not len(ordinary):
         return np.zeros(len(store.addresses))
     chosen = ordinary[:: -(-len(ordinary) // MEDIAN_TOKENS)]
-    median_N = np.median(store.rows(chosen).astype(np.float64), axis=0)
+    median_N = np.median(store.visit(chosen).astype(np.float64), axis=0)
     return np.asarray(median_N * store.effect_per_scalar)
 
 

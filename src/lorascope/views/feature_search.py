@@ -1,9 +1,8 @@
 """Search, filter, sort and pages over the table of all features, from an index that is kept until the study changes."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -163,10 +162,3 @@ def top_tokens(study: Study, corpus: str, kind: str) -> dict[str, list[str]]:
         if len(listed) < TOP_TOKENS:
             listed.append(texts[token] if token < len(texts) else "")
     return found
-
-
-def rows_of(study: Study, corpus: str, features: Sequence[str]) -> dict[str, Any]:
-    """The table's rows of some features, by id; features that are not in the table are left out."""
-    index = feature_index(study, corpus, study_state(study))
-    wanted = set(features)
-    return {row["id"]: row for row in index.get("rows", []) if row["id"] in wanted}

@@ -10,6 +10,7 @@ import numpy as np
 from lorascope.errors import BadInput, MissingStage
 from lorascope.study import Study
 from lorascope.views.feature_list import decoder_norms, feature_kind
+from lorascope.views.kept import kept_view
 from lorascope.views.nearby import thresholds
 from lorascope.views.one_feature import column_of, command_in, open_features, token_part, typical_activation
 from lorascope.views.one_trace import trace_features, trace_page
@@ -101,8 +102,8 @@ def fires_here(study: Study, corpus: str, index: int, position: int) -> Json:
 def firing_of(study: Study, corpus: str, kind: str, place: int) -> Json:
     """The features of one kind that fire on one token of the corpus."""
     features = open_features(study, corpus, kind)
-    acts_F = features.encode(features.store.rows(np.array([place])), None)[0]
-    level_F, _ = thresholds(study, corpus, features)
+    acts_F = features.encode(features.store.visit(np.array([place])), None)[0]
+    level_F, _ = kept_view(study, thresholds, corpus, kind)
     if features.latent:
         norms = decoder_norms(study)
         weight_F = acts_F * np.array([norms.get(name, 1.0) for name in features.ids], np.float32)

@@ -15,6 +15,7 @@ from lorascope.errors import MissingStage
 from lorascope.features import FeatureSet
 from lorascope.study import Study
 from lorascope.views.feature_list import feature_kind, feature_place
+from lorascope.views.kept import kept_view
 from lorascope.views.one_feature import column_of, open_features
 from lorascope.views.reading import Json, feature_rows, json_file, ready, stamp, table_rows
 
@@ -54,8 +55,8 @@ def co_active(study: Study, corpus: str, features: FeatureSet, column: int, samp
     """Features that fire on the sampled firings of one."""
     store = features.store
     places_M = np.array([store.offsets[row["trace"]] + row["position"] for row in sample], np.int64)
-    level_F, density_F = thresholds(study, corpus, features)
-    share_F = (features.encode(store.rows(places_M), None) > level_F).mean(axis=0)
+    level_F, density_F = kept_view(study, thresholds, corpus, features.kind)
+    share_F = (features.encode(store.visit(places_M), None) > level_F).mean(axis=0)
     share_F[column] = 0.0
     if not features.latent:
         share_F[column ^ 1] = 0.0  # the other polarity can never fire with this one
@@ -65,13 +66,12 @@ def co_active(study: Study, corpus: str, features: FeatureSet, column: int, samp
     return {"together": together, "sampled": len(sample)}
 
 
-def thresholds(
-    study: Study, corpus: str, features: FeatureSet
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float64]]:
-    """Firing level and density of each feature of a set, [F]; density is at least one in a million."""
-    levels: dict[str, Any] = (json_file(study, "examples/levels.json") or {}).get(features.kind, {})
+def thresholds(study: Study, corpus: str, kind: str) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float64]]:
+    """Firing level and density of each feature of a kind, [F]; density is at least one in a million."""
+    features = open_features(study, corpus, kind)
+    levels: dict[str, Any] = (json_file(study, "examples/levels.json") or {}).get(kind, {})
     level_F = np.array([levels.get(name) or 0.0 for name in features.ids], np.float32)
-    stats = table_rows(study, f"examples/{corpus}/{features.kind}-stats.parquet", ("feature", "density")) or []
+    stats = table_rows(study, f"examples/{corpus}/{kind}-stats.parquet", ("feature", "density")) or []
     known = {row["feature"]: row["density"] for row in stats}
     return level_F, np.maximum([known.get(name, 0.0) for name in features.ids], 1e-6)
 
