@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote
 
@@ -18,7 +19,7 @@ from lorascope.cli import main
 from lorascope.config import Options
 from lorascope.errors import BadInput
 from lorascope.features import load_features
-from lorascope.studio import server
+from lorascope.studio import app, server
 from lorascope.studio.app import make_app
 from lorascope.studio.guard import BODY_LIMIT, Rules, guarded, rules_for
 from lorascope.studio.notes import FILE
@@ -46,8 +47,8 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
 
 
 def client_of(study: Study, host: str = "127.0.0.1", rules: Rules | None = None) -> TestClient:
-    app = guarded(make_app(study, Options()), rules or rules_for(host))
-    return TestClient(app, base_url=BASE, raise_server_exceptions=False)
+    guarded_app = guarded(make_app(study, Options()), rules or rules_for(host))
+    return TestClient(guarded_app, base_url=BASE, raise_server_exceptions=False)
 
 
 @pytest.fixture(scope="module")
@@ -379,6 +380,20 @@ def test_damage_is_a_sentence(study: Study, tmp_path: Path) -> None:
     response = client_of(copy).get("/features")
     assert response.status_code == 503
     assert "run its stage again" in response.text
+
+
+def test_a_study_that_changes_under_a_page_asks_to_reload(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    def changing(study: Study, path: Any, query: Any) -> Any:
+        study.summarise({"changed": "meanwhile"})
+        raise ValueError("shapes do not fit")
+
+    page = replace(next(page for page in PAGES if page.path == "/map"), view=changing)
+    monkeypatch.setattr(app, "PAGES", [page])
+    client = client_of(study)
+    for path in ("/map", "/map.json"):
+        response = client.get(path)
+        assert response.status_code == 503
+        assert "reload" in response.text
 
 
 def test_ports_and_addresses(monkeypatch: pytest.MonkeyPatch, study: Study) -> None:

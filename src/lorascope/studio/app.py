@@ -95,8 +95,10 @@ def state_of(study: Study) -> str:
     return digest(study_state(study))[:16]
 
 
-def outcome(error: Exception) -> tuple[int, str]:
-    """Status and sentence for a view that could not be made."""
+def outcome(error: Exception, changed: bool) -> tuple[int, str]:
+    """Status and sentence for a view that could not be made; `changed`: a stage of the study ended meanwhile."""
+    if changed:
+        return 503, "The study changed while it was read; reload the page."
     if isinstance(error, BadInput):
         return 404, str(error)
     if isinstance(error, RunFailed):
@@ -112,10 +114,11 @@ def json_endpoint(study: Study, view: Callable[..., dict[str, Any]]) -> Callable
     from fastapi import Request, Response
 
     def answer(request: Request) -> Response:
+        before = study_state(study)
         try:
             status, value = 200, view(study, request.path_params, dict(request.query_params))
         except Exception as error:
-            status, text = outcome(error)
+            status, text = outcome(error, study_state(study) != before)
             value = {"error": text}
         return Response(dumped(value), status, media_type="application/json")
 
@@ -128,11 +131,12 @@ def html_endpoint(study: Study, page: Page) -> Callable[..., Any]:
     from fastapi.responses import HTMLResponse
 
     def answer(request: Request) -> HTMLResponse:
+        before = study_state(study)
         try:
             data = page.view(study, request.path_params, dict(request.query_params))
             return HTMLResponse(render(study, page.template, page.path, data))
         except Exception as error:
-            status, text = outcome(error)
+            status, text = outcome(error, study_state(study) != before)
             return HTMLResponse(render(study, "error_page.html.j2", "", {"status": status, "text": text}), status)
 
     return answer

@@ -32,6 +32,8 @@ LONGEST_PROMPT = 8_000
 MOST_TOKENS = 2_048
 MOST_FEATURES = 8
 MOST_WAITING = 8
+ENDS = ("done", "failed")
+"""Events after which a job has nothing more to say."""
 WEIGHTS = "adapter/adapter_model.safetensors"
 
 
@@ -213,9 +215,14 @@ class Live:
                         self.running = None
                     return
                 for event in job_events(bench, job):
+                    if event["event"] in ENDS:
+                        self.finish()  # before the page hears of it, so that it asks for no stale queue
                     job.events.put(event)
-                with self.changed:
-                    self.running = None
+
+    def finish(self) -> None:
+        """Nothing runs any more."""
+        with self.changed:
+            self.running = None
 
     def fail(self, text: str) -> None:
         """Say to all that wait why nothing will come."""

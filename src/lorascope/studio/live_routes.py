@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from lorascope.errors import BadInput
-from lorascope.studio.live import Job, Live, read_request
+from lorascope.studio.live import ENDS, Job, Live, read_request
 
 QUIET = 1.0
 """Seconds without news after which a line is sent all the same, which finds out whether the page is still there."""
@@ -61,7 +61,7 @@ async def server_sent(live: Live, job: Job) -> AsyncIterator[str]:
                 yield sent({"event": "waiting", "before": live.place_of(job)} | live.status())
                 continue
             yield sent(event)
-            if event["event"] in ("done", "failed"):
+            if event["event"] in ENDS:
                 return
     finally:
         live.stop(job.id)

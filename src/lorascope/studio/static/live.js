@@ -191,6 +191,7 @@ if (form) {
       drawStrips();
       job = "";
       running(false);
+      state();
       one("#loading").hidden = true;
     }
   });

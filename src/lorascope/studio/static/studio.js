@@ -58,7 +58,7 @@ export function toast(text) {
 // --- theme ---
 const root = document.documentElement;
 const isDark = () => (root.dataset.theme || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light")) === "dark";
-const nameTheme = () => { one("#theme").textContent = isDark() ? "Light theme" : "Dark theme"; };
+const nameTheme = () => { one("#theme").textContent = isDark() ? "Light" : "Dark"; };
 function switchTheme() {
   root.dataset.theme = isDark() ? "light" : "dark";
   try { localStorage.setItem("lorascope-theme", root.dataset.theme); } catch { /* for this page only */ }
