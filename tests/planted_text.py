@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from lorascope.explain.rules import Vocabulary, make_vocabulary
 from lorascope.explain.windows import Corpus, make_corpus
-from lorascope.study import Study, write_json
+from lorascope.study import Study, read_json, write_json
 from lorascope.token_text import vocabulary_texts
 from tiny_store import make_study, write_store
 
@@ -106,3 +107,14 @@ def planted_study(path: Path, *, traces: int = 160) -> tuple[Study, dict[str, st
     (path / "examples").mkdir()
     write_json(path / "examples" / "levels.json", {"direction": levels, "latent": {}})
     return study, ids
+
+
+def add_latents(study: Study) -> None:
+    """An SAE of five latents, one per direction, and their levels."""
+    (study.path / "sae").mkdir()
+    weights = {"W_enc": np.eye(6, 5), "b_enc": np.zeros(5), "threshold": np.full(5, 0.5)}
+    weights |= {"W_dec": np.eye(5, 6), "b_dec": np.zeros(6)}
+    save_file({k: w.astype(np.float32) for k, w in weights.items()}, study.path / "sae" / "sae_weights.safetensors")
+    write_json(study.path / "sae" / "cfg.json", {"apply_b_dec_to_input": False})
+    levels = read_json(study.path / "examples" / "levels.json")
+    write_json(study.path / "examples" / "levels.json", levels | {"latent": {f"sae.{k}": 0.0 for k in range(5)}})

@@ -36,6 +36,11 @@ def row_of(result: dict[str, Any], kind: str) -> dict[str, Any]:
     return row
 
 
+def classed(number: int) -> dict[str, Any]:
+    """What a judge's row holds of its class."""
+    return {"class": {"class": number, "reason": "one thing", "failure": None}}
+
+
 def the_test(result: dict[str, Any], second: str, measure: str, first: str = "direction") -> dict[str, Any]:
     (found,) = [t for t in result["tests"] if (t["first"], t["second"], t["measure"]) == (first, second, measure)]
     return found
@@ -103,7 +108,7 @@ def test_the_authors_classes(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study")
     for kind, prefix, counts in (("direction", "", (59, 146, 162)), ("neuron", "neuron.", (49, 100, 227))):
         classes = np.repeat([0, 1, 2], counts).tolist()
-        rows = [explained_row(f"{prefix}L0.{i}+", 0.7, **{"class": c}) for i, c in enumerate(classes)]
+        rows = [explained_row(f"{prefix}L0.{i}+", 0.7, **classed(c)) for i, c in enumerate(classes)]
         add_kind(study, kind, rows)
     result = compare(study, CompareConfig(), Options())
     row = row_of(result, "direction")
@@ -118,7 +123,7 @@ def test_the_authors_classes(tmp_path: Path) -> None:
 
 def test_features_without_a_class_are_a_share_of_their_own(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study")
-    rows = [explained_row(f"L{i}.q+", 0.7, **{"class": 0}) for i in range(6)]
+    rows = [explained_row(f"L{i}.q+", 0.7, **classed(0)) for i in range(6)]
     add_kind(study, "direction", [*rows, explained_row("L6.q+", None), explained_row("L7.q+", 0.6)])
     classes = row_of(compare(study, CONFIG, Options()), "direction")["classes"]
     assert [classes[name]["value"] for name in ("0", "1", "2", "none")] == [0.75, 0, 0, 0.25]
@@ -194,7 +199,13 @@ def test_stale_explanations_are_left_out_by_name(tmp_path: Path) -> None:
     study.update_manifest(stages={"explain:heldout:latent": record})
     result = compare(study, CONFIG, Options())
     assert "latent" not in {row["kind"] for row in result["rows"]}
-    assert result["stale"] == [{"kind": "latent", "run": f"lorascope explain {study.path} --kinds latent"}]
+    run = f"lorascope explain {study.path} --kinds latent"
+    assert result["stale"] == [{"kind": "latent", "explainer": "lexical", "run": run}]
+    judged = explained_row("sae.0", 0.9, explainer="judge:m")
+    with (study.path / "explanations" / "latent.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(judged) + "\n")
+    both = compare(study, CONFIG, Options())
+    assert [row["explainer"] for row in both["rows"] if row["kind"] == "latent"] == ["judge:m"]
 
 
 def test_a_kind_of_features_changes_no_other_kinds_numbers(tmp_path: Path) -> None:

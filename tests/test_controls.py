@@ -226,6 +226,19 @@ def test_sources_share_a_pass_and_give_what_each_gives_alone(
     assert passes["n"] == 6  # the base model's run alone
 
 
+def test_a_finished_recording_is_left_alone_when_others_join(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Less memory would choose other batches now; the adapter's store is not made anew for it."""
+    monkeypatch.setattr("lorascope.memory.free_memory", lambda _: 1 << 40)
+    record(study, RecordConfig(), OPTIONS)
+    folder = store_folder(study.path, "train", "adapter")
+    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("shard-*")}
+    monkeypatch.setattr("lorascope.memory.free_memory", lambda _: 1)
+    record(study, RecordConfig(source=ALL), OPTIONS)
+    assert {path.name: path.stat().st_mtime_ns for path in folder.glob("shard-*")} == before
+    budgets = {source: open_store(study, source).index["about"]["token_budget"] for source in ALL.split(",")}
+    assert len(set(budgets.values())) == 1
+
+
 def test_another_seed_gives_other_controls(study: Study) -> None:
     record(study, RecordConfig(source="random,neurons"), OPTIONS)
     first = [open_store(study, source) for source in ("random", "neurons")]

@@ -5,14 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from lorascope.explain.firings import shift_firings
 from lorascope.explain.rules import PADDING, Condition, execute_rule
 from lorascope.explain.scoring import (
     Explanation,
     Quiz,
     borrow_explanations,
+    compare_passes,
     execute_answers,
     pose_detection,
     pose_fuzzing,
+    rank_answers,
     score_answers,
 )
 from lorascope.explain.windows import draw_windows, show_windows
@@ -113,3 +116,82 @@ def test_borrowing_with_one_large_group_or_alone() -> None:
     assert lenders["a+"] == lenders["a-"] == "b+"
     assert borrow_explanations(["a+", "a-"], ["a", "a"], np.random.default_rng(0)) == {"a+": None, "a-": None}
     assert borrow_explanations([], [], np.random.default_rng(0)) == {}
+
+
+def test_confidences_are_yes_above_a_half() -> None:
+    quiz = small_quiz([True] * 4 + [False] * 4)
+    score = score_answers(quiz, [0.6, 0.5, 1.0, None, 0.5, 0.4, 0.6, 0.0], np.random.default_rng(0))
+    assert (score.value, score.unparsed) == ((2 / 4 + 3 / 4) / 2, 1)
+
+
+def test_auroc_is_the_share_of_pairs_in_order() -> None:
+    quiz = small_quiz([True] * 3 + [False] * 2)
+    rng = np.random.default_rng(0)
+    assert rank_answers(quiz, [0.9, 0.8, 0.7, 0.1, 0.2], rng).value == 1
+    assert rank_answers(quiz, [0.1, 0.2, 0.0, 0.5, 0.6], rng).value == 0
+    assert rank_answers(quiz, [0.5] * 5, rng).value == 0.5
+    # Pairs with an answer that was not read are lost: 1 + 1/2 of 6 are left.
+    assert rank_answers(quiz, [0.9, 0.5, None, 0.5, None], rng).value == 1.5 / 6
+    assert rank_answers(quiz, [None] * 5, rng).value == 0
+
+
+def test_interval_of_the_auroc_is_the_bootstraps() -> None:
+    rng = np.random.default_rng(3)
+    truth = np.arange(90) < 40
+    answers = np.clip(rng.normal(0.4 + 0.2 * truth, 0.25), 0, 1)
+    found = rank_answers(small_quiz(truth.tolist()), answers.tolist(), np.random.default_rng(0), draws=4_000)
+    own = []
+    for _ in range(2_000):
+        p, n = rng.choice(answers[truth], 40), rng.choice(answers[~truth], 50)
+        own.append((p[:, None] > n).mean() + 0.5 * (p[:, None] == n).mean())
+    assert abs(found.low - np.quantile(own, 0.025)) < 0.012
+    assert abs(found.high - np.quantile(own, 0.975)) < 0.012
+
+
+def test_kappa_of_a_known_table() -> None:
+    """The example of Cohen's kappa in textbooks: 20 and 15 alike of 50, kappa 0.4."""
+    once = [1.0] * 25 + [0.0] * 25
+    twice = [1.0] * 20 + [0.0] * 5 + [1.0] * 10 + [0.0] * 15
+    found = compare_passes([*once, None, 1.0], [*twice, 1.0, None])
+    assert found == {"n": 50, "equal": 0.7, "kappa": 0.4, "table": [[15, 10], [5, 20]]}
+    assert compare_passes([1.0], [1.0])["kappa"] is None
+    assert compare_passes([None], [1.0]) == {"n": 0, "equal": None, "kappa": None, "table": [[0, 0], [0, 0]]}
+
+
+def test_shuffled_firings_keep_their_number_and_leave_their_windows() -> None:
+    at = np.flatnonzero(planted_firings(CORPUS)["a token"])
+    moved, was = shift_firings(CORPUS, at, 8, np.random.default_rng(0))
+    assert len(set(moved.tolist())) == len(at)
+    assert CORPUS.ordinary_T[moved].all()
+    assert sorted(was.tolist()) == list(range(len(at)))
+    assert np.array_equal(CORPUS.first_T[moved], CORPUS.first_T[at[was]])
+    assert (np.diff(moved) > 0).all()
+    ordinary = np.cumsum(CORPUS.ordinary_T)
+    for first in np.unique(CORPUS.first_T[at]):
+        here = CORPUS.first_T[moved] == first
+        size = ordinary[CORPUS.last_T[first] - 1] - (ordinary[first - 1] if first else 0)
+        shift = set(((ordinary[moved[here]] - ordinary[at[was[here]]]) % size).tolist())
+        assert len(shift) == 1
+        assert 17 <= shift.pop() <= size - 17
+    again, _ = shift_firings(CORPUS, at, 8, np.random.default_rng(0))
+    assert np.array_equal(moved, again)
+    alone, _ = shift_firings(CORPUS, at[:1], 500, np.random.default_rng(0))
+    assert len(alone) == 1
+
+
+def test_the_true_rule_is_at_chance_on_shuffled_firings() -> None:
+    values = []
+    for seed, name in enumerate(planted_firings(CORPUS)):
+        at = np.flatnonzero(planted_firings(CORPUS)[name])
+        rng = np.random.default_rng(seed)
+        moved, _ = shift_firings(CORPUS, at, 8, rng)
+        sample = draw_windows(CORPUS, moved, np.ones(len(moved), np.float32), wanted=60, radius=8, rng=rng)
+        rules = {
+            "a token": (Condition("at", 0, (" is",)),),
+            "a token after another": (Condition("at", 0, (" is",)), Condition("at", 1, (" answer",))),
+            "a number while thinking": (Condition("at", 0, name="number"), Condition("segment", name="think")),
+            "anything after Wait": (Condition("at", 1, ("Wait",)),),
+        }
+        for quiz in (pose_detection(CORPUS, sample), pose_fuzzing(CORPUS, sample, rng)):
+            values.append(rule_score(quiz, *rules[name]))
+    assert 0.45 <= np.mean(values) <= 0.55

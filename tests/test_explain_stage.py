@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from lorascope.config import Options
 from lorascope.errors import BadInput, MissingStage, RunFailed
@@ -20,7 +19,7 @@ from lorascope.explain import ExplainConfig, explain_features, rule_from_json, s
 from lorascope.explain.rows import keep_rows, read_rows
 from lorascope.study import Study, read_json, write_json
 from lorascope.views import explanation_scores
-from planted_text import planted_study
+from planted_text import add_latents, planted_study
 
 CONFIG = ExplainConfig(kinds="direction", examples=30, learn=128)
 
@@ -118,17 +117,6 @@ def test_nothing_is_done_twice(tmp_path: Path) -> None:
     stamp = (study.path / "explanations" / "direction.jsonl").stat().st_mtime_ns
     assert explain_features(study, CONFIG, Options()) == first
     assert (study.path / "explanations" / "direction.jsonl").stat().st_mtime_ns == stamp
-
-
-def add_latents(study: Study) -> None:
-    """An SAE of five latents, one per direction, and their levels."""
-    (study.path / "sae").mkdir()
-    weights = {"W_enc": np.eye(6, 5), "b_enc": np.zeros(5), "threshold": np.full(5, 0.5)}
-    weights |= {"W_dec": np.eye(5, 6), "b_dec": np.zeros(6)}
-    save_file({k: w.astype(np.float32) for k, w in weights.items()}, study.path / "sae" / "sae_weights.safetensors")
-    write_json(study.path / "sae" / "cfg.json", {"apply_b_dec_to_input": False})
-    levels = read_json(study.path / "examples" / "levels.json")
-    write_json(study.path / "examples" / "levels.json", levels | {"latent": {f"sae.{k}": 0.0 for k in range(5)}})
 
 
 def test_latents_are_explained_too(tmp_path: Path) -> None:

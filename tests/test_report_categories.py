@@ -16,7 +16,7 @@ from lorascope.report.flows import GAP, HEIGHT, flow_chart, flow_paths, flow_tab
 from lorascope.report.rings import arc, colour_class, share_rings
 from lorascope.report.scatter import SHAPES, link_target, point_map, shape_of
 from lorascope.study import Study
-from lorascope.views import category_view
+from lorascope.views import category_view, feature_page
 from planted_categories import PLANTED, planted_categories
 from report_study import HOSTILE, make_report_study
 
@@ -61,7 +61,9 @@ def test_view_of_planted_categories(study: Study) -> None:
         assert [(sub["name"], sub["n"], [f["id"] for f in sub["features"]]) for sub in group["subcategories"]] == [
             (subcategory, 1, [f"sae.{i}"])
         ]
-    none = latents["members"][-1]
+    page = feature_page(study, "sae.3", "heldout")
+    assert (page["category"]["category"], page["category"]["subcategory"]) == list(PLANTED)[3]
+    none = latents["members"][-2]
     assert (none["category"], none["number"], none["n"]) == ("none fits", 0, 2)
     points = {(one["kind"], one["space"]): one["points"] for one in view["maps"]}
     assert {point["id"] for point in points["latent", "decoder"]} == {f"sae.{i}" for i in range(9)}
@@ -165,6 +167,11 @@ def test_figures_lead_to_the_features(study: Study, browser: Browser) -> None:
     assert gone == []
     ids = page.evaluate("[...document.querySelectorAll('[id]')].map(e => e.id)")
     assert len(ids) == len(set(ids))
+    places = [f"Category: {category}, {sub} lexical" for category, sub in PLANTED]
+    cards = page.locator(".card.latent").evaluate_all("all => all.map(card => [card.dataset.card, card.textContent])")
+    for name, text in cards:
+        number = int(name.removeprefix("sae."))
+        assert [place in text for place in places] == [i == number for i in range(len(places))]
     assert trouble == []
 
 

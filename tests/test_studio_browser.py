@@ -86,6 +86,7 @@ def test_from_the_map_to_the_planted_trigger(browser: Browser, base: str) -> Non
     peaks = plus.locator(".peak").all_inner_texts()
     assert len(peaks) >= 3
     assert all("." in text for text in peaks)
+    plus.locator(".course").scroll_into_view_if_needed()
     expect(plus.locator(".course rect").first).to_be_attached()
     plus.locator(".example .where a").first.click()
     page.wait_for_url("**/trace/train/**")

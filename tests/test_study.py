@@ -178,6 +178,27 @@ def test_a_file_that_several_kinds_fill_together_outdates_none_of_them(study: St
     assert [row["stage"] for row in study.status()] == ["examples:train:direction", "examples:train:latent"]
 
 
+def test_explainers_share_a_file_of_rows_but_not_each_others(study: Study) -> None:
+    rows = "explanations/direction.jsonl"
+    write_output(study, "explain:heldout:direction", [rows, "explanations/unscored/direction.jsonl"])
+    write_output(study, "explain:heldout:direction:judge:m", [rows, "explanations/unscored/direction.m.jsonl"])
+    assert len(study.manifest["stages"]) == 2
+    write_output(study, "explain:more:direction", [rows, "explanations/unscored/direction.jsonl"])
+    assert set(study.manifest["stages"]) == {"explain:heldout:direction:judge:m", "explain:more:direction"}
+
+
+def test_an_expired_stage_runs_again_and_keeps_its_output_until_then(study: Study) -> None:
+    calls: list[int] = []
+    run(study, calls)
+    study.expire("stage")
+    study.expire("never run")
+    assert (study.path / "out.txt").is_file()
+    assert list(study.manifest["stages"]) == ["stage"]
+    run(study, calls)
+    run(study, calls)
+    assert len(calls) == 2
+
+
 def test_a_stage_can_be_taken_back(study: Study) -> None:
     run(study, [])
     study.summarise({"kl": 1.0, "other": 2})

@@ -139,10 +139,12 @@ def comparison_of(study: Study, config: CompareConfig, seed: int) -> Json:
         found = read_kind(study, config.corpus, kind)
         if not found:
             missing.append({"kind": kind, "run": command_for(study, config.corpus, kind)})
-        elif not is_current(study, kind):
-            stale.append({"kind": kind, "run": f"lorascope explain {study.path} --kinds {kind}"})
-        else:
-            cells += found
+        for cell in found:
+            if is_current(study, kind, cell.explainer):
+                cells.append(cell)
+            else:
+                run = f"lorascope explain {study.path} --kinds {kind}"
+                stale.append({"kind": kind, "explainer": cell.explainer, "run": run})
     if not cells:
         gone = (missing + stale)[0]
         raise MissingStage(f"No features are explained and scored on {config.corpus}; run: {gone['run']}.")
@@ -177,11 +179,14 @@ def command_for(study: Study, corpus: str, kind: str) -> str:
     return f"lorascope explain {study.path} --corpus {corpus} --kinds {kind}"
 
 
-def is_current(study: Study, kind: str) -> bool:
-    """Whether a kind's explanations are of the features that the study has now."""
-    output = f"explanations/{kind}.jsonl"
-    records = [record for record in study.manifest["stages"].values() if output in record["outputs"]]
-    return not records or any(study.holds(record) for record in records)
+def is_current(study: Study, kind: str, explainer: str) -> bool:
+    """Whether an explainer's rows are of the features that a kind has now; rows without any record are taken as such.
+
+    Records are `explain:CORPUS:KIND`, of judges `explain:CORPUS:KIND:LABEL`.
+    """
+    parts = {name: name.split(":", 3) for name in study.manifest["stages"] if name.startswith("explain:")}
+    own = [name for name, part in parts.items() if part[2] == kind and (part[3:] or ["lexical"]) == [explainer]]
+    return not own or any(study.holds(study.manifest["stages"][name]) for name in own)
 
 
 def read_kind(study: Study, corpus: str, kind: str) -> list[Cell]:
@@ -220,8 +225,8 @@ def table_rows(path: Path, columns: Sequence[str]) -> list[Json]:
 
 
 def class_of(row: Json) -> str | None:
-    """The class that a judge gave: `0`, `1` or `2`."""
-    text = str(row.get("class"))
+    """The class that a judge gave, `0`, `1` or `2`: a row's `"class": {"class", "reason", "failure"}`."""
+    text = str((row.get("class") or {}).get("class"))
     return text if text in ("0", "1", "2") else None
 
 

@@ -5,6 +5,7 @@ the adapted model runs share it. Shape legend: B traces of a batch, T tokens, N 
 """
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -203,9 +204,6 @@ def record_sources(
         raise BadInput(f"No trace of {config.corpus} is left to record; raise --max-tokens or give other traces.")
     adapter = Adapter.load(study.path / "adapter")
     text = text_fingerprint(rendered)
-    folders = {source: store_folder(study.path, config.corpus, source) for source in sources}
-    begun = {source: config.token_budget or begun_budget(folder, text) for source, folder in folders.items()}
-    fallback = next(filter(None, begun.values()), None) or choose()
     about = {
         "corpus": config.corpus,
         "model": study.model_name,
@@ -219,6 +217,12 @@ def record_sources(
             "over": "median norm in trace",
         },
     }
+    folders = {source: store_folder(study.path, config.corpus, source) for source in sources}
+    begun = {
+        source: config.token_budget or begun_budget(folder, text) or finished_budget(folder, about | {"source": source})
+        for source, folder in folders.items()
+    }
+    fallback = next(filter(None, begun.values()), None) or choose()
     with attach(model, adapter) as attached, fused_reading(attached):
         columns = [source_columns(study, source, attached, seed) for source in sources]
         budgets = [begun[source] or fallback for source in sources]
@@ -247,6 +251,19 @@ def source_columns(study: Study, source: str, attached: Attached, seed: int) -> 
     control = Adapter.load(study.path / "controls" / source)
     names = random_addresses(adapter) if source == "random" else adapter.addresses
     return adapter_probe(control, attached.model, names)
+
+
+def finished_budget(folder: Path, about: dict[str, Any]) -> int | None:
+    """The token budget of a finished recording of the very same: its batches are good, though memory may have changed.
+
+    None where nothing is finished, or it is about another text, adapter, model or precision.
+    """
+    try:
+        found = read_json(folder / INDEX)["about"]
+        budget = int(found.pop("token_budget"))
+        return budget if found == json.loads(json.dumps(about)) else None
+    except (RunFailed, KeyError, TypeError, ValueError):
+        return None
 
 
 def begun_budget(folder: Path, text: str) -> int | None:

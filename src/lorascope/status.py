@@ -26,6 +26,7 @@ EXTRAS = {
     "web": "fastapi",
     "embed": "sentence_transformers",
     "umap": "umap",
+    "judge": "openai",
 }
 
 

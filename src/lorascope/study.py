@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -31,7 +31,7 @@ VERSIONED = ("lorascope", "torch", "transformers", "tokenizers", "numpy", "safet
 # Options that change results; the others (threads, json, verbose) do not make a stage stale.
 RESULT_OPTIONS = ("seed", "dtype")
 # Files that several records of one stage fill together: writing one again outdates no other record.
-SHARED_OUTPUTS = frozenset({"examples/levels.json"})
+SHARED_OUTPUTS = ("examples/levels.json", "explanations/*.jsonl")
 
 
 def atomic_write_bytes(path: Path, data: bytes) -> None:
@@ -293,6 +293,12 @@ class Study:
             summary.get("stages", {}).pop(stage, None)
             write_json(self.path / "summary.json", {k: v for k, v in summary.items() if k not in headlines})
 
+    def expire(self, stage: str) -> None:
+        """Have a stage run again, whether or not anything changed; its outputs and its last result stay until then."""
+        record = self.manifest["stages"].get(stage)
+        if record:
+            self.update_manifest(stages={stage: record | {"options": {}}})
+
     def log(self, text: str) -> None:
         """Append a dated line to `log.txt`."""
         with (self.path / "log.txt").open("a", encoding="utf-8") as file:
@@ -388,10 +394,10 @@ class Study:
     def holds(self, record: dict[str, Any]) -> bool:
         """Whether a record is of what the study has now; a file that other stages add to may have grown."""
         changed, gone = self.changes(record)
-        return not gone and set(changed) <= SHARED_OUTPUTS
+        return not gone and all(is_shared(name) for name in changed)
 
     def _keep_record(self, stage: str, record: dict[str, Any]) -> None:
-        own = set(record["outputs"]) - SHARED_OUTPUTS
+        own = {output for output in record["outputs"] if not is_shared(output)}
         with self._manifest_lock():
             manifest = self.manifest
             stages = manifest["stages"]
@@ -437,6 +443,11 @@ class Study:
 
     def _manifest_lock(self) -> FileLock:
         return FileLock(self.path / ".manifest.lock", timeout=30)
+
+
+def is_shared(relative: str) -> bool:
+    """Whether several records of one stage fill this file of a study together (`SHARED_OUTPUTS`)."""
+    return any(PurePosixPath(relative).match(pattern) for pattern in SHARED_OUTPUTS)
 
 
 def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:

@@ -1,11 +1,14 @@
-"""Explanations of features: executable rules, and how well they tell where a feature fires on text never seen."""
+"""Explanations of features, by executable rules or by judges, and how well they tell where a feature fires on text
+never seen."""
 
 from lorascope.explain.rules import Rule, describe_rule, execute_rule, make_vocabulary, rule_from_json, rule_to_json
 from lorascope.explain.scoring import Explanation, borrow_explanations, execute_answers, score_answers
-from lorascope.explain.stage import ExplainConfig, explain_features
-from lorascope.explain.summary import explain_records, pool_kinds, summarise_rows
+from lorascope.explain.settings import LEXICAL, ExplainConfig
+from lorascope.explain.stage import explain_features
+from lorascope.explain.summary import explain_records, explainers_of, pool_kinds, summarise_rows
 
 __all__ = [
+    "LEXICAL",
     "ExplainConfig",
     "Explanation",
     "Rule",
@@ -15,6 +18,7 @@ __all__ = [
     "execute_rule",
     "explain_features",
     "explain_records",
+    "explainers_of",
     "make_vocabulary",
     "pool_kinds",
     "rule_from_json",

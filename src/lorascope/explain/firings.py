@@ -95,3 +95,24 @@ def collect_firings(features: FeatureSet, reading: Reading, levels_F: NDArray[np
     order = np.lexsort((at_M, number_M))
     starts = np.searchsorted(number_M[order], np.arange(len(features.ids) + 1))
     return Firings(starts.astype(np.int64), at_M[order], activation_M[order])
+
+
+def shift_firings(
+    corpus: Corpus, at_n: IntArray, radius: int, rng: np.random.Generator
+) -> tuple[IntArray, NDArray[np.int64]]:
+    """Firings [n] moved along their traces, and the firing [n] that each was: where a feature without a meaning fires.
+
+    All firings of a trace move by the same number of ordinary tokens, its last ones to its start, so that their number
+    and their distances stay. They move by more than a window (two radii) where the trace is long enough.
+    """
+    ordinary = np.flatnonzero(corpus.ordinary_T)
+    rank_n = np.searchsorted(ordinary, at_n)
+    bounds = np.searchsorted(ordinary, np.stack([corpus.first_T[at_n], corpus.last_T[at_n]]))
+    moved_n = rank_n.copy()
+    for first, last in np.unique(bounds, axis=1).T.tolist():
+        size = last - first
+        least = min(2 * radius + 1, size // 2)
+        here = bounds[0] == first
+        moved_n[here] = first + (rank_n[here] - first + least + int(rng.integers(size - 2 * least + 1))) % size
+    order_n = np.argsort(moved_n, kind="stable")
+    return ordinary[moved_n[order_n]], order_n

@@ -1,7 +1,8 @@
 """Explanations on disk: JSON Lines to which finished rows are appended, one per feature and explainer.
 
 A row's `key` is a hash of all that it was computed from. A cut-off run leaves whole rows (and perhaps half a line,
-which is cut away); the next run computes only the missing keys. Rows whose inputs changed go to `superseded.jsonl`.
+which is cut away); the next run computes only the missing keys. Rows whose inputs changed go to `superseded.jsonl`, and
+so do rows marked `retry`, which had a failure that may be gone by now.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ Row = dict[str, Any]
 def append_row(path: Path, row: Row) -> None:
     """Append one row and its line break in a single write."""
     with path.open("a", encoding="utf-8") as file:
-        file.write(_line(row))
+        file.write(row_line(row))
 
 
 def keep_rows(path: Path, wanted: Collection[str], explainer: str) -> dict[str, Row]:
@@ -33,16 +34,17 @@ def keep_rows(path: Path, wanted: Collection[str], explainer: str) -> dict[str, 
     for row in read_rows(path):
         if row["explainer"] != explainer:
             kept.append(row)
-        elif row["key"] not in wanted:
+        elif row["key"] not in wanted or row.get("retry"):
             append_row(path.with_name("superseded.jsonl"), {"file": path.name, **row})
         elif row["key"] not in done:
             done[row["key"]] = row
             kept.append(row)
-    text = "".join(_line(row) for row in kept)
+    text = "".join(row_line(row) for row in kept)
     if not path.is_file() or text != path.read_text(encoding="utf-8"):
         atomic_write_text(path, text)
     return done
 
 
-def _line(row: Row) -> str:
+def row_line(row: Row) -> str:
+    """A row as one line of JSON, with its line break."""
     return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"

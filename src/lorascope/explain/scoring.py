@@ -2,8 +2,9 @@
 
 A scorer shows windows to something that answers, and counts. Whatever answers (a rule executed, a judge asked) is one
 function `answer(explanation, windows) -> [True | False | None]`: in detection "does the feature fire somewhere in this
-window?", in fuzzing (when tokens are marked) "are the marked tokens those on which it fires?". None is an answer that
-could not be read; it counts as wrong. The windows carry no truth.
+window?", in fuzzing (when tokens are marked) "are the marked tokens those on which it fires?". In place of True and
+False a confidence from 0 to 1 may stand, above 0.5 for yes. None is an answer that could not be read; it counts as
+wrong. The windows carry no truth.
 
 Shapes: W = windows, S = tokens of a window.
 """
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 from lorascope.explain.rules import Rule, Vocabulary, execute_rule
 from lorascope.explain.windows import Corpus, Sample, Windows, show_windows, window_index
+from lorascope.stats import Interval, percentile_bounds
 
 BoolArray = NDArray[np.bool_]
 DRAWS = 2_000
@@ -33,7 +35,7 @@ class Explanation:
     rule: Rule | None = None
 
 
-Answer = Callable[[Explanation, Windows], Sequence[bool | None]]
+Answer = Callable[[Explanation, Windows], Sequence[float | None]]
 
 
 @dataclass(frozen=True)
@@ -105,13 +107,13 @@ def pose_fuzzing(corpus: Corpus, sample: Sample, rng: np.random.Generator) -> Qu
 
 
 def score_answers(
-    quiz: Quiz, answers: Sequence[bool | None], rng: np.random.Generator, *, draws: int = DRAWS, level: float = 0.95
+    quiz: Quiz, answers: Sequence[float | None], rng: np.random.Generator, *, draws: int = DRAWS, level: float = 0.95
 ) -> Score:
     """Balanced accuracy of answers, unparsed ones wrong. ValueError unless there is one answer per window."""
     if len(answers) != len(quiz.truth_W):
         raise ValueError(f"{len(answers)} answers to {len(quiz.truth_W)} windows.")
     truth: list[bool] = quiz.truth_W.tolist()
-    right = np.array([given is not None and given == true for given, true in zip(answers, truth, strict=True)])
+    right = np.array([given is not None and (given > 0.5) == true for given, true in zip(answers, truth, strict=True)])
     sides = [right[quiz.truth_W], right[~quiz.truth_W]]
     value = float(np.mean([side.mean() if len(side) else np.nan for side in sides]))
     # Resampling n zeros and ones with replacement is a binomial draw: the bootstrap without its loop.
@@ -122,13 +124,61 @@ def score_answers(
     return Score(value, float(low), float(high), len(sides[0]), len(sides[1]), unparsed)
 
 
+def rank_answers(
+    quiz: Quiz, answers: Sequence[float | None], rng: np.random.Generator, *, draws: int = DRAWS, level: float = 0.95
+) -> Interval:
+    """AUROC of confidences with its bootstrap interval (positives and negatives resampled apart).
+
+    The share of pairs of a positive and a negative in which the positive has the larger confidence, ties half. An
+    answer that could not be read loses against every other one, and two of them lose too.
+    """
+    confidence_W = np.array([np.nan if given is None else float(given) for given in answers])
+    positive, negative = confidence_W[quiz.truth_W], confidence_W[~quiz.truth_W]
+    # Comparisons with NaN are false: neither a win nor a tie.
+    win_PN = (positive[:, None] > negative[None]) + 0.5 * (positive[:, None] == negative[None])
+    if win_PN.size == 0:
+        return Interval(float("nan"), float("nan"), float("nan"))
+    weight_DP = rng.multinomial(len(positive), np.full(len(positive), 1 / len(positive)), draws)
+    weight_DN = rng.multinomial(len(negative), np.full(len(negative), 1 / len(negative)), draws)
+    sampled_D = ((weight_DP @ win_PN) * weight_DN).sum(axis=1) / win_PN.size
+    return Interval(float(win_PN.mean()), *percentile_bounds(sampled_D, level))
+
+
+def compare_passes(once: Sequence[float | None], twice: Sequence[float | None]) -> dict[str, Any]:
+    """How far two passes answer alike: `{"n", "equal", "kappa", "table"}`.
+
+    `n` is the number of windows that both answered, `equal` the share of equal answers (yes above 0.5), `kappa`
+    Cohen's, and `table` counts `[[no no, no yes], [yes no, yes yes]]`.
+    """
+    both = [(int(a > 0.5), int(b > 0.5)) for a, b in zip(once, twice, strict=True) if a is not None and b is not None]
+    table = np.zeros((2, 2), dtype=np.int64)
+    for pair in both:
+        table[pair] += 1
+    return agreement_of(table)
+
+
+def agreement_of(table: NDArray[np.int64]) -> dict[str, Any]:
+    """`{"n", "equal", "kappa", "table"}` of a square table of counts, first pass by second.
+
+    Cohen's kappa is (equal - chance) / (1 - chance), chance being what the margins alone give; None where that is
+    everything (both passes gave one and the same answer throughout) or there is nothing.
+    """
+    n = int(table.sum())
+    if n == 0:
+        return {"n": 0, "equal": None, "kappa": None, "table": table.tolist()}
+    equal = float(np.trace(table) / n)
+    chance = float(table.sum(axis=0) @ table.sum(axis=1) / n**2)
+    kappa = None if chance > 1 - 1e-12 else round((equal - chance) / (1 - chance), 4)
+    return {"n": n, "equal": round(equal, 4), "kappa": kappa, "table": table.tolist()}
+
+
 def execute_answers(vocabulary: Vocabulary) -> Answer:
     """Answers of a rule executed on the windows, as one who follows it to the letter would give them.
 
     Detection: the rule is true somewhere in the window. Fuzzing: it is true on at least half of the marked tokens.
     """
 
-    def answer(explanation: Explanation, windows: Windows) -> list[bool | None]:
+    def answer(explanation: Explanation, windows: Windows) -> list[float | None]:
         if explanation.rule is None:
             return [None] * len(windows)
         true_WS = execute_rule(explanation.rule, windows.ids_WS, windows.segments_WS, vocabulary)

@@ -8,31 +8,55 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lorascope.explain.prompts import WORDS
 from lorascope.explain.rows import Row
+from lorascope.explain.scoring import agreement_of
+from lorascope.explain.settings import LEXICAL
 from lorascope.features import CONTROLS, cluster_of
 from lorascope.stats import bootstrap_mean
 from lorascope.study import Study, read_rows
 
 
-def explain_records(study: Study) -> dict[str, dict[str, Any]]:
-    """The record of each kind that is explained; one each, since the corpora that it is scored on share its file."""
+def record_name(corpus: str, kind: str, label: str) -> str:
+    """The name of a run's record: `explain:CORPUS:KIND`, and for judges `explain:CORPUS:KIND:judge:MODEL`."""
+    return f"explain:{corpus}:{kind}" + ("" if label == LEXICAL else f":{label}")
+
+
+def explain_records(study: Study, explainer: str = LEXICAL) -> dict[str, dict[str, Any]]:
+    """The record of each kind that an explainer explained; one each, as all its corpora share a file."""
     stages = study.manifest["stages"]
-    return {name.split(":")[2]: stages[name] for name in sorted(stages) if name.startswith("explain:")}
+    parts = {name: name.split(":", 3) for name in sorted(stages) if name.startswith("explain:")}
+    return {part[2]: stages[name] for name, part in parts.items() if (part[3:] or [LEXICAL]) == [explainer]}
 
 
-def pool_kinds(study: Study) -> dict[str, Any]:
-    """`summarise_rows` over every kind that is explained, whichever run did it; controls stand for themselves.
+def explainers_of(study: Study) -> list[str]:
+    """Labels of the explainers that have a record, the lexical one first."""
+    names = [name.split(":", 3) for name in study.manifest["stages"] if name.startswith("explain:")]
+    return sorted(
+        {part[3] if len(part) > 3 else LEXICAL for part in names}, key=lambda label: (label != LEXICAL, label)
+    )
+
+
+def pool_kinds(study: Study, explainer: str = LEXICAL) -> dict[str, Any]:
+    """`summarise_rows` over every kind that one explainer explained, whichever run; controls stand for themselves.
 
     Explanations of another adapter's or autoencoder's features than the study has now are left out.
     """
-    kinds = [kind for kind, record in explain_records(study).items() if kind not in CONTROLS and study.holds(record)]
-    rows = [row for kind in kinds for row in read_rows(study.path / "explanations" / f"{kind}.jsonl")]
+    records = explain_records(study, explainer)
+    kinds = [kind for kind, record in records.items() if kind not in CONTROLS and study.holds(record)]
+    rows = [row for kind in kinds for row in rows_of(study, kind, explainer)]
     return summarise_rows(rows, np.random.default_rng(study.manifest["seed"]))
+
+
+def rows_of(study: Study, kind: str, explainer: str = LEXICAL) -> list[Row]:
+    """The rows of one explainer about one kind of features."""
+    rows = read_rows(study.path / "explanations" / f"{kind}.jsonl")
+    return [row for row in rows if row["explainer"] == explainer]
 
 
 def summarise_rows(rows: Sequence[Row], rng: np.random.Generator) -> dict[str, Any]:
     """Mean scores with intervals that resample clusters, how many features they are of, and why others have none."""
-    out: dict[str, Any] = {"n": len(rows), "explained": sum(row["rule"] is not None for row in rows)}
+    out: dict[str, Any] = {"n": len(rows), "explained": sum(row.get("text") is not None for row in rows)}
     reasons: dict[str, int] = {}
     for row in rows:
         if row["reason"]:
@@ -40,6 +64,8 @@ def summarise_rows(rows: Sequence[Row], rng: np.random.Generator) -> dict[str, A
             plain = " ".join("n" if word.isdigit() else word for word in row["reason"].split(", fewer")[0].split())
             reasons[plain] = reasons.get(plain, 0) + 1
     out["reasons"] = reasons
+    if any("class" in row for row in rows):
+        out |= count_classes(rows)
     for task in ("detection", "fuzzing"):
         pairs = [
             (row["scored"][task]["value"], row["scored"][f"{task}_wrong"]["value"], cluster_of(row["feature"]))
@@ -54,7 +80,53 @@ def summarise_rows(rows: Sequence[Row], rng: np.random.Generator) -> dict[str, A
         )
         for name, values in (("", own), ("_wrong", wrong), ("_gain", own - wrong)):
             out[task + name] = _mean(values, [p[2] for p in pairs], rng)
+    for task in ("detection", "fuzzing"):
+        out |= _further_scores(rows, task, rng)
     return out
+
+
+def _further_scores(rows: Sequence[Row], task: str, rng: np.random.Generator) -> dict[str, Any]:
+    """Means that not every explainer or row has: the shuffled feature's, AUROCs, agreement of two passes, failures."""
+    scored = [(row["scored"], cluster_of(row["feature"])) for row in rows if row["scored"]]
+    found: dict[str, list[tuple[float, str]]] = {}
+    tables: list[NDArray[np.int64]] = []
+    failures: dict[str, int] = {}
+    for scores, cluster in scored:
+        for ending in ("", "_wrong", "_shuffled"):
+            part = scores.get(task + ending)
+            if not part:
+                continue
+            if ending == "_shuffled":
+                found.setdefault(f"{task}_shuffled", []).append((part["value"], cluster))
+            if "auroc" in part:
+                found.setdefault(f"{task}{ending}_auroc", []).append((part["auroc"]["value"], cluster))
+            for reason, count in part.get("failures", {}).items():
+                failures[reason] = failures.get(reason, 0) + count
+        if agreement := scores.get("agreement", {}).get(task):
+            tables.append(np.array(agreement["table"]))
+    out: dict[str, Any] = {
+        name: _mean(np.array([value for value, _ in pairs]), [cluster for _, cluster in pairs], rng)
+        for name, pairs in found.items()
+    }
+    if tables:
+        out[f"{task}_agreement"] = agreement_of(np.sum(tables, axis=0))
+    return out | ({f"{task}_failures": failures} if failures else {})
+
+
+def count_classes(rows: Sequence[Row]) -> dict[str, Any]:
+    """How many features a judge put into each class or failed on, explanations of more words than it was asked for, and
+    the agreement of two passes."""
+    classes = dict.fromkeys(("0", "1", "2", "failed"), 0)
+    table = np.zeros((3, 3), dtype=np.int64)
+    for row in rows:
+        if not row.get("class"):
+            continue
+        first, second = row["class"]["class"], (row.get("class_again") or {}).get("class")
+        classes["failed" if first is None else str(first)] += 1
+        if first is not None and second is not None:
+            table[first, second] += 1
+    counts = {"classes": classes, "longer_than_asked": sum(len((row["text"] or "").split()) > WORDS for row in rows)}
+    return counts | ({"classes_agreement": agreement_of(table)} if table.any() else {})
 
 
 def _mean(values: NDArray[np.float64], clusters: Sequence[str], rng: np.random.Generator) -> dict[str, float] | None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from lorascope.explain import CONTROLS
+from lorascope.features import CONTROLS
 from lorascope.study import Study
 from lorascope.views.reading import missing
 

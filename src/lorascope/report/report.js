@@ -60,10 +60,11 @@ function openCard(card) {
 }
 for (const link of all('a[href^="#card-"]')) {
   link.addEventListener("click", (event) => {
-    const card = document.getElementById(link.hash.slice(1));
+    const hash = link.getAttribute("href"); // a link inside a drawing has no .hash
+    const card = document.getElementById(hash.slice(1));
     if (!card) return;
     event.preventDefault(); // following the link would take the focus off the card
-    history.pushState(null, "", link.hash);
+    history.pushState(null, "", hash);
     openCard(card);
   });
 }

@@ -39,7 +39,6 @@ from lorascope.views.kept import kept_view, study_state
 from lorascope.views.maps import score_grid
 from lorascope.views.nearby import nearby
 from lorascope.views.one_feature import column_of, open_features
-from lorascope.views.reading import json_lines
 
 Json = dict[str, Any]
 Parts = Mapping[str, str]
@@ -188,14 +187,8 @@ def feature_view(study: Study, path: Parts, query: Parts) -> Json:
         "near": {name: nearby(study, corpus, name) for name in sides},
         "steps": steps_around(study, corpus, sides[0], len(sides)),
         "lens": kept_view(study, lens_view),
-        "categories": {name: category_rows(study, kind, name) for name in sides},
         "notes": notes_at(study, [f"feature:{name}" for name in sides]),
     }
-
-
-def category_rows(study: Study, kind: str, feature: str) -> list[Json]:
-    """The categories that a feature was put into; none before `lorascope categorize`."""
-    return [row for row in json_lines(study, f"categories/{kind}.jsonl") if row.get("feature") == feature]
 
 
 def polarities(feature: str, kind: str) -> list[str]:

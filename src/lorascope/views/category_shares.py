@@ -3,11 +3,11 @@
 from collections import Counter
 from typing import Any
 
+from lorascope.explain.categories.assign import NO_ANSWER, NONE_FITS
 from lorascope.study import Study
 from lorascope.views.feature_list import kind_rows
 from lorascope.views.reading import Json, json_file, json_lines, missing, ready, table_rows
 
-NONE_FITS, WITHOUT = "none fits", "nothing to go by"
 LABELS = {"latent": "latents", "direction": "directions", "base": "control: base model", "token": "tokens"}
 SPACES = {
     "explanations": "by explanation",
@@ -54,19 +54,24 @@ def category_view(study: Study) -> Json:
     return dict(ready(view))
 
 
+def feature_category(study: Study, kind: str, feature: str) -> Json | None:
+    """One feature's row of `categories/KIND.jsonl`; None when features of its kind were not sorted into categories."""
+    return next((row for row in json_lines(study, f"categories/{kind}.jsonl") if row["feature"] == feature), None)
+
+
 def one_kind(study: Study, kind: str, table: Json, numbers: dict[str, int], known: dict[str, Json]) -> Json:
     """Shares and members of one kind."""
     rows = [row | {"number": numbers.get(row["category"], 0)} for row in table["rows"]]
     assigned = json_lines(study, f"categories/{kind}.jsonl")
     kept = {key: table[key] for key in ("features", "firings", "traces")}
-    members = [group_of(name, number, assigned, known) for name, number in [*numbers.items(), (NONE_FITS, 0)]]
-    without = next((row["n"] for row in rows if row["category"] == WITHOUT), 0)
-    return {"kind": kind, "label": LABELS.get(kind, kind), "rows": rows, "members": members, "without": without} | kept
+    groups = numbers | {NONE_FITS: 0, NO_ANSWER: 0}
+    members = [group_of(name, number, assigned, known) for name, number in groups.items()]
+    return {"kind": kind, "label": LABELS.get(kind, kind), "rows": rows, "members": members} | kept
 
 
 def group_of(name: str, number: int, assigned: tuple[Json, ...], known: dict[str, Json]) -> Json:
-    """The features of one category (or of none) by subcategory, the strongest of each."""
-    inside = [row for row in assigned if belongs(row, name)]
+    """The features of one category (or of an outcome without one) by subcategory, the strongest of each."""
+    inside = [row for row in assigned if name in (row["category"], row["outcome"])]
     strength = {row["feature"]: known.get(row["feature"], {}).get("strength") or 0.0 for row in inside}
     subcategories: list[Json] = []
     for sub, count in Counter(row["subcategory"] for row in inside).most_common():
@@ -82,13 +87,6 @@ def group_of(name: str, number: int, assigned: tuple[Json, ...], known: dict[str
         ]
         subcategories.append({"name": sub, "n": count, "features": listed})
     return {"category": name, "number": number, "n": len(inside), "subcategories": subcategories}
-
-
-def belongs(row: Json, name: str) -> bool:
-    """Whether an assignment is to a category; to none of them, but with words, for the last group."""
-    if name == NONE_FITS:
-        return row["category"] is None and row["reason"].startswith("none fits")
-    return bool(row["category"] == name)
 
 
 def numbered_flow(study: Study, numbers: dict[str, int]) -> Json | None:
@@ -136,7 +134,7 @@ def point_of(row: Json, numbers: dict[str, int], known: dict[str, Json]) -> Json
             "said": f"{row['text']!r}, {row['segment']}, {where}, cluster {row['cluster'] + 1}"
         }
     text = known.get(row["feature"], {}).get("text") or "not explained"
-    said = f"{row['feature']}: {row['category'] or NONE_FITS}, cluster {row['cluster'] + 1}; {text}"
+    said = f"{row['feature']}: {row['category'] or 'no category'}, cluster {row['cluster'] + 1}; {text}"
     kept: dict[str, Any] = {"id": row["feature"], "number": numbers.get(row["category"] or "", 0), "segment": None}
     return kept | {"cluster": row["cluster"], "said": said}
 

@@ -1,5 +1,6 @@
 """One table for every kind of feature: directions' polarities, latents, controls."""
 
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import numpy.typing as npt
 from safetensors.numpy import load_file
 
 from lorascope.adapter import Adapter, direction_layer, direction_type
+from lorascope.explain import LEXICAL
 from lorascope.features import KINDS
 from lorascope.study import Study, read_json
 from lorascope.views.ablation_tables import direction_kl
@@ -56,7 +58,7 @@ def kind_rows(study: Study, corpus: str, kind: str) -> list[Json]:
         return []
     kls = direction_kl(study) if kind == "direction" else {}
     norms = decoder_norms(study) if kind == "latent" else {}
-    explained = {row["feature"]: row for row in json_lines(study, f"explanations/{kind}.jsonl")}
+    explained = shown_explanations(json_lines(study, f"explanations/{kind}.jsonl"))
     rows: list[Json] = []
     for stat in stats:
         feature = stat.pop("feature")
@@ -70,6 +72,14 @@ def kind_rows(study: Study, corpus: str, kind: str) -> list[Json]:
         row["strength"] = stat["mean"] * weight
         rows.append(row | short_scores(explained.get(feature)))
     return rows
+
+
+def shown_explanations(rows: Iterable[Json]) -> dict[str, Json]:
+    """The row of each feature that a table shows: all of one explainer, the lexical one where there is it."""
+    by_explainer: dict[str, dict[str, Json]] = {}
+    for row in rows:
+        by_explainer.setdefault(row["explainer"], {})[row["feature"]] = row
+    return by_explainer.get(LEXICAL) or next(iter(by_explainer.values()), {})
 
 
 def feature_kind(feature: str) -> str:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from lorascope.explain import LEXICAL
 from lorascope.study import Study
 from lorascope.views.ablation_tables import WAYS, ablation_table
 from lorascope.views.gains import label_of
@@ -123,17 +124,30 @@ def explanation_losses(study: Study) -> list[Json]:
     for path in sorted((study.path / "explanations").glob("*.jsonl")):
         if path.stem == "superseded":
             continue
-        explained = json_lines(study, f"explanations/{path.name}")
-        reasons: dict[str, int] = {}
-        for row in explained:
-            if row.get("reason"):
-                plain = " ".join("n" if word.isdigit() else word for word in str(row["reason"]).split())
-                reasons[plain] = reasons.get(plain, 0) + 1
-        stage = f"explain {path.stem}s"
-        unread = sum(unparsed(row) for row in explained)
-        rows.append(entry(stage, "judge's answers not read", unread, None, "counted as wrong"))
-        for reason, count in sorted(reasons.items(), key=lambda item: -item[1]):
-            rows.append(entry(stage, "without a score", count, len(explained), reason))
+        by_explainer: dict[str, list[Json]] = {}
+        for row in json_lines(study, f"explanations/{path.name}"):
+            by_explainer.setdefault(row["explainer"], []).append(row)
+        for explainer, explained in by_explainer.items():
+            by_whom = "" if explainer == LEXICAL else f", {explainer}"
+            rows += explainer_losses(f"explain {path.stem}s{by_whom}", explained)
+    return rows
+
+
+def explainer_losses(stage: str, explained: list[Json]) -> list[Json]:
+    """What one explainer could not do about one kind of features."""
+    reasons: dict[str, int] = {}
+    for row in explained:
+        if row.get("reason"):
+            plain = " ".join("n" if word.isdigit() else word for word in str(row["reason"]).split())
+            reasons[plain] = reasons.get(plain, 0) + 1
+    unread = sum(unparsed(row) for row in explained)
+    rows = [entry(stage, "judge's answers not read", unread, None, "counted as wrong")]
+    classes = [row["class"] for row in explained if row.get("class")]
+    if classes:
+        failed = sum(found["class"] is None for found in classes)
+        rows.append(entry(stage, "without a class", failed, len(classes), "the judge's answer failed"))
+    for reason, count in sorted(reasons.items(), key=lambda item: -item[1]):
+        rows.append(entry(stage, "without a score", count, len(explained), reason))
     return rows
 
 

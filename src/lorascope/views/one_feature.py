@@ -13,12 +13,14 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from lorascope.errors import BadInput, MissingStage
+from lorascope.explain import LEXICAL
 from lorascope.features import FeatureSet, load_features, source_of
 from lorascope.store import INDEX, store_folder
 from lorascope.study import Study
 from lorascope.token_text import open_tokenizer, token_texts
 from lorascope.traces import SEGMENT_NAMES
 from lorascope.views.ablation_tables import direction_kl
+from lorascope.views.category_shares import feature_category
 from lorascope.views.effects import typical_effects
 from lorascope.views.feature_list import TOO_FEW, decoder_effects, feature_kind, feature_place
 from lorascope.views.lens import feature_lens
@@ -40,9 +42,9 @@ def feature_page(
     Returns:
         `{"available", "id", "kind", "address", "layer", "type", "polarity", "corpus", "unit", "latent", "typical",
         "stats": {level, density, n_firing, max, p99, mean, too_few} or None, "histogram": {"edges", "counts"},
-        "shares": {"prompt", "think", "answer"}, "kl": row or None, "explanation": {...} or None, "examples": {"top":
-        [example], "q0": [..], ..}, "decoder": signed map or None, "neighbours": [{"id", "cosine"}], "lens": [side],
-        "missing_stages": [..]}`; `lens` is that of `feature_lens`.
+        "shares": {"prompt", "think", "answer"}, "kl": row or None, "explanation": {...} or None, "category": row of
+        `categories/KIND.jsonl` or None, "examples": {"top": [example], "q0": [..], ..}, "decoder": signed map or None,
+        "neighbours": [{"id", "cosine"}], "lens": [side], "missing_stages": [..]}`; `lens` is that of `feature_lens`.
         An example is `{"trace", "trace_id", "position", "activation", "segment", "start", "peak", "tokens", "values",
         "segments", "more_before", "more_after"}`: `peak` is the place of the example in `tokens`, `start` the
         position of `tokens[0]` in its trace. `typical` is the median activation over ordinary tokens: 0 but for
@@ -72,6 +74,7 @@ def feature_page(
     page["examples"] = shown_examples(study, features, column, rows or [], window, top, per_quantile)
     page["kl"] = direction_kl(study).get(str(page["address"])) if kind == "direction" else None
     page["explanation"] = explanation_of(study, kind, feature)
+    page["category"] = feature_category(study, kind, feature)
     if page["explanation"] is None:
         gone.append(missing(study, f"the explanation of {feature}", "lorascope explain STUDY")["missing"])
     page |= {"decoder": None, "neighbours": [], "lens": feature_lens(study, feature)}
@@ -225,18 +228,26 @@ def activations(features: FeatureSet, column: int, places_T: npt.NDArray[np.int6
 
 
 def explanation_of(study: Study, kind: str, feature: str) -> Json | None:
-    """The explanation's row as `{"explainer", "text", "rule", "reason", "scores": {"detection": {"own", "wrong"}, ..},
-    "wrong_from"}`."""
-    for row in json_lines(study, f"explanations/{kind}.jsonl"):
-        if row["feature"] == feature:
-            scored = row.get("scored") or {}
-            scores: dict[str, Any] = {
-                name: {"own": scored.get(name), "wrong": scored.get(f"{name}_wrong")}
-                for name in ("detection", "fuzzing")
-            }
-            kept = {key: row.get(key) for key in ("explainer", "text", "rule", "reason")}
-            return kept | {"scores": scores, "wrong_from": scored.get("wrong_from")}
-    return None
+    """The explanation's row as `{"explainer", "text", "rule", "reason", "class", "scores": {"detection": {"own",
+    "wrong", "shuffled"}, ..}, "wrong_from", "also": [the same of other explainers]}`, the lexical explainer's first."""
+    rows = [row for row in json_lines(study, f"explanations/{kind}.jsonl") if row["feature"] == feature]
+    said = [explanation_row(row) for row in sorted(rows, key=lambda row: str(row["explainer"]) != LEXICAL)]
+    return said[0] | {"also": said[1:]} if said else None
+
+
+def explanation_row(row: Json) -> Json:
+    """One explainer's explanation of a feature with its scores."""
+    scored = row.get("scored") or {}
+    scores: dict[str, Any] = {
+        name: {
+            "own": scored.get(name),
+            "wrong": scored.get(f"{name}_wrong"),
+            "shuffled": scored.get(f"{name}_shuffled"),
+        }
+        for name in ("detection", "fuzzing")
+    }
+    kept = {key: row.get(key) for key in ("explainer", "text", "rule", "reason", "class")}
+    return kept | {"scores": scores, "wrong_from": scored.get("wrong_from")}
 
 
 def decoder_of(study: Study, latent: int) -> Json:

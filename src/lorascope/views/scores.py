@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lorascope.explain import explain_records, pool_kinds
+from lorascope.explain import LEXICAL, explain_records, explainers_of, pool_kinds
 from lorascope.features import CONTROLS
 from lorascope.study import Study
 from lorascope.views.reading import Json, missing, ready
@@ -20,39 +20,54 @@ NAMES = {
 
 
 def explanation_scores(study: Study) -> Json:
-    """Mean scores by kind of feature.
+    """Mean scores by explainer and kind of feature.
 
     Returns:
-        `{"available", "corpus", "explainer", "rows": [{"kind", "label", "n", "features", "explained", "reasons",
-        "tasks": {"detection": {"own": {"value", "low", "high", "n"}, "wrong": {..}, "gain": {..}} or None, "fuzzing":
-        ..}}]}`; balanced accuracies (0.5 is chance), intervals that resample directions whole; `all` is without
-        controls.
+        `{"available", "corpus", "explainer", "rows": [{"explainer", "kind", "label", "n", "features", "explained",
+        "reasons", "classes": {"0", "1", "2", "failed"} or None, "tasks": {"detection": {"own": {"value", "low", "high",
+        "n"}, "wrong": {..}, "shuffled": {..} or None, "gain": {..}, "auroc": {..} or None} or None, "fuzzing": ..}}]}`;
+        balanced accuracies (0.5 is chance), intervals that resample directions whole; `all` is without controls. A row
+        is of one explainer, the lexical one's come first.
     """
-    records = explain_records(study)
-    if not records:
+    labels = explainers_of(study)
+    if not labels:
         return missing(study, "explanations and their scores", "lorascope explain STUDY")
-    found = {kind: record["result"] for kind, record in records.items()}
-    features = sum(result["features"] for kind, result in found.items() if kind not in CONTROLS)
-    found["all"] = pool_kinds(study) | {"features": features}
-    rows = [score_row(kind, found[kind]) for kind in NAMES if found.get(kind, {}).get("n")]
-    configs = [record["config"] for record in records.values()]
-    said = {key: ", ".join(sorted({config[key] for config in configs})) for key in ("corpus", "explainer")}
+    rows = [row for label in labels for row in explainer_rows(study, label)]
+    configs = [record["config"] for label in labels for record in explain_records(study, label).values()]
+    said = {"corpus": ", ".join(sorted({config["corpus"] for config in configs})), "explainer": ", ".join(labels)}
     return dict(ready({"available": True, "rows": rows} | said))
 
 
-def score_row(kind: str, found: Json) -> Json:
+def explainer_rows(study: Study, explainer: str) -> list[Json]:
+    """The rows of one explainer: all kinds, then each."""
+    records = explain_records(study, explainer)
+    found = {kind: record["result"] for kind, record in records.items()}
+    features = sum(result["features"] for kind, result in found.items() if kind not in CONTROLS)
+    found["all"] = pool_kinds(study, explainer) | {"features": features}
+    kinds = [*NAMES, *sorted(set(found) - set(NAMES))]
+    return [score_row(explainer, kind, found[kind]) for kind in kinds if found.get(kind, {}).get("n")]
+
+
+def score_row(explainer: str, kind: str, found: Json) -> Json:
     """One kind's row; its label says so where only some features were drawn (`--limit`)."""
     n, features = found["n"], found["features"]
-    label = NAMES[kind] + (f" ({n} of {features}, drawn)" if n < features else "")
-    kept = {key: found[key] for key in ("n", "features", "explained", "reasons")}
-    return {"kind": kind, "label": label} | kept | {"tasks": {task: task_scores(found, task) for task in TASKS}}
+    label = NAMES.get(kind, kind) + (f" ({n} of {features}, drawn)" if n < features else "")
+    label += "" if explainer == LEXICAL else f", by {explainer}"
+    kept = {key: found[key] for key in ("n", "features", "explained", "reasons")} | {"classes": found.get("classes")}
+    return (
+        {"explainer": explainer, "kind": kind, "label": label}
+        | kept
+        | {"tasks": {task: task_scores(found, task) for task in TASKS}}
+    )
 
 
 def task_scores(found: Json, task: str) -> Json | None:
-    """Own and wrong mean score of one task and their paired difference; None without any score."""
+    """Own and wrong mean score of one task and their paired difference, the shuffled feature's score and the AUROC of a
+    judge's confidences where there are any; None without any score."""
     if not found.get(task):
         return None
     parts: dict[str, Any] = {"own": task, "wrong": f"{task}_wrong", "gain": f"{task}_gain"}
+    parts |= {"shuffled": f"{task}_shuffled", "auroc": f"{task}_auroc"}
     return {name: renamed(found.get(key), found.get(f"n_{task}")) for name, key in parts.items()}
 
 

@@ -7,7 +7,8 @@ with each word replaced by one drawn from all bags' words of the same source, `D
 of their largest excess is the feature's own threshold. So of features whose words do not belong together, a share of
 about `CHANCE` is assigned all the same.
 
-Shapes: F = features, M = entries of all bags, V = words, S = subcategories, C = categories, D = draws.
+Shapes: F = features, M = entries of all bags, m = entries of one, V = words, S = subcategories, C = categories,
+D = draws.
 """
 
 from __future__ import annotations
@@ -23,30 +24,31 @@ from lorascope.explain.rows import Row
 from lorascope.token_text import readable
 
 Ask = Callable[[str], str | None]
-"""A judge: from a feature's text (`words.feature_text`) to the name of a category or subcategory, or None."""
+"""A judge: from a feature's text (`words.feature_text`) to the name of a category or subcategory, `NONE_FITS`, or None
+where it gave no answer."""
+AskAll = Callable[[list[str]], list[str | None]]
+"""The same for many texts at once, answers in their order."""
+ASSIGNED, NONE_FITS, NO_ANSWER, WITHOUT = "assigned", "none fits", "no answer", "nothing to go by"
+"""Outcomes: a category; words that fit none; a judge that did not say; a feature with no explanation and no example."""
 CHANCE = 0.05
-DRAWS = 400
-NO_WORDS = "it has no explanation and no examples"
+DRAWS = 2_000
+REASON_WITHOUT = "it has no explanation and no examples"
 NAMED = 3
 """Words that a reason cites."""
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """One feature's category; None with a reason where none fits. `score` and `threshold` are excess shares."""
+    """One feature's category, None unless its outcome is `ASSIGNED`. `score` and `threshold` are excess shares."""
 
     feature: str
+    outcome: str
     category: str | None
     subcategory: str | None
-    score: float | None
-    threshold: float | None
     by: str
     reason: str
-
-    @property
-    def without_words(self) -> bool:
-        """Whether there was nothing to go by."""
-        return self.reason == NO_WORDS
+    score: float | None = None
+    threshold: float | None = None
 
     def as_row(self) -> Row:
         """The row of `categories/KIND.jsonl`."""
@@ -62,14 +64,15 @@ def assign_by_words(ids: Sequence[str], bags: Bags, taxonomy: Taxonomy, rng: np.
     share_FC = sum_by_category(share_FS, taxonomy)
     spoken_F = np.diff(bags.starts_F) > 0
     if not spoken_F.any():
-        return [Assignment(feature, None, None, None, None, "lexical", NO_WORDS) for feature in ids]
+        return [Assignment(feature, WITHOUT, None, None, "lexical", REASON_WITHOUT) for feature in ids]
     mean_S, mean_C = share_FS[spoken_F].mean(axis=0), share_FC[spoken_F].mean(axis=0)
+    drawn = draw_words(bags, member_VC, rng)
     assigned: list[Assignment] = []
     for number, feature in enumerate(ids):
         if not spoken_F[number]:
-            assigned.append(Assignment(feature, None, None, None, None, "lexical", NO_WORDS))
+            assigned.append(Assignment(feature, WITHOUT, None, None, "lexical", REASON_WITHOUT))
             continue
-        threshold = float(np.quantile(shuffled_excess(bags, number, member_VC, mean_C, rng), 1 - CHANCE))
+        threshold = float(np.quantile(shuffled_excess(bags, number, drawn, mean_C), 1 - CHANCE))
         best = int(np.argmax(share_FC[number] - mean_C))
         cited = strongest_words(bags, number, member_VC[:, best])
         name = taxonomy.categories[best]
@@ -89,9 +92,9 @@ def _judge_share(
     said = f"{own:.0%} of its words, {mean:.0%} of a feature's on average"
     if own - mean > threshold:
         reason = f"{said}: {', '.join(readable(word) for word in cited)}"
-        return Assignment(feature, category, subcategory, excess, limit, "lexical", reason)
+        return Assignment(feature, ASSIGNED, category, subcategory, "lexical", reason, excess, limit)
     reason = f"none fits: the nearest, {category}, has {said}; shuffled words reach that"
-    return Assignment(feature, None, None, excess, limit, "lexical", reason)
+    return Assignment(feature, NONE_FITS, None, None, "lexical", reason, excess, limit)
 
 
 def bag_shares(bags: Bags, member_VX: FloatArray, n_features: int) -> FloatArray:
@@ -108,17 +111,28 @@ def sum_by_category(values_XS: FloatArray, taxonomy: Taxonomy) -> FloatArray:
     return summed
 
 
-def shuffled_excess(
-    bags: Bags, number: int, member_VC: FloatArray, mean_C: FloatArray, rng: np.random.Generator
-) -> FloatArray:
-    """The largest excess of one feature's bag with its words drawn anew, float64 [D]."""
+def draw_words(bags: Bags, member_VC: FloatArray, rng: np.random.Generator) -> dict[int, FloatArray]:
+    """For each source, what `DRAWS` bags of words drawn from all of the source's entries belong to, float64 [D, m, C].
+
+    m is the largest number of entries that a feature has; one with fewer takes the first. All features share the
+    draws, so that equal weights have equal thresholds.
+    """
+    drawn: dict[int, FloatArray] = {}
+    for source in np.unique(bags.source_M).tolist():
+        inside = bags.source_M == source
+        pool = bags.word_M[inside]
+        most = int(np.bincount(bags.feature_M[inside]).max())
+        drawn[source] = member_VC[pool[rng.integers(0, len(pool), (DRAWS, most))]]
+    return drawn
+
+
+def shuffled_excess(bags: Bags, number: int, drawn: dict[int, FloatArray], mean_C: FloatArray) -> FloatArray:
+    """The largest excess of one feature's bag with drawn words in place of its own, float64 [D]."""
     part = bags.of(number)
-    total_DC = np.zeros((DRAWS, member_VC.shape[1]))
-    for source in np.unique(bags.source_M[part]):
+    total_DC = np.zeros((DRAWS, len(mean_C)))
+    for source in np.unique(bags.source_M[part]).tolist():
         weight_m = bags.weight_M[part][bags.source_M[part] == source]
-        pool = bags.word_M[bags.source_M == source]
-        drawn_Dm = pool[rng.integers(0, len(pool), (DRAWS, len(weight_m)))]
-        total_DC += np.einsum("m,Dmc->Dc", weight_m, member_VC[drawn_Dm])
+        total_DC += np.matmul(weight_m, drawn[source][:, : len(weight_m)])
     largest_D: FloatArray = (total_DC - mean_C).max(axis=1)
     return largest_D
 
@@ -133,20 +147,26 @@ def strongest_words(bags: Bags, number: int, member_V: FloatArray) -> list[str]:
     return sorted(worth, key=lambda word: (-worth[word], word))[:NAMED]
 
 
-def assign_by_asking(ids: Sequence[str], texts: Sequence[str], ask: Ask, taxonomy: Taxonomy) -> list[Assignment]:
+def assign_by_asking(ids: Sequence[str], texts: Sequence[str], ask_all: AskAll, taxonomy: Taxonomy) -> list[Assignment]:
     """An assignment for each feature, as the judge answers; a feature with nothing to tell is not asked about."""
-    assigned: list[Assignment] = []
-    for feature, text in zip(ids, texts, strict=True):
-        if "\n" not in text:  # only its name
-            assigned.append(Assignment(feature, None, None, None, None, "judge", NO_WORDS))
-            continue
-        answer = ask(text)
-        found = taxonomy.find(answer) if answer is not None else None
-        reason = "the judge's answer"
-        if answer is None:
-            reason = "none fits, or no answer, says the judge"
-        elif found is None:
-            reason = f"the judge named {answer[:80]!r}, which is not in the taxonomy"
-        category, subcategory = found or (None, None)
-        assigned.append(Assignment(feature, category, subcategory, None, None, "judge", reason))
-    return assigned
+    telling = [text for text in texts if "\n" in text]  # others hold only the feature's name
+    answers = iter(ask_all(telling))
+    return [
+        _read_answer(feature, next(answers), taxonomy)
+        if "\n" in text
+        else Assignment(feature, WITHOUT, None, None, "judge", REASON_WITHOUT)
+        for feature, text in zip(ids, texts, strict=True)
+    ]
+
+
+def _read_answer(feature: str, answer: str | None, taxonomy: Taxonomy) -> Assignment:
+    """A judge's answer as an assignment; a name that the taxonomy does not have is no answer."""
+    if answer is None:
+        return Assignment(feature, NO_ANSWER, None, None, "judge", "no answer from the judge")
+    if answer.strip().casefold() == NONE_FITS:
+        return Assignment(feature, NONE_FITS, None, None, "judge", "none fits, says the judge")
+    found = taxonomy.find(answer)
+    if found is None:
+        reason = f"the judge named {answer[:80]!r}, which is not in the taxonomy"
+        return Assignment(feature, NO_ANSWER, None, None, "judge", reason)
+    return Assignment(feature, ASSIGNED, *found, "judge", "the judge's answer")

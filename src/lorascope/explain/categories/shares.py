@@ -12,14 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lorascope.explain.categories.assign import Assignment
+from lorascope.explain.categories.assign import NO_ANSWER, NONE_FITS, WITHOUT, Assignment
 from lorascope.explain.categories.taxonomy import Taxonomy
 from lorascope.features import FeatureSet, cluster_of
 from lorascope.stats import percentile_bounds
 
 FloatArray = NDArray[np.float64]
-NONE_FITS, WITHOUT = "none fits", "nothing to go by"
-"""The two groups of features without a category: with words, and without."""
 DRAWS = 2_000
 DRAW_CELLS = 1 << 22
 Group = tuple[str, str | None]
@@ -33,7 +31,7 @@ def make_groups(assigned: Sequence[Assignment], taxonomy: Taxonomy) -> tuple[lis
     for category in taxonomy.categories:
         groups += [(category, sub.name) for sub in taxonomy.subcategories if sub.category == category]
         groups += [(category, None)] if (category, None) in found else []
-    groups += [(NONE_FITS, None), (WITHOUT, None)]
+    groups += [(outcome, None) for outcome in (NONE_FITS, NO_ANSWER, WITHOUT)]
     numbers = {group: number for number, group in enumerate(groups)}
     return groups, np.array([numbers[group] for group in found], np.int64)
 
@@ -41,7 +39,7 @@ def make_groups(assigned: Sequence[Assignment], taxonomy: Taxonomy) -> tuple[lis
 def _group_of(one: Assignment) -> Group:
     if one.category is not None:
         return one.category, one.subcategory
-    return (WITHOUT if one.without_words else NONE_FITS), None
+    return one.outcome, None
 
 
 def tally_traces(

@@ -19,7 +19,6 @@ from lorascope.explain.categories.clusters import (
     IntArray,
     find_clusters,
     leading_components,
-    unit_rows,
     weigh_words,
 )
 from lorascope.features import FeatureSet
@@ -55,7 +54,7 @@ def make_space(
     if points_PX.shape[1] == 0:
         return Space(kind, name, point_P, np.zeros(len(point_P), np.int64), np.zeros((len(point_P), 2)), {})
     label_P, silhouettes = find_clusters(points_PX, rng)
-    return Space(kind, name, point_P, label_P, place(points_PX), silhouettes)
+    return Space(kind, name, point_P, label_P, (place if len(point_P) > 3 else first_two)(points_PX), silhouettes)
 
 
 def first_two(points_PX: FloatArray) -> FloatArray:
@@ -79,12 +78,14 @@ def explanation_vectors(words_P: Sequence[Sequence[tuple[str, float]]]) -> Float
     return weigh_words([add_up(entries) for entries in words_P])
 
 
-def activity_vectors(features: FeatureSet, point_P: IntArray) -> FloatArray:
+def activity_vectors(features: FeatureSet, point_P: IntArray) -> NDArray[np.float32]:
     """Activations over at most `TOKENS` evenly spaced ordinary tokens, each feature about its mean and of length 1,
     [P, T]: dot products are correlations."""
     at_T = spaced_tokens(features.store, TOKENS)
-    acts_PT = features.encode(features.store.rows(at_T), point_P).T.astype(np.float64)
-    return unit_rows(acts_PT - acts_PT.mean(axis=1, keepdims=True))
+    acts_PT = features.encode(features.store.rows(at_T), point_P).T
+    acts_PT = acts_PT - acts_PT.mean(axis=1, keepdims=True)
+    unit_PT: NDArray[np.float32] = acts_PT / np.maximum(np.linalg.norm(acts_PT, axis=1, keepdims=True), 1e-30)
+    return unit_PT
 
 
 def state_vectors(store: Store, at_T: IntArray) -> NDArray[np.float32]:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,10 +21,21 @@ from numpy.typing import NDArray
 
 from lorascope.config import Options
 from lorascope.errors import BadInput
-from lorascope.explain.categories.assign import Ask, Assignment, assign_by_asking, assign_by_words
+from lorascope.explain.categories.asking import judge_asker
+from lorascope.explain.categories.assign import (
+    ASSIGNED,
+    NO_ANSWER,
+    NONE_FITS,
+    WITHOUT,
+    Ask,
+    AskAll,
+    Assignment,
+    assign_by_asking,
+    assign_by_words,
+)
 from lorascope.explain.categories.extras import embed_texts, place_by_umap
 from lorascope.explain.categories.kinds import Kind, explained_words, read_kind
-from lorascope.explain.categories.shares import NONE_FITS, Group, make_groups, share_rows, tally_traces
+from lorascope.explain.categories.shares import Group, make_groups, share_rows, tally_traces
 from lorascope.explain.categories.spaces import (
     STATES,
     Place,
@@ -49,6 +61,8 @@ from lorascope.explain.categories.words import (
     feature_text,
     make_bags,
 )
+from lorascope.explain.judges import Endpoint
+from lorascope.explain.settings import check_url
 from lorascope.features import FeatureSet, load_features
 from lorascope.progress import progress
 from lorascope.store import INDEX
@@ -66,7 +80,7 @@ class CategorizeConfig:
     taxonomy: str | None = None
     """YAML file of categories, subcategories and their words (default: the seven functional categories)."""
     by: str = "lexical"
-    """What assigns: lexical (words of explanation and examples, no model) or judge (given from Python)."""
+    """What assigns: lexical (words of explanation and examples, no model) or judge (a language model behind a URL)."""
     kinds: str = "latent,direction"
     """Kinds of features, separated by commas: latent, direction, base."""
     corpus: str = "heldout"
@@ -78,16 +92,26 @@ class CategorizeConfig:
     (default: TF-IDF)."""
     enough: int = 20
     """A feature that fires on fewer tokens is not clustered."""
+    judge_model: str | None = None
+    """Name of the judge's model, as its server knows it."""
+    judge_url: str | None = None
+    """Base URL of an OpenAI-compatible server, for example http://localhost:8000/v1."""
+    judge_key_env: str = ""
+    """Name of the environment variable that holds the judge's key (default: no key is sent)."""
+    judge_concurrency: int = 8
+    """Most requests in flight."""
+    budget_calls: int | None = None
+    """Most requests that this run may send; what was answered is kept, and the same command continues."""
 
 
 def categorize(study: Study, config: CategorizeConfig, options: Options, ask: Ask | None = None) -> dict[str, Any]:
     """Write `categories/`: KIND.jsonl, shares.json, clusters.json, flow.json (latents) and maps.parquet.
 
     Args:
-        ask: with `by="judge"`, a function from a feature's text to the name of a category or subcategory, or None.
+        ask: with `by="judge"`, a function from a feature's text to a name or None, in place of the judge behind a URL.
 
     Returns:
-        `{"corpus", "taxonomy", "kinds": {kind: {"features", "assigned", "none_fits", "without_words"}}}`.
+        `{"corpus", "taxonomy", "kinds": {kind: {"features", "assigned", "none_fits", "no_answer", "without"}}}`.
 
     Raises:
         BadInput: an unknown option's value or kind, a file that is no taxonomy, a judge that is not given, a missing
@@ -100,17 +124,18 @@ def categorize(study: Study, config: CategorizeConfig, options: Options, ask: As
     if not kinds or config.enough < 1:
         raise BadInput("Name at least one kind in --kinds, and give --enough a number of at least 1.")
     if config.by == "judge" and ask is None:
-        raise BadInput("No judge is given; use --by lexical, or from Python categorize(study, config, options, ask).")
+        check_judge(config)
     taxonomy = load_taxonomy(config.taxonomy)
     features = {kind: load_features(study, config.corpus, kind) for kind in dict.fromkeys(kinds)}
     inputs = required_inputs(study, config.corpus, features)
 
     def work() -> dict[str, Any]:
-        with whole_folder(study.path / FOLDER) as folder:
-            return fill_folder(study, folder, config, options, taxonomy, features, ask)
+        with whole_folder(study.path / FOLDER) as folder, asker(study, config, taxonomy, ask) as ask_all:
+            return fill_folder(study, folder, config, options, taxonomy, features, ask_all)
 
     names = [f"{kind}.jsonl" for kind in features] + ["shares.json", "clusters.json", "maps.parquet"]
-    result = study.run(
+    names += ["flow.json"] if "latent" in features else []
+    return study.run(
         "categorize",
         replace(config, taxonomy=f"{config.taxonomy or 'built-in'} {identity(taxonomy)}"),
         options,
@@ -118,8 +143,28 @@ def categorize(study: Study, config: CategorizeConfig, options: Options, ask: As
         outputs=[f"{FOLDER}/{name}" for name in names],
         work=work,
     )
-    study.summarise({"categories": result["kinds"]})
-    return result
+
+
+def check_judge(config: CategorizeConfig) -> None:
+    """Raise BadInput unless the options of the judge make sense."""
+    if not config.judge_model or not config.judge_url:
+        raise BadInput("--by judge needs --judge-model and --judge-url; see docs/judges.md.")
+    check_url(config.judge_url)
+    if min(config.judge_concurrency, 1 if config.budget_calls is None else config.budget_calls) < 1:
+        raise BadInput("Give --judge-concurrency and --budget-calls at least 1.")
+
+
+@contextmanager
+def asker(study: Study, config: CategorizeConfig, taxonomy: Taxonomy, ask: Ask | None) -> Iterator[AskAll | None]:
+    """Inside, what answers for many features at once; None where words assign."""
+    if config.by != "judge":
+        yield None
+    elif ask is not None:
+        yield lambda texts: [ask(text) for text in texts]
+    else:
+        endpoint = Endpoint(str(config.judge_model), str(config.judge_url), config.judge_key_env)
+        with judge_asker(study, endpoint, taxonomy, config.judge_concurrency, config.budget_calls) as ask_all:
+            yield ask_all
 
 
 def identity(taxonomy: Taxonomy) -> str:
@@ -153,7 +198,7 @@ def fill_folder(
     options: Options,
     taxonomy: Taxonomy,
     features: dict[str, FeatureSet],
-    ask: Ask | None,
+    ask_all: AskAll | None,
 ) -> dict[str, Any]:
     """Everything of one run, into a folder; the stage's result."""
     texts = vocabulary_texts(open_tokenizer(study.path / "tokenizer"))
@@ -166,7 +211,7 @@ def fill_folder(
     for name, of_kind in progress(features.items(), len(features), "categorize", "kind"):
         kind = read_kind(study, config.corpus, of_kind, texts)
         draws = partial(generator, options.seed, name)
-        assigned = assign_kind(kind, config.by, taxonomy, ask, draws("null"))
+        assigned = assign_kind(kind, taxonomy, ask_all, draws("null"))
         atomic_write_text(
             folder / f"{name}.jsonl",
             "".join(json.dumps(one.as_row(), ensure_ascii=False, allow_nan=False) + "\n" for one in assigned),
@@ -201,26 +246,21 @@ def generator(seed: int, *purpose: str) -> np.random.Generator:
     return np.random.default_rng([seed, *" ".join(purpose).encode()])
 
 
-def assign_kind(kind: Kind, by: str, taxonomy: Taxonomy, ask: Ask | None, rng: np.random.Generator) -> list[Assignment]:
+def assign_kind(kind: Kind, taxonomy: Taxonomy, ask_all: AskAll | None, rng: np.random.Generator) -> list[Assignment]:
     """A category, or a reason for none, for every feature of a kind."""
     ids = kind.features.ids
-    if by == "judge" and ask is not None:
+    if ask_all is not None:
         told = [feature_text(f, rows, found) for f, rows, found in zip(ids, kind.rows_F, kind.examples_F, strict=True)]
-        return assign_by_asking(ids, told, ask, taxonomy)
+        return assign_by_asking(ids, told, ask_all, taxonomy)
     sources = [(*explanation_words(rows), found) for rows, found in zip(kind.rows_F, kind.examples_F, strict=True)]
     return assign_by_words(ids, make_bags(sources), taxonomy, rng)
 
 
 def count_assigned(assigned: Sequence[Assignment]) -> dict[str, int]:
-    """How many features have a category, how many fit none, how many had nothing to go by."""
-    fitted = sum(one.category is not None for one in assigned)
-    without = sum(one.without_words for one in assigned)
-    return {
-        "features": len(assigned),
-        "assigned": fitted,
-        "none_fits": len(assigned) - fitted - without,
-        "without_words": without,
-    }
+    """How many features have a category, fit none, had no usable answer, or had nothing to go by."""
+    outcomes = {"assigned": ASSIGNED, "none_fits": NONE_FITS, "no_answer": NO_ANSWER, "without": WITHOUT}
+    counts = {name: sum(one.outcome == outcome for one in assigned) for name, outcome in outcomes.items()}
+    return {"features": len(assigned)} | counts
 
 
 def feature_spaces(
@@ -258,7 +298,7 @@ def measure_shares(
 def make_flow(kind: Kind, assigned: Sequence[Assignment]) -> dict[str, Any]:
     """`flow.json`: the latents that have words, by category and subcategory (see `flow_rows`)."""
     assert kind.decoder_FN is not None
-    kept = [f for f, one in enumerate(assigned) if not one.without_words]
-    groups = [(assigned[f].category or NONE_FITS, assigned[f].subcategory) for f in kept]
+    kept = [f for f, one in enumerate(assigned) if one.outcome != WITHOUT]
+    groups = [(assigned[f].category or assigned[f].outcome, assigned[f].subcategory) for f in kept]
     rows = flow_rows(kind.features.store.addresses, kind.decoder_FN[kept], groups)
     return {"unit": "effect per unit of activation", "latents": len(kept), "rows": rows}

@@ -198,25 +198,18 @@ def membership(texts: Sequence[str], taxonomy: Taxonomy) -> FloatArray:
     """
     member_VS = np.zeros((len(texts), len(taxonomy.subcategories)))
     for row, text in enumerate(texts):
-        for test, worth in ((_lists, 1.0), (_has_class, 1.0), (_describes, DESCRIBED)):
-            owners = [s for s, sub in enumerate(taxonomy.subcategories) if test(sub, text)]
-            if owners:
-                member_VS[row, owners] = worth / len(owners)
+        word, classes = normal_word(text), frozenset(token_classes(text))
+        segments: frozenset[str] = frozenset()
+        if text.startswith(CLASS):
+            classes = frozenset({text.removeprefix(CLASS)})
+        elif text.startswith(SEGMENT):
+            classes, segments = segments, frozenset({text.removeprefix(SEGMENT)})
+        subs = taxonomy.subcategories
+        listed = [word in sub.words or any(pattern.fullmatch(word) for pattern in sub.patterns) for sub in subs]
+        classed = [not (sub.classes.isdisjoint(classes) and sub.segments.isdisjoint(segments)) for sub in subs]
+        described = [word in sub.described for sub in subs]
+        for owners, worth in ((listed, 1.0), (classed, 1.0), (described, DESCRIBED)):
+            if any(owners):
+                member_VS[row, owners] = worth / sum(owners)
                 break
     return member_VS
-
-
-def _lists(sub: Subcategory, text: str) -> bool:
-    word = normal_word(text)
-    return word in sub.words or any(pattern.fullmatch(word) for pattern in sub.patterns)
-
-
-def _has_class(sub: Subcategory, text: str) -> bool:
-    for prefix, names in ((CLASS, sub.classes), (SEGMENT, sub.segments)):
-        if text.startswith(prefix):
-            return text.removeprefix(prefix) in names
-    return not sub.classes.isdisjoint(token_classes(text))
-
-
-def _describes(sub: Subcategory, text: str) -> bool:
-    return normal_word(text) in sub.described

@@ -1,0 +1,121 @@
+"""Scoring the explanations of a job: detection and fuzzing, beside a wrong explanation and a shuffled feature."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lorascope.explain.firings import shift_firings
+from lorascope.explain.job import Explainer, Job, feature_rng
+from lorascope.explain.judge_log import is_passing
+from lorascope.explain.rows import Row
+from lorascope.explain.rules import rule_from_json
+from lorascope.explain.scoring import Explanation, Quiz, pose_detection, pose_fuzzing
+from lorascope.explain.windows import draw_windows
+
+LEAST_SCORING = 5
+"""Fewest windows of each side on which a score is given."""
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+
+
+def score_feature(job: Job, explainer: Explainer, row: Row, lender: Row | None) -> Row:
+    """`{"scored": ...}` of one explained feature, or `{"reason"}` when there are too few windows.
+
+    `scored` has `detection` and `fuzzing`, each also with `_wrong` (the explanation of `wrong_from`) and `_shuffled`
+    (the same explanation on the feature's firings shifted within their traces).
+    """
+    feature = row["feature"]
+    at_n, activation_n = job.scoring.firings.of(job.numbers[feature])
+    if len(at_n) < LEAST_SCORING:
+        return {"reason": f"fires on {len(at_n)} tokens of the scoring corpus, fewer than {LEAST_SCORING}"}
+    rng = feature_rng(job.seed, "score", feature)
+    quizzes, n_quiet = _pose(job, at_n, activation_n, rng)
+    if n_quiet < LEAST_SCORING:
+        return {"reason": f"only {n_quiet} windows of the scoring corpus are without it, fewer than {LEAST_SCORING}"}
+    own = _explanation(feature, row)
+    scored: dict[str, Any] = {}
+    for name, quiz in quizzes.items():
+        if quiz.truth_W.all():
+            scored[name] = None
+            continue
+        scored[name] = explainer.score(quiz, own, rng) | {"counts": quiz.counts}
+        if lender:
+            scored[f"{name}_wrong"] = explainer.score(quiz, _explanation(feature, lender), rng)
+    shuffled = _score_shuffled(job, explainer, own, at_n, activation_n)
+    scored |= shuffled | {"wrong_from": lender["feature"] if lender else None}
+    if explainer.agree:
+        kept = {name: quiz for name, quiz in quizzes.items() if scored[name]}
+        scored["agreement"] = {name: explainer.agree(quiz, own) for name, quiz in kept.items()}
+    return {"scored": scored} | ({"retry": True} if _failed_in_passing(scored) else {})
+
+
+def _pose(
+    job: Job, at_n: NDArray[np.int64], activation_n: NDArray[np.float32], rng: np.random.Generator
+) -> tuple[dict[str, Quiz], int]:
+    """Both quizzes about firings of the scoring corpus, and how many windows there are without any."""
+    corpus = job.scoring.reading.corpus
+    sample = draw_windows(corpus, at_n, activation_n, wanted=job.config.examples, radius=job.config.window, rng=rng)
+    quizzes = {"detection": pose_detection(corpus, sample), "fuzzing": pose_fuzzing(corpus, sample, rng)}
+    return quizzes, len(sample.index_WS) - sample.n_positive
+
+
+def _score_shuffled(
+    job: Job, explainer: Explainer, own: Explanation, at_n: NDArray[np.int64], activation_n: NDArray[np.float32]
+) -> dict[str, Any]:
+    """The same explanation on shifted firings, with draws of its own; nothing where too few windows are left."""
+    rng = feature_rng(job.seed, "shuffle", own.feature)
+    moved_n, order_n = shift_firings(job.scoring.reading.corpus, at_n, job.config.window, rng)
+    if len(moved_n) < LEAST_SCORING:
+        return {}
+    quizzes, n_quiet = _pose(job, moved_n, activation_n[order_n], rng)
+    if n_quiet < LEAST_SCORING:
+        return {}
+    posed = {name: quiz for name, quiz in quizzes.items() if not quiz.truth_W.all()}
+    return {f"{name}_shuffled": explainer.score(quiz, own, rng) for name, quiz in posed.items()}
+
+
+def _explanation(feature: str, row: Row) -> Explanation:
+    """What a row says, of the feature that it is tried on."""
+    return Explanation(feature, row["text"], None if row["rule"] is None else rule_from_json(row["rule"]))
+
+
+def _failed_in_passing(scored: dict[str, Any]) -> bool:
+    parts = [part for part in scored.values() if isinstance(part, dict)]
+    parts += list(scored.get("agreement", {}).values())
+    return any(is_passing(reason) for part in parts for reason in part.get("failures", ()))
+
+
+def in_order(
+    work: Callable[[Item], Made], items: Iterable[Item], workers: int, stop: Callable[[], None]
+) -> Iterator[tuple[Item, Made]]:
+    """(item, work(item)) in the order of the items, up to `workers` at once and never many more in memory.
+
+    When one fails, or the run is interrupted, `stop` is called, those not yet begun are dropped, and the error is
+    raised once the others have ended.
+    """
+    if workers == 1:
+        for item in items:
+            yield item, work(item)
+        return
+    rest = iter(items)
+    with ThreadPoolExecutor(workers, thread_name_prefix="feature") as pool:
+        waiting: list[tuple[Item, Future[Made]]] = []
+        try:
+            while True:
+                waiting += [(item, pool.submit(work, item)) for item in islice(rest, 2 * workers - len(waiting))]
+                if not waiting:
+                    return
+                item, future = waiting.pop(0)
+                yield item, future.result()
+        except BaseException:
+            stop()
+            for _, future in waiting:
+                future.cancel()
+            raise

@@ -1,0 +1,92 @@
+"""A real server as judge, `transformers serve` with the built-in model: that its answers arrive, not what they say."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lorascope.config import Options
+from lorascope.explain import ExplainConfig, explain_features
+from lorascope.explain.budget import Budget, Limits
+from lorascope.explain.judge_log import is_passing
+from lorascope.explain.judges import Endpoint, Judge, open_log
+from lorascope.explain.prompts import ask_confidence
+from lorascope.explain.rows import read_rows
+from lorascope.models import load_tokenizer
+from planted_text import planted_study
+
+SERVE = "from transformers.cli.transformers import main; main()"
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+    """(URL, model) of a running server."""
+    folder = load_tokenizer("smollm2-135m-instruct").name_or_path
+    port = free_port()
+    output = tmp_path_factory.mktemp("served") / "log.txt"
+    command = [sys.executable, "-c", SERVE, "serve", folder, "--port", str(port), "--host", "127.0.0.1"]
+    with output.open("wb") as file:
+        server = subprocess.Popen([*command, "--device", "cpu"], stdout=file, stderr=file, env=os.environ.copy())
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            assert server.poll() is None, output.read_text()
+            assert time.monotonic() < deadline, output.read_text()
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                    break
+            except OSError:
+                time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}/v1", folder
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def test_a_served_model_explains_and_scores(tmp_path: Path, served: tuple[str, str]) -> None:
+    url, model = served
+    study, ids = planted_study(tmp_path / "study", traces=60)
+    seed = next(s for s in range(1000) if np.random.default_rng(s).permutation(12)[0] == 0)  # draws the first feature
+    config = ExplainConfig(kinds="direction", explainer="judge", judge_model=model, judge_url=url, limit=1)
+    config = replace(config, examples=5, asked=10, window=4, shown=4, judge_max_tokens=12, judge_concurrency=2)
+    result = explain_features(study, config, Options(seed=seed))["direction"]
+    (row,) = read_rows(study.path / "explanations" / "direction.jsonl")
+    assert (row["feature"], row["explainer"]) == (ids["a token"], f"judge:{model}")
+    assert row["text"] or row["reason"]
+    assert row["class"]["reason"] or row["class"]["failure"]
+    asked = read_rows(next((study.path / "explanations" / "judges").glob("*.jsonl")))
+    assert len(asked) == result["spent"]["calls"] >= 2
+    assert all(row["tokens_in"] > 20 and 1 <= row["tokens_out"] <= 12 and row["text"] for row in asked)
+    assert not any(row["failure"] and is_passing(row["failure"]) for row in asked)
+    assert result["spent"]["tokens_out"] == sum(row["tokens_out"] for row in asked)
+    (study.path / "explanations" / "direction.jsonl").unlink()
+    again = explain_features(study, replace(config, judge_url="http://127.0.0.1:9/v1"), Options(seed=seed))["direction"]
+    assert (again["spent"]["calls"], again["reasons"]) == (0, result["reasons"])
+
+
+def test_a_served_model_is_asked_about_windows(tmp_path: Path, served: tuple[str, str]) -> None:
+    url, model = served
+    endpoint = Endpoint(model, url, max_tokens=12)
+    question = ask_confidence("the word is", ['(think) "it is so"', '(answer) "日本 🙂 so"'], None, 0)
+    log = open_log(tmp_path, endpoint)
+    with Judge(endpoint, log, Budget(Limits()), 1) as judge:
+        reply = judge.ask_all([question])[0]
+    log.close()
+    assert reply.failure is None or not is_passing(reply.failure)
+    assert reply.failure is not None or len(reply.value) == 2
