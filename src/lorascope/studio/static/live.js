@@ -25,8 +25,7 @@ if (form) {
   async function state() {
     const now = await ask("/live/state.json").catch((error) => ({ phase: "failed", said: error.message, queue: [] }));
     one("#loading").hidden = now.phase !== "loading";
-    if (now.phase === "loading") one("#said").textContent = `${now.said}: ${now.seconds.toFixed(0)} s`;
-    else if (!job && !asked) one("#said").textContent = now.phase === "failed" ? now.said : now.phase === "ready" ? "The model is loaded." : "The model is loaded when you generate.";
+    if (!asked) one("#said").textContent = now.phase === "loading" ? `${now.said}: ${now.seconds.toFixed(0)} s` : now.phase === "failed" ? now.said : now.phase === "ready" ? "The model is loaded." : "The model is loaded when you generate.";
     showQueue(now.queue);
     clearTimeout(poll);
     if (now.phase === "loading" || now.queue.length) poll = setTimeout(state, 1000);
