@@ -39,6 +39,7 @@ def pages(base: str) -> dict[str, str]:
         "compare": f"/compare?features={together}",
         "traces": "/traces",
         "trace": f"/trace/heldout/3?features={together}#t60",
+        "categories": "/categories",
         "evidence": "/evidence",
         "notes": "/notes",
         "live": f"/live?features={together}",

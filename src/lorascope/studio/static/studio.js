@@ -130,6 +130,7 @@ document.addEventListener("click", (event) => {
   const name = link ? link.getAttribute("href").slice(1) : "";
   if (name.startsWith("card-")) { event.preventDefault(); location.href = featureAddress(name.slice(5)); return; }
   const target = name && document.getElementById(name);
+  if (!target && name === "dropped") { event.preventDefault(); location.href = "/#dropped"; }
   if (!target) return;
   target.hidden = false;
   for (let fold = target.closest("details"); fold; fold = fold.parentElement.closest("details")) fold.open = true;
