@@ -240,6 +240,14 @@ def test_hostile_tokens_are_text(browser: Browser, base: str) -> None:
     page.locator("#trace > span").nth(30).click()
     expect(page.locator("#here h2")).to_contain_text("Token 30")
     assert page.evaluate("window.hacked") is None
+    page.locator("#here textarea").fill(HOSTILE)
+    page.locator("#here textarea").blur()
+    expect(page.locator("#trace > span").nth(30)).to_have_attribute("data-note", "✎")
+    page.reload()
+    page.wait_for_load_state("networkidle")
+    expect(page.locator("#trace > span").nth(30)).to_have_attribute("data-note", "✎")
+    assert page.locator("#here textarea").input_value() == HOSTILE
+    assert page.evaluate("window.hacked") is None
     for address in ("/traces?corpus=train", "/features", "/features?q=%3C%2Ftextarea%3E%3Cscript%3E"):
         page.goto(base + address)
         assert page.evaluate("window.hacked") is None

@@ -240,14 +240,26 @@ def trace_view(study: Study, path: Parts, query: Parts) -> Json:
     names = listed_features(query, MOST_COMPARED)
     page = coloured_trace(study, path["corpus"], index, names)
     if page["available"]:
-        page["notes"] = notes_at(study, [f"trace:{path['corpus']}:{index}"])
+        place = f"{path['corpus']}:{index}"
+        page["notes"] = notes_at(study, [f"trace:{place}"])
+        page["noted"] = noted_tokens(study, place)
     return page
+
+
+def noted_tokens(study: Study, place: str) -> list[int]:
+    """Positions of a trace's tokens with notes of their own; the place is CORPUS:INDEX."""
+    start = f"token:{place}:"
+    notes = current_notes(read_events(study.path / FILE)[0])
+    return sorted(int(name.removeprefix(start)) for name in notes if name.startswith(start))
 
 
 def fires_page(study: Study, path: Parts, query: Parts) -> Json:
     """What fires on one token."""
     index, position = whole_number(path["index"], "The trace"), whole_number(path["position"], "The token")
-    return fires_here(study, path["corpus"], index, position)
+    found = fires_here(study, path["corpus"], index, position)
+    if found["available"]:
+        (found["note"],) = notes_at(study, [f"token:{path['corpus']}:{index}:{position}"]).values()
+    return found
 
 
 def notes_page(study: Study, path: Parts, query: Parts) -> Json:

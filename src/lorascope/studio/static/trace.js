@@ -92,6 +92,25 @@ if (box) {
     one("#counted").textContent = `firing ${firings.indexOf(next) + 1} of ${firings.length}, token ${next}`;
   }
 
+  // a note on one token; tokens that have one carry a mark
+  const noted = new Set(box.dataset.noted.split(",").filter(Boolean).map(Number));
+  const markNoted = (t) => { if (noted.has(t)) tokens[t].dataset.note = "✎"; else delete tokens[t].dataset.note; };
+  noted.forEach(markNoted);
+  function noteOn(t, text) {
+    const area = make("textarea", { className: "token-note", rows: 2, maxLength: 10000, value: text, placeholder: "Note on this token", "aria-label": `Note on token ${t}` });
+    area.addEventListener("change", async () => {
+      try {
+        await ask("/notes", { method: "POST", body: JSON.stringify({ place: `token:${corpus}:${index}:${t}`, field: "text", value: area.value }) });
+        noted[area.value ? "add" : "delete"](t);
+        markNoted(t);
+        toast("Saved.");
+      } catch (error) {
+        toast(`Not saved: ${error.message}`);
+      }
+    });
+    return area;
+  }
+
   let asked = 0;
   async function tell(t) {
     move(t);
@@ -113,7 +132,7 @@ if (box) {
         const shown = rows.length < firing ? `, the strongest ${rows.length}` : "";
         return make("div", {}, make("h3", { textContent: `${firing} ${kind}s fire${shown}` }), make("ol", {}, ...items));
       });
-      here.replaceChildren(title, ...parts);
+      here.replaceChildren(title, noteOn(t, found.note.text), ...parts);
     } catch (error) {
       here.replaceChildren(title, make("p", { className: "absent", textContent: error.message }));
     }
