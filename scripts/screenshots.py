@@ -73,6 +73,8 @@ def generate(page: Page) -> None:
     page.locator("#tokens").fill("48")
     page.locator("#go").click()
     page.locator("#said", has_text="Done").wait_for(timeout=300_000)
+    page.evaluate("document.querySelector('#panels').scrollIntoView({block: 'end'})")
+    page.wait_for_timeout(600)
 
 
 def main() -> None:
