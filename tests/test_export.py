@@ -225,6 +225,7 @@ def test_neuronpedia_batches_are_the_same_rows_and_exports_the_same_bytes(
 
 
 def test_neuronpedia_has_explanations_with_their_scores_and_the_lens_where_made(study: Study) -> None:
+    shutil.rmtree(study.path / "lens")
     result = export(study, "neuronpedia")
     assert [part["run"] for part in result["left_out"]] == [f"lorascope lens {study.path}"]
     labels = {(r["layer"], r["index"]): r["vectorLabel"] for r in rows_of(Path(result["folder"]), "features")}

@@ -100,7 +100,7 @@ def plan(
         ("ablate", lambda: ablate_all(study(), ABLATION_TRACES // half, options)),
         ("record the training traces", lambda: record(study(), RecordConfig(source=BESIDE), options)),
         ("record the held-out traces", lambda: record(study(), RecordConfig("heldout", source=BESIDE), options)),
-        ("record the base model", lambda: record_base(study(), STEPS * BATCH // (2 * half), options)),
+        ("record the base model", lambda: record_base(study(), STEPS * BATCH // (3 * half), options)),
         (
             "train the sparse autoencoder",
             lambda: decompose(study(), SAEConfig(patched_tokens=PATCHED_TOKENS // half), options),
