@@ -145,7 +145,7 @@ def test_search_as_one_types_sort_and_compare(browser: Browser, base: str) -> No
     page.locator(".pick").nth(1).check()
     assert "2 of at most" in page.locator("#compare").inner_text()
     page.locator("#compare").click()
-    expect(page.locator(".compare section")).to_have_count(2)
+    expect(page.locator(".side-by-side section")).to_have_count(2)
     assert trouble == []
 
 

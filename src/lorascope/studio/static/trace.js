@@ -28,7 +28,7 @@ if (box) {
         if (share > 0 && values[t] > level) firing.push(k + 1);
       });
       const classes = special[t] ? ["sp"] : [];
-      if (best >= 0) classes.push(`k${best}`, `h${Math.min(STEPS, 1 + Math.floor(STEPS * part * 0.9999))}`);
+      if (best >= 0) classes.push(`hue${best}`, `h${Math.min(STEPS, 1 + Math.floor(STEPS * part * 0.9999))}`);
       if (firing.length) classes.push("f");
       if (t === at) classes.push("cursor");
       token.className = classes.join(" ");
@@ -47,12 +47,12 @@ if (box) {
       const remove = make("button", { type: "button", textContent: "×", "aria-label": `Remove ${feature.id}` });
       remove.addEventListener("click", () => choose(features.map((f) => f.id).filter((id) => id !== feature.id)));
       const count = feature.values.filter((v, t) => !special[t] && v > feature.level && v > feature.typical).length;
-      return make("li", { className: `k${k}` }, make("span", { className: "swatch" }), `${features.length > 1 ? `${k + 1} ` : ""}`,
+      return make("li", { className: `hue${k}` }, make("span", { className: "swatch" }), `${features.length > 1 ? `${k + 1} ` : ""}`,
         make("a", { href: featureAddress(feature.id), textContent: feature.id.replace(/-$/, "−") }), make("span", { className: "count", textContent: `fires on ${count}` }), remove);
     }));
     one("#strips").replaceChildren(...features.map((feature, k) => {
       const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
-      svg.setAttribute("class", `strip k${k}`);
+      svg.setAttribute("class", `strip hue${k}`);
       svg.setAttribute("width", "100%");
       svg.setAttribute("height", "44");
       svg.setAttribute("role", "img");
