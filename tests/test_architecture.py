@@ -33,7 +33,7 @@ FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split(
 # Reading stages work without a language model; what must load one does so inside the function that needs it.
 NO_LANGUAGE_MODEL = [
     *("example_search", "sae", "explain", "comparison", "reasoning", "logit_lens"),
-    *("views", "report", "export"),
+    *("views", "report", "studio", "export"),
 ]
 LANGUAGE_MODEL = {"transformers", "peft", "lorascope.models", "lorascope.attached", "lorascope.generation"}
 

@@ -89,6 +89,7 @@ def test_what_goes_in_comes_out(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.concatenate([z for _, z in store.chunks()]), z)
     index = np.array([23, 0, 7, 8, 7, 15])
     np.testing.assert_array_equal(store.rows(index), z[index])
+    np.testing.assert_array_equal(store.visit(index), z[index])
     for i in range(7):
         where, part = store.trace(i)
         assert (where.start, where.stop) == (data["offsets"][i], data["offsets"][i + 1])

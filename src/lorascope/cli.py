@@ -50,6 +50,7 @@ COMMANDS = {
     "reasoning": Command("reasoning", "ReasoningConfig", "find_reasoning", "which features fire at reasoning words"),
     "lens": Command("logit_lens", "LensConfig", "read_lens", "tokens that directions and latents read and write"),
     "steer": Command("steering", "SteerConfig", "steer_text", "text with features pushed, scaled, clamped or off"),
+    "studio": Command("studio", "StudioConfig", "serve", "look, ask, steer and note in the browser"),
     "export": Command("export", "ExportConfig", "export_study", "files for PEFT, SAELens, Neuronpedia, or as CSV"),
     "report": Command("report", "ReportConfig", "write_report", "one HTML file of everything"),
 }

@@ -14,7 +14,7 @@ traces were dropped. Shape legend: T tokens, N directions.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -241,13 +241,21 @@ class Store:
 
     def rows(self, index: npt.NDArray[np.integer[Any]]) -> Floats:
         """Scalars of any tokens in any order, float32 [len(index), N]."""
+        return self.gather(index, lambda number: self.shards[number])
+
+    def visit(self, index: npt.NDArray[np.integer[Any]]) -> Floats:
+        """`rows` through maps of its own, dropped at once: in a server, pages that were read would pile up."""
+        return self.gather(index, lambda number: map_tensors(self.folder / shard_name(number))["z"])
+
+    def gather(self, index: npt.NDArray[np.integer[Any]], open_shard: Callable[[int], Array]) -> Floats:
+        """Scalars of tokens, float32 [len(index), N], from the shards that hold them."""
         index = np.asarray(index, np.int64)
         half = np.empty((len(index), len(self.scale_N)), np.float16)
         order = np.argsort(index, kind="stable")  # neighbours are read together
         bounds = np.searchsorted(index[order], self.starts)
-        for shard, start, first, stop in zip(self.shards, self.starts, bounds, bounds[1:], strict=False):
+        for number, (start, first, stop) in enumerate(zip(self.starts, bounds, bounds[1:], strict=False)):
             if first < stop:
-                half[order[first:stop]] = shard[index[order[first:stop]] - start]
+                half[order[first:stop]] = open_shard(number)[index[order[first:stop]] - start]
         return self.decode(half)
 
     def trace(self, number: int) -> tuple[slice, Floats]:

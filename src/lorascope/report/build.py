@@ -100,11 +100,7 @@ def missing_commands(data: dict[str, Any]) -> list[str]:
 
 def render_html(data: dict[str, Any]) -> str:
     """The whole page."""
-    loader = jinja2.PackageLoader("lorascope.report")
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.globals.update({helper.__name__: helper for helper in HELPERS})
+    environment = make_environment(jinja2.PackageLoader("lorascope.report"))
     style, script = asset("report.css"), asset("report.js")
     payload = data["traces"].get("data", {"features": [], "traces": []})
     return environment.get_template("report.html.j2").render(
@@ -115,6 +111,15 @@ def render_html(data: dict[str, Any]) -> str:
         payload=embedded_json(payload),
         version=__version__,
     )
+
+
+def make_environment(loader: jinja2.BaseLoader) -> jinja2.Environment:
+    """Templates that escape every value, fail on a name that is not there, and may call the `HELPERS`."""
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.globals.update({helper.__name__: helper for helper in HELPERS})
+    return environment
 
 
 def asset(name: str) -> str:

@@ -4,6 +4,8 @@ Shape legend: T tokens, N directions.
 """
 
 import contextlib
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ import numpy.typing as npt
 
 from lorascope.store import INDEX, Store, store_folder
 from lorascope.study import Study, digest, read_json, write_json
+from lorascope.views.reading import stamp
 
 CACHE = ".views"
 """Folder in the study for what can be computed again; names with a dot are no stage's input."""
@@ -30,16 +33,48 @@ def direction_effects(study: Study, corpus: str, source: str = "adapter") -> dic
         MissingStage: the corpus is not recorded.
     """
     store = Store.open(store_folder(study.path, corpus, source))
-    stamp = digest([VERSION, read_json(store.folder / INDEX)])
-    cache = study.path / CACHE / f"effects-{corpus}-{source}.json"
-    if cache.is_file():
-        kept = read_json(cache)
-        if kept.get("of") == stamp:
-            return dict(kept["columns"])
+    if kept := kept_effects(study, corpus, source):
+        return kept
     columns = measure_effects(store)
     with contextlib.suppress(OSError):  # a study that cannot be written to can still be looked at
-        write_json(cache, {"of": stamp, "columns": columns})
+        write_json(cache_file(study, corpus, source), {"of": store_stamp(store.folder), "columns": columns})
     return columns
+
+
+def kept_effects(study: Study, corpus: str, source: str = "adapter") -> dict[str, list[Any]] | None:
+    """What `direction_effects` measured before, if the store is still the same; None otherwise."""
+    cache = cache_file(study, corpus, source)
+    kept = read_json(cache) if cache.is_file() else {}
+    same = kept and kept.get("of") == store_stamp(store_folder(study.path, corpus, source))
+    return dict(kept["columns"]) if same else None
+
+
+def cache_file(study: Study, corpus: str, source: str) -> Path:
+    """Where the statistics of a store are kept."""
+    return study.path / CACHE / f"effects-{corpus}-{source}.json"
+
+
+def store_stamp(folder: Path) -> str:
+    """What the statistics are of: this version of them, on this store."""
+    return digest([VERSION, read_json(folder / INDEX)])
+
+
+def typical_effects(study: Study, corpus: str, source: str = "adapter") -> dict[str, float]:
+    """The median effect of each direction, as in `direction_effects`, without a reading of the whole store.
+
+    Raises:
+        MissingStage: the corpus is not recorded.
+    """
+    folder = store_folder(study.path, corpus, source)
+    index = folder / INDEX
+    return kept_medians(folder, *(stamp(index) if index.is_file() else (0, 0)))
+
+
+@lru_cache(maxsize=8)
+def kept_medians(folder: Path, size: int, modified: int) -> dict[str, float]:
+    """`typical_effects` of one state of a store."""
+    store = Store.open(folder)
+    return dict(zip(store.addresses, median_effects(store).tolist(), strict=True))
 
 
 def measure_effects(store: Store) -> dict[str, list[Any]]:
@@ -69,7 +104,7 @@ def median_effects(store: Store) -> npt.NDArray[np.float64]:
     if not len(ordinary):
         return np.zeros(len(store.addresses))
     chosen = ordinary[:: -(-len(ordinary) // MEDIAN_TOKENS)]
-    median_N = np.median(store.rows(chosen).astype(np.float64), axis=0)
+    median_N = np.median(store.visit(chosen).astype(np.float64), axis=0)
     return np.asarray(median_N * store.effect_per_scalar)
 
 

@@ -4,7 +4,7 @@ A cell is one adapted matrix. At rank r it holds r directions; a map then shows 
 norm of the whole matrix's change), and says so.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -60,8 +60,16 @@ ABOUT = {
 }
 
 
-def direction_map(study: Study, corpus: str = "train") -> Json:
+Effects = dict[str, list[Any]]
+
+
+def direction_map(
+    study: Study, corpus: str = "train", effects_of: Callable[[Study, str], Effects | None] = direction_effects
+) -> Json:
     """All layer × type maps.
+
+    Args:
+        effects_of: gives the effects of a recorded corpus, or None while they are still being measured.
 
     Returns:
         `{"available", "rank", "layers": [0, 1, ..], "types": ["q", ..], "grids": [grid]}`; a grid is
@@ -79,8 +87,9 @@ def direction_map(study: Study, corpus: str = "train") -> Json:
     norms = [float(np.linalg.norm(factor_product(m.a_RI.numpy(), m.b_OR.numpy())) * m.scale) for m in adapter.modules]
     per_direction = [norm for norm, m in zip(norms, adapter.modules, strict=True) for _ in range(m.rank)]
     grids = [place.grid("norm", per_direction)]
-    if store_folder(study.path, corpus, "adapter").is_dir():
-        effects = direction_effects(study, corpus)
+    recorded = store_folder(study.path, corpus, "adapter").is_dir()
+    effects = effects_of(study, corpus) if recorded else None
+    if effects is not None:
         grids += [place.grid("effect", effects["rms"]), relative_grid(study, place, corpus, effects["rms"])]
         grids += [kl_grid(study, place), place.grid("density", effects["participation"])]
     else:
@@ -169,3 +178,26 @@ def signed_map(addresses: Sequence[str], values: Sequence[float]) -> Json:
     layers, types = axes(addresses)
     grid = Places(addresses, layers, types).grid("", list(values))
     return {"layers": layers, "types": types, "values": grid["values"], "address": grid["address"]}
+
+
+def score_grid(map_: Json, rows: Sequence[Json]) -> Json:
+    """A grid of detection scores on the axes of a map: of each direction's better explained polarity.
+
+    Args:
+        map_: what `direction_map` gave.
+        rows: the feature table's.
+    """
+    best: dict[str, float] = {}
+    for row in rows:
+        if row["kind"] == "direction" and row["detection"] is not None:
+            best[row["address"]] = max(best.get(row["address"], 0.0), row["detection"])
+    addresses = [address for line in map_["grids"][0]["address"] for address in line if address]
+    about = {
+        "label": "Detection score",
+        "unit": "balanced accuracy",
+        "scale": "linear",
+        "caption": "How well the explanation of the direction's better explained polarity tells, on traces it never "
+        "saw, where it fires. 0.5 is chance.",
+    }
+    place = Places(addresses, map_["layers"], map_["types"])
+    return place.grid("score", [best.get(address) for address in addresses]) | about

@@ -3,6 +3,7 @@
 Shape legend: T tokens of a window, F features, N directions.
 """
 
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from lorascope.token_text import open_tokenizer, token_texts
 from lorascope.traces import SEGMENT_NAMES
 from lorascope.views.ablation_tables import direction_kl
 from lorascope.views.category_shares import feature_category
-from lorascope.views.effects import direction_effects
+from lorascope.views.effects import typical_effects
 from lorascope.views.feature_list import TOO_FEW, decoder_effects, feature_kind, feature_place
 from lorascope.views.lens import feature_lens
 from lorascope.views.maps import signed_map
@@ -92,9 +93,8 @@ def typical_activation(study: Study, features: FeatureSet, corpus: str, feature:
     """The median activation of a direction's polarity over ordinary tokens; 0 for a latent."""
     if features.latent:
         return 0.0
-    effects = direction_effects(study, corpus, features.store.folder.name)
-    medians = dict(zip(effects["address"], effects["median"], strict=True))
-    median = float(medians[str(feature_place(feature)["address"])])
+    medians = typical_effects(study, corpus, features.store.folder.name)
+    median = medians[str(feature_place(feature)["address"])]
     return max(0.0, median if feature.endswith("+") else -median)
 
 
@@ -161,20 +161,44 @@ def shown_examples(
 ) -> dict[str, list[Json]]:
     """Examples by where they come from (`top`, `q0`, ...), each with its window."""
     shown: dict[str, list[Json]] = {}
+    chosen: list[Json] = []
     for row in sorted(rows, key=lambda r: (r["where"] != "top", r["where"], r["rank"])):
         group = shown.setdefault(row["where"], [])
         if len(group) < (top if row["where"] == "top" else per_quantile):
-            group.append(example_window(study, features, column, row, window))
-    return shown
+            group.append({})
+            chosen.append(row)
+    windows = example_windows(study, features, column, chosen, window)
+    return {where: [next(windows) for _ in group] for where, group in shown.items()}
 
 
-def example_window(study: Study, features: FeatureSet, column: int, row: Json, window: int) -> Json:
-    """One example with the tokens around it."""
+def example_windows(study: Study, features: FeatureSet, column: int, rows: list[Json], window: int) -> Iterator[Json]:
+    """Examples with the tokens around each, in their order; the scalars of all are read together."""
+    store = features.store
+    firsts = [int(store.offsets[row["trace"]]) for row in rows]
+    lengths = [int(store.offsets[row["trace"] + 1]) - first for row, first in zip(rows, firsts, strict=True)]
+    bounds = [
+        (max(0, row["position"] - window), min(length, row["position"] + window + 1))
+        for row, length in zip(rows, lengths, strict=True)
+    ]
+    places = [np.arange(first + start, first + stop) for first, (start, stop) in zip(firsts, bounds, strict=True)]
+    acts = activations(features, column, np.concatenate(places)) if places else np.zeros(0, np.float32)
+    parts = np.split(acts, np.cumsum([len(place) for place in places])[:-1])
+    for row, length, (start, stop), values in zip(rows, lengths, bounds, parts, strict=False):
+        yield example_window(study, features, row, length, start, stop, values)
+
+
+def example_window(
+    study: Study,
+    features: FeatureSet,
+    row: Json,
+    length: int,
+    start: int,
+    stop: int,
+    values: npt.NDArray[np.float32],
+) -> Json:
+    """One example with the tokens [start, stop) of its trace around it and the activation of each."""
     store, trace, position = features.store, int(row["trace"]), int(row["position"])
-    length = int(store.offsets[trace + 1] - store.offsets[trace])
-    start, stop = max(0, position - window), min(length, position + window + 1)
     part = token_part(study, features, trace, start, stop)
-    values = activations(features, column, trace, start, stop)
     return {
         "trace": trace,
         "trace_id": store.trace_ids[trace],
@@ -198,11 +222,9 @@ def token_part(study: Study, features: FeatureSet, trace: int, start: int, stop:
     return {"tokens": texts, "segments": features.store.segments[first + start : first + stop].tolist()}
 
 
-def activations(features: FeatureSet, column: int, trace: int, start: int, stop: int) -> npt.NDArray[np.float32]:
-    """One feature's activation on the tokens [start, stop) of a trace, float32 [T]."""
-    first = int(features.store.offsets[trace])
-    z_TN = features.store.rows(np.arange(first + start, first + stop))
-    return features.encode(z_TN, np.array([column], np.intp))[:, 0]
+def activations(features: FeatureSet, column: int, places_T: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+    """One feature's activation on tokens of the corpus, float32 [T]."""
+    return features.encode(features.store.visit(places_T), np.array([column], np.intp))[:, 0]
 
 
 def explanation_of(study: Study, kind: str, feature: str) -> Json | None:

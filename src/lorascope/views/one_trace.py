@@ -62,7 +62,8 @@ def trace_feature(study: Study, corpus: str, index: int, feature: str, stop: int
     column = column_of(features, feature)
     if column is None:
         raise BadInput(f"There is no feature {feature!r} of kind {kind} in {study.path}.")
-    values = activations(features, column, index, 0, stop)
+    first = int(features.store.offsets[index])
+    values = activations(features, column, np.arange(first, first + stop))
     levels: dict[str, Any] = (json_file(study, "examples/levels.json") or {}).get(kind, {})
     level = 0.0 if features.latent else levels.get(feature)
     return {
@@ -85,6 +86,6 @@ def trace_features(study: Study, corpus: str, index: int, wanted: list[str], sto
         places = [i for i, name in enumerate(wanted) if feature_kind(name) == kind]
         columns = [column_of(features, wanted[i]) for i in places]
         first = int(features.store.offsets[index])
-        z_TN = features.store.rows(np.arange(first, first + stop))
+        z_TN = features.store.visit(np.arange(first, first + stop))
         out[places] = features.encode(z_TN, np.array(columns, np.intp)).T
     return out

@@ -1,0 +1,278 @@
+"""The studio on a large study: server time of its pages and its memory, without a model.
+
+`python benchmarks/studio.py [FOLDER]` makes a study of 3,584 latents and 448 directions on 10 million tokens (9 GB;
+kept in FOLDER if one is named) and asks a studio that runs in a process of its own. Prints one JSON document.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from lorascope.adapter import Adapter, build_adapter
+from lorascope.store import store_folder
+from lorascope.store_writer import StorePlan, StoreWriter, plan_shards
+from lorascope.study import Study, write_json
+
+LAYERS, LATENTS, TOKENS, LENGTH, VOCABULARY = 64, 3584, 10_000_000, 4000, 50_000
+TOP, QUANTILES, PER_QUANTILE = 50, 5, 10
+SHARD = 400_000
+TYPES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+TYPES += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+PORT = 8795
+REPEATS = 20
+FIRST_VIEW, FEATURE_PAGE, MEMORY = 0.3, 0.1, 1 << 30
+
+
+def make_adapter() -> Adapter:
+    """Rank 1 on seven matrices of every layer, of the width of a small model."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        f"model.layers.{layer}.{place}": (
+            torch.randn(1, 512, generator=generator),
+            torch.randn(512, 1, generator=generator),
+            16.0,
+        )
+        for layer in range(LAYERS)
+        for place in TYPES
+    }
+    return build_adapter(weights, {"peft_type": "LORA", "r": 1, "lora_alpha": 16})
+
+
+def make_store(study: Study, adapter: Adapter, tokens: int) -> None:
+    """Random scalars: one block of noise, written again for every shard."""
+    rng = np.random.default_rng(0)
+    count = tokens // LENGTH
+    lengths = [LENGTH] * count
+    plan = StorePlan(
+        addresses=adapter.addresses,
+        effect_per_scalar=adapter.effect_per_scalar.tolist(),
+        trace_ids=[f"trace-{i}" for i in range(count)],
+        lengths=lengths,
+        response_starts=[100] * count,
+        shards=[[list(range(first, stop))] for first, stop in plan_shards(lengths, SHARD)],
+        about={"source": "adapter"},
+    )
+    writer = StoreWriter(store_folder(study.path, "train", "adapter"), plan)
+    noise = rng.standard_t(4, size=(LENGTH, len(adapter.addresses))).astype(np.float32)
+    writer.calibrate(np.abs(noise).max(axis=0))
+    segments = np.repeat([0, 1, 2, 3], [10, 90, LENGTH - 200, 100]).astype(np.uint8)
+    for number in writer.missing():
+        shard = writer.begin(number)
+        for i in plan.shards[number][0]:
+            ids = rng.integers(0, VOCABULARY, LENGTH).astype(np.int32)
+            writer.put(shard, i, np.roll(noise, i, axis=0), ids, segments, np.zeros(LENGTH, bool))
+        writer.commit(shard)
+    writer.finish()
+
+
+def make_tables(study: Study, ids: list[str], kind: str, tokens: int) -> None:
+    """Examples, statistics and explanations of a kind, random but of the right shape and size."""
+    rng = np.random.default_rng(len(ids))
+    folder = study.path / "examples" / "train"
+    folder.mkdir(parents=True, exist_ok=True)
+    where = ["top"] * TOP + [f"q{q}" for q in range(QUANTILES) for _ in range(PER_QUANTILE)]
+    rank = [*range(TOP), *(list(range(PER_QUANTILE)) * QUANTILES)]
+    n = len(ids) * len(where)
+    rows = {
+        "feature": pa.array(np.repeat(ids, len(where))),
+        "where": pa.array(where * len(ids)),
+        "rank": pa.array(rank * len(ids), pa.int32()),
+        "trace": pa.array(rng.integers(0, tokens // LENGTH, n).astype(np.int32)),
+        "position": pa.array(rng.integers(100, LENGTH, n).astype(np.int32)),
+        "activation": pa.array(rng.gamma(2, 1, n).astype(np.float32)),
+    }
+    pq.write_table(pa.table(rows), folder / f"{kind}-examples.parquet")
+    f = len(ids)
+    stats = {name: rng.random(f) for name in ("density", "share_prompt", "share_think", "share_answer")}
+    stats |= {"n_firing": rng.integers(0, 10**6, f), "max": rng.gamma(9, 1, f), "p99": rng.gamma(5, 1, f)}
+    stats |= {"mean": rng.gamma(2, 1, f), "level": np.full(f, 1.0)}
+    edges, counts = [float(x) for x in range(1, 42)], [int(x) for x in range(40)]
+    columns = {"feature": ids} | stats | {"hist_edges": [edges] * f, "hist_counts": [counts] * f}
+    pq.write_table(pa.table(columns), folder / f"{kind}-stats.parquet")
+    score = {"value": 0.8, "low": 0.7, "high": 0.9, "n": 80, "unparsed": 0}
+    scored = {"detection": score, "detection_wrong": score | {"value": 0.5}, "fuzzing": score, "fuzzing_wrong": score}
+    words = [f"word{i}" for i in range(500)]
+    lines = []
+    for name in ids:
+        text = f"fires on {' or '.join(rng.choice(words, 6))} among the 8 tokens before"
+        row = {
+            "feature": name,
+            "explainer": "lexical",
+            "text": text,
+            "rule": {},
+            "scored": scored | {"wrong_from": ids[0]},
+        }
+        lines.append(json.dumps(row | {"reason": None, "corpus": "train"}) + "\n")
+    (study.path / "explanations").mkdir(exist_ok=True)
+    (study.path / "explanations" / f"{kind}.jsonl").write_text("".join(lines))
+
+
+def make_study(path: Path, tokens: int) -> Study:
+    """The whole study."""
+    study = Study.create(path, model="none", system=None)
+    adapter = make_adapter()
+    adapter.save(path / "adapter")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    names = alphabet + [f"w{i}" for i in range(VOCABULARY - len(alphabet))]
+    tokenizer = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[]))
+    tokenizer.decoder = decoders.ByteLevel()
+    (path / "tokenizer").mkdir()
+    tokenizer.save(str(path / "tokenizer" / "tokenizer.json"))
+    make_store(study, adapter, tokens)
+    study.update_manifest(corpora={"train": {"source": "made", "traces": tokens // LENGTH, "tokens": tokens}})
+    rng = np.random.default_rng(1)
+    n = len(adapter.addresses)
+    (path / "sae").mkdir()
+    weights = {
+        "W_enc": rng.normal(size=(n, LATENTS)).astype(np.float32) / n,
+        "W_dec": rng.normal(size=(LATENTS, n)).astype(np.float32) / n,
+        "b_enc": np.zeros(LATENTS, np.float32),
+        "b_dec": np.zeros(n, np.float32),
+        "threshold": np.full(LATENTS, 0.1, np.float32),
+    }
+    save_file(weights, path / "sae" / "sae_weights.safetensors")
+    write_json(path / "sae" / "cfg.json", {"metadata": {"addresses": adapter.addresses, "k": 16}})
+    directions = [f"{a}{sign}" for a in adapter.addresses for sign in "+-"]
+    latents = [f"sae.{i}" for i in range(LATENTS)]
+    add_ablation(study, adapter)
+    make_tables(study, directions, "direction", tokens)
+    make_tables(study, latents, "latent", tokens)
+    write_json(path / "examples" / "levels.json", {"direction": dict.fromkeys(directions, 1.0), "latent": {}})
+    return study
+
+
+def add_ablation(study: Study, adapter: Adapter) -> None:
+    """Exact KL of every direction in three segments, and the matrix of interactions."""
+    rng = np.random.default_rng(2)
+    rows = [
+        {"by": "direction", "target": address, "segment": segment, "tokens": 9000, "under_floor": False}
+        | {"ce_change": 0.0, "ce_low": 0.0, "ce_high": 0.0, "kl": kl, "low": kl / 2, "high": kl * 2}
+        for address, kl in zip(adapter.addresses, rng.gamma(1, 0.001, len(adapter.addresses)), strict=True)
+        for segment in ("all", "think", "answer")
+    ]
+    (study.path / "ablation").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), study.path / "ablation" / "exact-direction.parquet")
+    write_json(study.path / "ablation" / "floor-exact-direction.json", {"kl": 1e-6, "runs": {}})
+    gradients = rng.normal(size=(32, len(adapter.addresses)))
+    names = {"addresses": ",".join(adapter.addresses)}
+    save_file(
+        {"kl_NN": (gradients.T @ gradients).astype(np.float32)},
+        study.path / "ablation" / "interactions.safetensors",
+        names,
+    )
+
+
+def ask(path: str) -> float:
+    """Seconds that an answer takes."""
+    began = time.perf_counter()
+    with urllib.request.urlopen(f"http://127.0.0.1:{PORT}{path}") as answer:
+        answer.read()
+    return time.perf_counter() - began
+
+
+def used(process: psutil.Process) -> float:
+    """Seconds of processor time so far."""
+    times = process.cpu_times()
+    return times.user + times.system
+
+
+def wait_until_idle(process: psutil.Process) -> float:
+    """Seconds until the server has done what it does in the background (at most ten minutes)."""
+    began = time.perf_counter()
+    while time.perf_counter() - began < 600:
+        before = used(process)
+        time.sleep(2)
+        if used(process) - before < 0.1:
+            break
+    return time.perf_counter() - began
+
+
+def pages() -> dict[str, list[str]]:
+    """Addresses to ask for, by kind of page."""
+    rng = np.random.default_rng(0)
+    latents = [int(i) for i in rng.permutation(LATENTS)[:REPEATS]]
+    layers = [int(i) for i in rng.permutation(LAYERS)[:REPEATS]]
+    return {
+        "overview": ["/"] * REPEATS,
+        "latent": [f"/feature/sae.{i}" for i in latents],
+        "latent_all_examples": [f"/feature/sae.{i}?all=1" for i in latents],
+        "direction": [f"/feature/L{layer}.gate%2B" for layer in layers],
+        "table": [f"/features?q=word{i}" for i in range(REPEATS)],
+        "table_sorted": ["/features?sort=max&kind=latent"] * REPEATS,
+        "map": ["/map"] * REPEATS,
+        "trace": [f"/trace/train/{i}?features=sae.1%2Csae.2" for i in range(REPEATS)],
+        "fires_here": [f"/fires/train/{i}/2000.json" for i in range(REPEATS)],
+    }
+
+
+def measure(study: Study) -> dict[str, float]:
+    """Start a studio, ask for its pages, stop it.
+
+    Returns:
+        Seconds: of the first answers at once after the start; then by kind of page the median of what a reader waits,
+        and the mean processor time of the server, which other work on the machine does not change; and bytes.
+    """
+    command = [sys.executable, "-m", "lorascope", "studio", str(study.path), "--port", str(PORT), "--no-open"]
+    server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    process, largest = psutil.Process(server.pid), 0
+    try:
+        while True:
+            try:
+                ask("/static/theme.js")
+                break
+            except OSError:
+                time.sleep(0.05)
+        before = used(process)
+        found = {"first_view_at_once": ask("/"), "first_view_at_once_processor": used(process) - before}
+        found["first_feature_at_once"] = ask("/feature/sae.7")
+        found["background"] = wait_until_idle(process)
+        found["memory_after_background"] = process.memory_info().rss
+        for name, paths in pages().items():
+            before = used(process)
+            times = [ask(path) for path in paths]
+            found[name] = median(times)
+            found[f"{name}_processor"] = (used(process) - before) / len(paths)
+            largest = max(largest, process.memory_info().rss)
+        found["memory"] = largest
+        return found
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def main() -> None:
+    """Make the study, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("--tokens", type=int, default=TOKENS)
+    given = parser.parse_args()
+    folder = given.folder or Path(tempfile.mkdtemp(prefix="lorascope-studio-"))
+    study = Study.open(folder) if (folder / "study.json").is_file() else make_study(folder, given.tokens)
+    found = measure(study)
+    held = {
+        "first_view": found["first_view_at_once"] < FIRST_VIEW,
+        "feature_page": max(found["latent_processor"], found["direction_processor"]) < FEATURE_PAGE,
+        "memory": max(found["memory"], found["memory_after_background"]) < MEMORY,
+    }
+    print(json.dumps({"tokens": given.tokens, "latents": LATENTS, "held": held} | found, indent=2))
+    if given.folder is None:
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,312 @@
+"""What each page shows: functions from a study and an address's parts to a JSON-ready dict.
+
+A page and its JSON twin are made from the same dict. None of them reads a whole store.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lorascope.errors import BadInput, MissingStage, RunFailed
+from lorascope.features import KINDS
+from lorascope.store import INDEX, store_folder
+from lorascope.studio.live import MOST_FEATURES, RUNS, WEIGHTS, sample_prompts
+from lorascope.studio.notes import FILE, current_notes, read_events, searchable
+from lorascope.study import Study
+from lorascope.views import (
+    ablation_view,
+    category_view,
+    comparison_view,
+    direction_map,
+    dropped,
+    explanation_scores,
+    feature_page,
+    lens_view,
+    overview,
+    provenance,
+    reasoning_view,
+    sae_page,
+    training_curves,
+)
+from lorascope.views.effects import direction_effects, kept_effects
+from lorascope.views.feature_list import feature_kind, feature_place
+from lorascope.views.feature_search import SORTS, FeatureQuery, feature_index, find_features
+from lorascope.views.firing import check_corpus, coloured_trace, fires_here, trace_list
+from lorascope.views.interactions import interaction_matrix
+from lorascope.views.kept import kept_view, study_state
+from lorascope.views.maps import score_grid
+from lorascope.views.nearby import nearby
+from lorascope.views.one_feature import column_of, open_features
+
+Json = dict[str, Any]
+Parts = Mapping[str, str]
+FEW, FEW_PER_QUANTILE = 10, 2
+"""Examples shown until all are asked for."""
+MOST_COMPARED = 4
+
+
+@dataclass(frozen=True)
+class Page:
+    """An address with its template and the function that makes its content."""
+
+    path: str
+    template: str
+    view: Callable[[Study, Parts, Parts], Json]
+    """(study, parts of the path, parts of the query) to the page's content."""
+    twin: str = ""
+    """The address of the JSON twin (default: the path with .json)."""
+
+
+def chosen_corpus(study: Study, query: Parts) -> str:
+    """The corpus that a query names, the training corpus by default."""
+    corpus = query.get("corpus") or "train"
+    if corpus != "train":
+        check_corpus(study, corpus)
+    return corpus
+
+
+def whole_number(text: str, what: str) -> int:
+    """A number from an address.
+
+    Raises:
+        BadInput: it is none.
+    """
+    if not text.isascii() or not text.isdigit() or len(text) > 9:
+        raise BadInput(f"{what} must be a number, not {text[:40]!r}.")
+    return int(text)
+
+
+def listed_features(query: Parts, most: int) -> list[str]:
+    """The features that a query lists, comma-separated, each once."""
+    names = list(dict.fromkeys(name for name in query.get("features", "").split(",") if name))
+    if len(names) > most:
+        raise BadInput(f"At most {most} features can be shown together.")
+    return names
+
+
+def overview_page(study: Study, path: Parts, query: Parts) -> Json:
+    """What the study is and found, its training, and what was left out."""
+    views = {"overview": overview, "curves": training_curves, "sae": sae_page, "dropped": dropped}
+    return {name: kept_view(study, view) for name, view in views.items()}
+
+
+def evidence_page(study: Study, path: Parts, query: Parts) -> Json:
+    """Whether explanations hold and against what, reasoning features, how good the SAE is, how all of it was made."""
+    views = {"overview": overview, "scores": explanation_scores, "compare": comparison_view, "sae": sae_page}
+    rows = feature_index(study, "train", study_state(study)).get("rows", [])
+    shown = {
+        "reasoning": reasoning_found(study),
+        "made": kept_view(study, provenance),
+        "cards": {row["id"]: f"card-{row['id']}" for row in rows},
+        "texts": {row["id"]: row["text"] for row in rows if row["text"]},
+    }
+    return {name: kept_view(study, view) for name, view in views.items()} | shown
+
+
+def reasoning_found(study: Study) -> Json:
+    """Reasoning features on the held-out corpus or, where only that was scored, on the training corpus."""
+    first = kept_view(study, reasoning_view, "heldout")
+    second = first if first["available"] else kept_view(study, reasoning_view, "train")
+    return dict(second if second["available"] else first)
+
+
+def categories_page(study: Study, path: Parts, query: Parts) -> Json:
+    """What kinds of things features encode."""
+    rows = feature_index(study, "train", study_state(study)).get("rows", [])
+    features = [{"id": row["id"]} for row in rows]
+    return {"categories": kept_view(study, category_view), "directions": [], "latents": features}
+
+
+def map_page(study: Study, path: Parts, query: Parts) -> Json:
+    """The layer × type maps, the ablation tables and the interaction matrix."""
+    corpus = chosen_corpus(study, query)
+    measured = is_recorded(study, corpus) and kept_effects(study, corpus) is not None
+    return {
+        "map": kept_view(study, scored_map, corpus, measured),
+        "ablation": kept_view(study, ablation_view),
+        "interactions": kept_view(study, interaction_matrix),
+    }
+
+
+def is_recorded(study: Study, corpus: str) -> bool:
+    """Whether the adapter's scalars on a corpus are recorded."""
+    return (store_folder(study.path, corpus, "adapter") / INDEX).is_file()
+
+
+def scored_map(study: Study, corpus: str, measured: bool) -> Json:
+    """The layer × type maps with one of detection scores; those of effects only once these are measured."""
+    map_ = direction_map(study, corpus, effects_of=kept_effects)
+    if map_["available"]:
+        rows = feature_index(study, corpus, study_state(study)).get("rows", [])
+        map_["grids"].append(score_grid(map_, rows))
+    return map_
+
+
+def features_page(study: Study, path: Parts, query: Parts) -> Json:
+    """The table of features."""
+    corpus = chosen_corpus(study, query)
+    names = [field.name for field in dataclasses.fields(FeatureQuery)]
+    given: dict[str, Any] = {name: query[name] for name in names if query.get(name)}
+    for name in {"page", "size"} & set(given):
+        given[name] = whole_number(given[name], name.capitalize())
+    wanted = FeatureQuery(**given)
+    notes = current_notes(read_events(study.path / FILE)[0])
+    starred = {place.removeprefix("feature:") for place, note in notes.items() if note.star}
+    only = starred if query.get("only") == "starred" else None
+    found = find_features(study, corpus, wanted, said=searchable(notes), only=only)
+    labels = {name: notes[f"feature:{name}"] for name in (r["id"] for r in found.get("rows", [])) if noted(notes, name)}
+    shown = {name: {"label": note.label, "star": note.star, "tags": note.tags} for name, note in labels.items()}
+    return found | {"notes": shown, "only": query.get("only", ""), "sorts": SORTS, "corpora": study.corpora()}
+
+
+def noted(notes: Mapping[str, Any], feature: str) -> bool:
+    """Whether there is a note on a feature."""
+    return f"feature:{feature}" in notes
+
+
+def feature_view(study: Study, path: Parts, query: Parts) -> Json:
+    """One feature: both polarities of a direction, or one latent, with what stands near it."""
+    corpus = chosen_corpus(study, query)
+    everything = query.get("all") == "1"
+    feature = path["feature"]
+    kind = feature_kind(feature)
+    sides = polarities(feature, kind)
+    few = {} if everything else {"top": FEW, "per_quantile": FEW_PER_QUANTILE}
+    pages = [feature_page(study, name, corpus, **few) for name in sides]
+    chosen = feature if feature in sides else sides[0]
+    about: Json = {"id": chosen, "kind": kind, "corpus": corpus, "corpora": study.corpora(), "all": everything}
+    if not pages[0]["available"]:
+        return about | pages[0]
+    place = feature_place(chosen)
+    return about | {
+        "available": True,
+        "address": place["address"],
+        "sides": pages,
+        "near": {name: nearby(study, corpus, name) for name in sides},
+        "steps": steps_around(study, corpus, sides[0], len(sides)),
+        "lens": kept_view(study, lens_view),
+        "notes": notes_at(study, [f"feature:{name}" for name in sides]),
+    }
+
+
+def polarities(feature: str, kind: str) -> list[str]:
+    """The ids that a feature's page shows: a latent alone, of anything else both polarities."""
+    return [feature] if kind == "latent" else [feature.rstrip("+-") + sign for sign in "+-"]
+
+
+def steps_around(study: Study, corpus: str, feature: str, step: int) -> Json:
+    """The features before and after one in the order of the study's columns."""
+    ids = open_features(study, corpus, feature_kind(feature)).ids
+    column = column_of(open_features(study, corpus, feature_kind(feature)), feature) or 0
+    before, after = column - step, column + step
+    return {"previous": ids[before] if before >= 0 else None, "next": ids[after] if after < len(ids) else None}
+
+
+def notes_at(study: Study, places: list[str]) -> dict[str, Json]:
+    """The notes of some places, empty ones for those without any."""
+    notes = current_notes(read_events(study.path / FILE)[0])
+    blank = {"text": "", "label": "", "star": False, "tags": (), "earlier": ()}
+    return {place: vars(notes[place]) if place in notes else blank for place in places}
+
+
+def compare_page(study: Study, path: Parts, query: Parts) -> Json:
+    """A few features side by side."""
+    corpus = chosen_corpus(study, query)
+    names = listed_features(query, MOST_COMPARED)
+    pages = [feature_page(study, name, corpus, top=6, per_quantile=0) for name in names]
+    return {"corpus": corpus, "features": names, "pages": pages}
+
+
+def traces_page(study: Study, path: Parts, query: Parts) -> Json:
+    """The traces of a corpus."""
+    corpora = study.corpora()
+    corpus = query.get("corpus") or ("heldout" if "heldout" in corpora else next(iter(corpora), "train"))
+    if not corpora:
+        return direction_absent(study)
+    return trace_list(study, corpus, whole_number(query.get("page") or "1", "Page"))
+
+
+def direction_absent(study: Study) -> Json:
+    """A study without any corpus."""
+    command = f"lorascope record {study.path} --corpus NAME --traces FILE"
+    return {"available": False, "corpora": [], "missing": {"what": "traces", "run": command}}
+
+
+def trace_view(study: Study, path: Parts, query: Parts) -> Json:
+    """One trace, coloured by the features that the query lists."""
+    index = whole_number(path["index"], "The trace")
+    names = listed_features(query, MOST_COMPARED)
+    page = coloured_trace(study, path["corpus"], index, names)
+    if page["available"]:
+        place = f"{path['corpus']}:{index}"
+        page["notes"] = notes_at(study, [f"trace:{place}"])
+        page["noted"] = noted_tokens(study, place)
+    return page
+
+
+def noted_tokens(study: Study, place: str) -> list[int]:
+    """Positions of a trace's tokens with notes of their own; the place is CORPUS:INDEX."""
+    start = f"token:{place}:"
+    notes = current_notes(read_events(study.path / FILE)[0])
+    return sorted(int(name.removeprefix(start)) for name in notes if name.startswith(start))
+
+
+def fires_page(study: Study, path: Parts, query: Parts) -> Json:
+    """What fires on one token."""
+    index, position = whole_number(path["index"], "The trace"), whole_number(path["position"], "The token")
+    found = fires_here(study, path["corpus"], index, position)
+    if found["available"]:
+        (found["note"],) = notes_at(study, [f"token:{path['corpus']}:{index}:{position}"]).values()
+    return found
+
+
+def notes_page(study: Study, path: Parts, query: Parts) -> Json:
+    """All notes, newest first."""
+    events, unread = read_events(study.path / FILE)
+    notes = [vars(note) | {"earlier": len(note.earlier)} for note in current_notes(events).values()]
+    tag = query.get("tag", "")
+    tags = sorted({name for note in notes for name in note["tags"]})
+    shown = [note for note in notes if not tag or tag in note["tags"]]
+    shown.sort(key=lambda note: note["time"], reverse=True)
+    return {"notes": shown, "tags": tags, "tag": tag, "events": len(events), "unread": unread, "file": FILE}
+
+
+def live_page(study: Study, path: Parts, query: Parts) -> Json:
+    """What the Live page starts with; the model is another matter."""
+    if not (study.path / WEIGHTS).is_file():
+        command = f"lorascope train {study.path}"
+        return {"available": False, "missing": {"what": "the adapter", "run": command}}
+    features = listed_features(query, MOST_FEATURES)
+    return {"available": True, "features": features, "prompts": sample_prompts(study), "runs": RUNS}
+
+
+PAGES = (
+    Page("/", "overview_page.html.j2", overview_page, "/overview.json"),
+    Page("/map", "map_page.html.j2", map_page),
+    Page("/evidence", "evidence_page.html.j2", evidence_page),
+    Page("/categories", "categories_page.html.j2", categories_page),
+    Page("/features", "features_page.html.j2", features_page),
+    Page("/feature/{feature}", "feature_page.html.j2", feature_view),
+    Page("/compare", "compare_page.html.j2", compare_page),
+    Page("/traces", "traces_page.html.j2", traces_page),
+    Page("/trace/{corpus}/{index}", "trace_page.html.j2", trace_view),
+    Page("/live", "live_page.html.j2", live_page),
+    Page("/notes", "notes_page.html.j2", notes_page),
+)
+JSON_ONLY = {"/fires/{corpus}/{index}/{position}.json": fires_page}
+
+
+def warm_up(study: Study) -> None:
+    """Read in the background what the first pages need, and measure what a map needs of the whole store."""
+    everything: Parts = {}
+    first = [overview_page, features_page, evidence_page, map_page]
+    for view in first:
+        with contextlib.suppress(BadInput, RunFailed, OSError):  # the page itself says what is wrong
+            view(study, everything, everything)
+    for kind in KINDS:
+        with contextlib.suppress(MissingStage, BadInput, RunFailed, OSError):
+            feature_view(study, {"feature": open_features(study, "train", kind).ids[0]}, everything)
+    with contextlib.suppress(BadInput, RunFailed, OSError):
+        direction_effects(study, "train")

@@ -1,0 +1,177 @@
+// A whole trace: coloured by one or several features, jumps between firings, what fires on a token.
+import { all, ask, featureAddress, figures, make, one, toast } from "./studio.js";
+import { drawStrip } from "./strip.js";
+
+const STEPS = 9;
+const MOST = 4;
+const box = one("#trace");
+if (box) {
+  const { corpus, index } = box.dataset;
+  const tokens = all(":scope > span", box);
+  const special = tokens.map((token) => token.classList.contains("sp"));
+  const here = one("#here");
+  let features = [];
+  let firings = [];
+  let at = -1;
+
+  const listed = () => new URLSearchParams(location.search).get("features")?.split(",").filter(Boolean) ?? [];
+  const address = (names) => `/trace/${encodeURIComponent(corpus)}/${index}${names.length ? `?features=${encodeURIComponent(names.join(","))}` : ""}`;
+
+  function paint() {
+    firings = [];
+    tokens.forEach((token, t) => {
+      let [best, part] = [-1, 0];
+      const firing = [];
+      features.forEach(({ values, typical, max, level }, k) => {
+        const share = max > typical ? Math.min(1, (values[t] - typical) / (max - typical)) : 0;
+        if (share > part) [best, part] = [k, share];
+        if (share > 0 && values[t] > level) firing.push(k + 1);
+      });
+      const classes = special[t] ? ["sp"] : [];
+      if (best >= 0) classes.push(`hue${best}`, `h${Math.min(STEPS, 1 + Math.floor(STEPS * part * 0.9999))}`);
+      if (firing.length) classes.push("f");
+      if (t === at) classes.push("cursor");
+      token.className = classes.join(" ");
+      if (best >= 0) token.dataset.v = features.map((f) => (features.length > 1 ? `${f.id}: ` : "") + figures(f.values[t])).join(" · ");
+      else delete token.dataset.v;
+      if (features.length > 1 && firing.length) token.dataset.n = firing.join(",");
+      else delete token.dataset.n;
+      if (firing.length && !special[t]) firings.push(t);
+    });
+    one("#counted").textContent = features.length ? `${firings.length} of ${tokens.length} tokens fire` : "No feature chosen";
+    for (const id of ["#next-firing", "#prev-firing"]) one(id).disabled = firings.length === 0;
+  }
+
+  function showChips() {
+    one("#chips").replaceChildren(...features.map((feature, k) => {
+      const remove = make("button", { type: "button", textContent: "×", "aria-label": `Remove ${feature.id}` });
+      remove.addEventListener("click", () => choose(features.map((f) => f.id).filter((id) => id !== feature.id)));
+      const count = feature.values.filter((v, t) => !special[t] && v > feature.level && v > feature.typical).length;
+      return make("li", { className: `hue${k}` }, make("span", { className: "swatch" }), `${features.length > 1 ? `${k + 1} ` : ""}`,
+        make("a", { href: featureAddress(feature.id), textContent: feature.id.replace(/-$/, "−") }), make("span", { className: "count", textContent: `fires on ${count}` }), remove);
+    }));
+    one("#strips").replaceChildren(...features.map((feature, k) => {
+      const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+      svg.setAttribute("class", `strip hue${k}`);
+      svg.setAttribute("width", "100%");
+      svg.setAttribute("height", "44");
+      svg.setAttribute("role", "img");
+      svg.setAttribute("aria-label", `Activation of ${feature.id} over the trace`);
+      drawStrip(svg, feature.values, feature.typical, feature.max);
+      svg.addEventListener("click", (event) => { const area = svg.getBoundingClientRect(); move(Math.floor((tokens.length * (event.clientX - area.left)) / area.width)); });
+      return make("div", { className: "striprow" }, svg);
+    }));
+  }
+
+  async function choose(names) {
+    if (names.length > MOST) { toast(`At most ${MOST} features at once.`); return; }
+    try {
+      const page = names.length ? await ask(address(names).replace(/(\?|$)/, ".json$1")) : { features: [] };
+      features = page.features;
+      history.replaceState(null, "", address(names) + location.hash);
+      showChips();
+      paint();
+      for (const link of all(".steps a")) link.search = names.length ? `?features=${encodeURIComponent(names.join(","))}` : "";
+    } catch (error) {
+      toast(error.message);
+    }
+  }
+
+  function move(t) {
+    if (t < 0 || t >= tokens.length) return;
+    if (at >= 0) tokens[at].classList.remove("cursor");
+    at = t;
+    tokens[at].classList.add("cursor");
+    const top = tokens[at].offsetTop;
+    if (top < box.scrollTop + 20 || top > box.scrollTop + box.clientHeight - 40) box.scrollTo({ top: top - box.clientHeight / 3 });
+  }
+  function jump(by) {
+    if (!firings.length) return;
+    const next = by > 0 ? firings.find((t) => t > at) ?? firings[0] : firings.findLast((t) => t < at) ?? firings.at(-1);
+    move(next);
+    one("#counted").textContent = `firing ${firings.indexOf(next) + 1} of ${firings.length}, token ${next}`;
+  }
+
+  // a note on one token; tokens that have one carry a mark
+  const noted = new Set(box.dataset.noted.split(",").filter(Boolean).map(Number));
+  const markNoted = (t) => { if (noted.has(t)) tokens[t].dataset.note = "✎"; else delete tokens[t].dataset.note; };
+  noted.forEach(markNoted);
+  function noteOn(t, text) {
+    const area = make("textarea", { className: "token-note", rows: 2, maxLength: 10000, value: text, placeholder: "Note on this token", "aria-label": `Note on token ${t}` });
+    area.addEventListener("change", async () => {
+      try {
+        await ask("/notes", { method: "POST", body: JSON.stringify({ place: `token:${corpus}:${index}:${t}`, field: "text", value: area.value }) });
+        noted[area.value ? "add" : "delete"](t);
+        markNoted(t);
+        toast("Saved.");
+      } catch (error) {
+        toast(`Not saved: ${error.message}`);
+      }
+    });
+    return area;
+  }
+
+  let asked = 0;
+  async function tell(t) {
+    move(t);
+    history.replaceState(null, "", `${location.pathname}${location.search}#t${t}`);
+    const turn = ++asked;
+    const title = make("h2", { className: "small", textContent: `Token ${t}` });
+    here.replaceChildren(title, make("p", { className: "empty", textContent: "Loading…" }));
+    try {
+      const found = await ask(`/fires/${encodeURIComponent(corpus)}/${index}/${t}.json`);
+      if (turn !== asked) return;
+      title.append(": ", make("code", { textContent: tokens[t].textContent }));
+      const parts = Object.entries(found.kinds).map(([kind, { firing, rows }]) => {
+        const items = rows.map((row) => {
+          const add = make("button", { type: "button", textContent: "colour", "aria-label": `Colour by ${row.id}` });
+          add.addEventListener("click", () => choose([...new Set([...features.map((f) => f.id), row.id])]));
+          const value = row.ratio === null ? figures(row.activation) : `${figures(row.ratio)} × level`;
+          return make("li", {}, make("a", { href: featureAddress(row.id), textContent: row.id.replace(/-$/, "−") }), make("span", { textContent: value }), add);
+        });
+        const shown = rows.length < firing ? `, the strongest ${rows.length}` : "";
+        return make("div", {}, make("h3", { textContent: `${firing} ${kind}s fire${shown}` }), make("ol", {}, ...items));
+      });
+      here.replaceChildren(title, noteOn(t, found.note.text), ...parts);
+    } catch (error) {
+      here.replaceChildren(title, make("p", { className: "absent", textContent: error.message }));
+    }
+  }
+
+  box.addEventListener("click", (event) => { const t = tokens.indexOf(event.target.closest(".whole > span")); if (t >= 0) tell(t); });
+  box.addEventListener("keydown", (event) => {
+    const by = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+    if (by) { event.preventDefault(); move(at < 0 ? 0 : at + by); }
+    if (event.key === "Enter" && at >= 0) tell(at);
+  });
+  one("#next-firing").addEventListener("click", () => jump(1));
+  one("#prev-firing").addEventListener("click", () => jump(-1));
+  document.addEventListener("keydown", (event) => {
+    if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest("input, select, textarea")) return;
+    if (event.key === "n") jump(1);
+    if (event.key === "p") jump(-1);
+  });
+
+  // --- another feature by name or by words of its explanation ---
+  const input = one("#add");
+  const suggested = one("#suggested");
+  let known = [];
+  let timer = 0;
+  const addNamed = (id) => { input.value = ""; choose([...new Set([...features.map((f) => f.id), id])]); };
+  async function suggest() {
+    const found = await ask(`/features.json?size=12&q=${encodeURIComponent(input.value)}`).catch(() => ({ rows: [] }));
+    known = (found.rows || []).map((row) => row.id);
+    suggested.replaceChildren(...(found.rows || []).map((row) => make("option", { value: row.id, label: row.text ? `${row.id} · ${row.text.slice(0, 70)}` : row.id })));
+  }
+  input.addEventListener("input", () => {
+    clearTimeout(timer);
+    if (known.includes(input.value)) { addNamed(input.value); return; }
+    timer = setTimeout(suggest, 150);
+  });
+  input.addEventListener("change", () => { if (known.includes(input.value)) addNamed(input.value); });
+  input.addEventListener("keydown", (event) => { if (event.key === "Enter" && input.value.trim()) { event.preventDefault(); addNamed(input.value.trim()); } });
+
+  await choose(listed());
+  const start = /^#t(\d+)$/.exec(location.hash);
+  if (start) { move(Number(start[1])); tokens[at]?.scrollIntoView({ block: "nearest" }); tell(at); }
+}

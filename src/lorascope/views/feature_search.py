@@ -1,0 +1,164 @@
+"""Search, filter, sort and pages over the table of all features, from an index that is kept until the study changes."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import pyarrow.compute as pc
+
+from lorascope.errors import BadInput, MissingStage
+from lorascope.study import Study
+from lorascope.token_text import vocabulary_texts
+from lorascope.views.feature_list import feature_table
+from lorascope.views.kept import State, study_state
+from lorascope.views.one_feature import open_features, tokenizer_of
+from lorascope.views.reading import Json, read_table, stamp
+
+SORTS = {
+    "strength": "strength",
+    "kl": "KL when off",
+    "detection": "detection score",
+    "density": "share of tokens",
+    "n_firing": "firings",
+    "max": "largest activation",
+    "think": "share in thinking",
+    "answer": "share in answers",
+    "id": "name",
+}
+"""What the table can be sorted by, and its name for readers."""
+SHARES = {"think": "share_think", "answer": "share_answer"}
+PAGE = 100
+MOST_PER_PAGE = 500
+LONGEST_QUERY = 200
+TOP_TOKENS = 5
+
+
+@dataclass(frozen=True)
+class FeatureQuery:
+    """What to show of the table."""
+
+    q: str = ""
+    """Words that must all occur in a feature's name, explanation, top tokens, notes or tags."""
+    kind: str = ""
+    type: str = ""
+    layer: str = ""
+    sort: str = ""
+    order: str = "falling"
+    """`falling` or `rising`; features without a value come last either way."""
+    page: int = 1
+    size: int = PAGE
+
+
+def find_features(
+    study: Study,
+    corpus: str,
+    query: FeatureQuery,
+    *,
+    said: dict[str, str] | None = None,
+    only: Collection[str] | None = None,
+) -> Json:
+    """One page of the features that a query finds.
+
+    Args:
+        said: more text to search by feature (notes, tags).
+        only: leave out all other features (starred ones).
+
+    Returns:
+        `{"available", "corpus", "query", "total", "found", "pages", "page", "kinds", "types", "layers", "rows"}`; a
+        row is that of `feature_table` with `"tokens"`: the commonest peak tokens of its strongest examples.
+
+    Raises:
+        BadInput: an unknown sort or order, or numbers that make no sense.
+    """
+    check_query(query)
+    index = feature_index(study, corpus, study_state(study))
+    if not index["available"]:
+        return index
+    words = query.q.lower().split()
+    rows = [
+        row
+        for row, text in zip(index["rows"], index["texts"], strict=True)
+        if matches(row, query)
+        and (only is None or row["id"] in only)
+        and all(word in text or word in (said or {}).get(row["id"], "") for word in words)
+    ]
+    rows = ordered(rows, query)
+    pages = max(1, -(-len(rows) // query.size))
+    page = min(query.page, pages)
+    kept = {key: index[key] for key in ("available", "corpus", "kinds", "types", "layers")}
+    shown = rows[(page - 1) * query.size : page * query.size]
+    counts = {"total": len(index["rows"]), "found": len(rows), "pages": pages, "page": page}
+    return kept | counts | {"query": vars(query) | {"page": page}, "rows": shown}
+
+
+def check_query(query: FeatureQuery) -> None:
+    """Raise BadInput for a query that makes no sense."""
+    if query.sort and query.sort not in SORTS:
+        raise BadInput(f"The table cannot be sorted by {query.sort!r}; choose from {', '.join(SORTS)}.")
+    if query.order not in ("falling", "rising"):
+        raise BadInput(f"The order is falling or rising, not {query.order!r}.")
+    if query.page < 1 or not 1 <= query.size <= MOST_PER_PAGE:
+        raise BadInput(f"Pages count from 1 and hold 1 to {MOST_PER_PAGE} rows.")
+    if len(query.q) > LONGEST_QUERY:
+        raise BadInput(f"A search may have at most {LONGEST_QUERY} characters.")
+
+
+def matches(row: Json, query: FeatureQuery) -> bool:
+    """Whether a row passes the filters by kind, type and layer."""
+    return (
+        (not query.kind or row["kind"] == query.kind)
+        and (not query.type or row["type"] == query.type)
+        and (not query.layer or str(row["layer"]) == query.layer)
+    )
+
+
+def ordered(rows: list[Json], query: FeatureQuery) -> list[Json]:
+    """Rows in the wanted order: by default the order of the study's columns."""
+    if not query.sort:
+        return rows
+    if query.sort == "id":  # the index is in that order
+        return rows if query.order == "rising" else rows[::-1]
+    key = SHARES.get(query.sort, query.sort)
+    known = [row for row in rows if row[key] is not None]
+    unknown = [row for row in rows if row[key] is None]
+    return sorted(known, key=lambda row: row[key], reverse=query.order == "falling") + unknown
+
+
+@lru_cache(maxsize=4)
+def feature_index(study: Study, corpus: str, state: State) -> Json:
+    """The table with top tokens and the text that a search looks through, of one state of the study."""
+    table = feature_table(study, corpus)
+    if not table["available"]:
+        return table
+    tokens: dict[str, list[str]] = {}
+    for kind, count in table["kinds"].items():
+        tokens |= top_tokens(study, corpus, kind) if count else {}
+    rows = [row | {"tokens": tokens.get(row["id"], [])} for row in table["rows"]]
+    types = list(dict.fromkeys(row["type"] for row in rows if row["type"]))
+    layers = sorted({row["layer"] for row in rows if row["layer"] is not None})
+    texts = [" ".join([row["id"], row["text"] or "", *row["tokens"]]).lower() for row in rows]
+    return table | {"rows": rows, "texts": texts, "types": types, "layers": layers}
+
+
+def top_tokens(study: Study, corpus: str, kind: str) -> dict[str, list[str]]:
+    """The commonest peak tokens of every feature's strongest examples, at most `TOP_TOKENS` each."""
+    path = study.path / "examples" / corpus / f"{kind}-examples.parquet"
+    try:
+        store = open_features(study, corpus, kind).store
+    except MissingStage:
+        return {}
+    table = read_table(path, *stamp(path))[0]
+    table = table.filter(pc.equal(table["where"], "top"))
+    names = table["feature"].combine_chunks().dictionary_encode()
+    trace, position = (table[key].to_numpy() for key in ("trace", "position"))
+    ids = np.asarray(store.tokens[store.offsets[trace] + position], np.int64)
+    pairs, counts = np.unique(names.indices.to_numpy().astype(np.int64) << 32 | ids, return_counts=True)
+    found: dict[str, list[str]] = {}
+    texts, features = vocabulary_texts(tokenizer_of(study)), names.dictionary.to_pylist()
+    for place in np.lexsort((-counts, pairs >> 32)):
+        feature, token = features[pairs[place] >> 32], int(pairs[place] & 0xFFFFFFFF)
+        listed = found.setdefault(feature, [])
+        if len(listed) < TOP_TOKENS:
+            listed.append(texts[token] if token < len(texts) else "")
+    return found

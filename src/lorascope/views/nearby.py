@@ -1,0 +1,112 @@
+"""What stands near a feature: by the cosine of its vectors, and by what else fires where it fires.
+
+Shape legend: M sampled firings, F features, N directions, D width of the residual stream.
+"""
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lorascope.adapter import Adapter
+from lorascope.errors import MissingStage
+from lorascope.features import FeatureSet
+from lorascope.study import Study
+from lorascope.views.feature_list import feature_kind, feature_place
+from lorascope.views.kept import kept_view
+from lorascope.views.one_feature import column_of, open_features
+from lorascope.views.reading import Json, feature_rows, json_file, ready, stamp, table_rows
+
+NEAR = 8
+WRITES = ("o", "down")
+"""Types whose write vector lies in the residual stream; of all others the read vector does."""
+LEAST_SHARE = 0.1
+"""Features that fire on fewer of the sampled firings are not called co-active."""
+
+
+def nearby(study: Study, corpus: str, feature: str) -> Json:
+    """A feature's neighbours.
+
+    Returns:
+        `{"cosine": [{"id", "cosine", "of": "read" or "write"}], "together": [{"id", "share", "density"}], "sampled"}`.
+        Cosines are those of directions' vectors in the residual stream, with directions of the same side (latents'
+        decoders are in the feature's page). `together` are features of the same kind that fire on the largest
+        share of this one's sampled firings, relative to their own density; `sampled` is how many firings that is.
+    """
+    kind = feature_kind(feature)
+    found: Json = {"cosine": [], "together": [], "sampled": 0}
+    if kind == "direction":
+        found["cosine"] = direction_cosines(study, str(feature_place(feature)["address"]))
+    try:
+        features = open_features(study, corpus, kind)
+    except MissingStage:
+        return found
+    rows = feature_rows(study, f"examples/{corpus}/{kind}-examples.parquet", feature) or []
+    sample = [row for row in rows if row["where"] != "top"]
+    column = column_of(features, feature)
+    if not sample or column is None:
+        return found
+    return dict(ready(found | co_active(study, corpus, features, column, sample)))
+
+
+def co_active(study: Study, corpus: str, features: FeatureSet, column: int, sample: list[Json]) -> Json:
+    """Features that fire on the sampled firings of one."""
+    store = features.store
+    places_M = np.array([store.offsets[row["trace"]] + row["position"] for row in sample], np.int64)
+    level_F, density_F = kept_view(study, thresholds, corpus, features.kind)
+    share_F = (features.encode(store.visit(places_M), None) > level_F).mean(axis=0)
+    share_F[column] = 0.0
+    if not features.latent:
+        share_F[column ^ 1] = 0.0  # the other polarity can never fire with this one
+    gain_F = np.where(share_F >= LEAST_SHARE, share_F * np.log(np.maximum(share_F, 1e-9) / density_F), 0.0)
+    order = [int(i) for i in np.argsort(-gain_F)[:NEAR] if gain_F[i] > 0]
+    together = [{"id": features.ids[i], "share": float(share_F[i]), "density": float(density_F[i])} for i in order]
+    return {"together": together, "sampled": len(sample)}
+
+
+def thresholds(study: Study, corpus: str, kind: str) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float64]]:
+    """Firing level and density of each feature of a kind, [F]; density is at least one in a million."""
+    features = open_features(study, corpus, kind)
+    levels: dict[str, Any] = (json_file(study, "examples/levels.json") or {}).get(kind, {})
+    level_F = np.array([levels.get(name) or 0.0 for name in features.ids], np.float32)
+    stats = table_rows(study, f"examples/{corpus}/{kind}-stats.parquet", ("feature", "density")) or []
+    known = {row["feature"]: row["density"] for row in stats}
+    return level_F, np.maximum([known.get(name, 0.0) for name in features.ids], 1e-6)
+
+
+def direction_cosines(study: Study, address: str) -> list[Json]:
+    """Directions whose residual-stream vectors are closest to this one's, by absolute cosine."""
+    folder = study.path / "adapter"
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():
+        return []
+    found: list[Json] = []
+    for side, (names, unit_ND) in residual_vectors(folder, *stamp(weights)).items():
+        if address not in names:
+            continue
+        cosine_N = unit_ND @ unit_ND[names.index(address)]
+        cosine_N[names.index(address)] = 0.0
+        for i in np.argsort(-np.abs(cosine_N))[:NEAR]:
+            found.append({"id": names[i], "cosine": float(cosine_N[i]), "of": side})
+    return found
+
+
+@lru_cache(maxsize=2)
+def residual_vectors(folder: Path, size: int, modified: int) -> dict[str, tuple[list[str], npt.NDArray[np.float32]]]:
+    """Unit vectors in the residual stream: `read` of q k v gate up, `write` of o and down, each with its addresses."""
+    adapter = Adapter.load(folder)
+    sides: dict[str, tuple[list[str], list[npt.NDArray[np.float32]]]] = {"read": ([], []), "write": ([], [])}
+    for module in adapter.modules:
+        names, vectors = sides["write" if module.type in WRITES else "read"]
+        vector_RD = module.b_OR.T if module.type in WRITES else module.a_RI
+        names += adapter.addresses[module.columns]
+        vectors += list(vector_RD.float().numpy())
+    return {side: (names, unit_rows(vectors)) for side, (names, vectors) in sides.items() if names}
+
+
+def unit_rows(vectors: list[npt.NDArray[np.float32]]) -> npt.NDArray[np.float32]:
+    """The vectors as rows of length 1 (a zero vector stays zero)."""
+    rows_ND = np.stack(vectors)
+    return rows_ND / np.maximum(np.linalg.norm(rows_ND, axis=1, keepdims=True), 1e-12)

@@ -1,0 +1,274 @@
+"""The studio in a browser: every page opens without errors, keys work, notes stay, hostile text is inert."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from lorascope.studio.notes import FILE, current_notes, read_events
+from lorascope.study import Study
+from report_study import HOSTILE, make_report_study
+from studio_server import studio_at
+
+PAGES = {
+    "overview": "/",
+    "map": "/map",
+    "features": "/features",
+    "direction": "/feature/L1.gate%2B",
+    "latent": "/feature/sae.1",
+    "compare": "/compare?features=L1.gate%2B%2Csae.1",
+    "traces": "/traces",
+    "trace": "/trace/train/0?features=L1.gate%2B%2Csae.1#t12",
+    "evidence": "/evidence",
+    "categories": "/categories",
+    "notes": "/notes",
+    "missing": "/compare",
+}
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    return make_report_study(tmp_path_factory.mktemp("browser") / "study")
+
+
+@pytest.fixture(scope="module")
+def base(study: Study) -> Iterator[str]:
+    with studio_at(study) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def browser(chromium_path: str) -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium_path, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+def opened(browser: Browser, address: str, **context: Any) -> tuple[Page, list[str]]:
+    """A page in a new window; the list collects errors and requests to anywhere else."""
+    page = browser.new_context(**context).new_page()
+    trouble: list[str] = []
+    host = "/".join(address.split("/")[:3])
+    page.on("console", lambda message: trouble.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: trouble.append(str(error)))
+    page.on("request", lambda request: None if request.url.startswith(host) else trouble.append(request.url))
+    page.goto(address)
+    page.wait_for_load_state("networkidle")
+    return page, trouble
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_page_opens_clean_in_every_width_and_theme(browser: Browser, base: str, name: str) -> None:
+    for width, scheme in ((360, "light"), (768, "dark"), (1280, "light")):
+        page, trouble = opened(
+            browser, base + PAGES[name], viewport={"width": width, "height": 800}, color_scheme=scheme
+        )
+        assert trouble == []
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert page.locator("h1").count() == 1
+        assert page.locator('nav [aria-current="page"]').count() == (0 if name in ("compare", "missing") else 1)
+        page.context.close()
+
+
+def test_from_the_map_to_the_planted_trigger(browser: Browser, base: str) -> None:
+    """Map, direction, example, trace: the planted full stop is lit in each."""
+    page, trouble = opened(browser, base + "/map")
+    page.locator("#tab-kl").click()
+    assert page.locator("#grid-kl .hatch").count() >= 7, "what is under the floor is hatched"
+    page.locator('#grid-kl rect[data-a="L1.gate"]').click()
+    page.wait_for_url("**/feature/L1.gate%2B")
+    plus = page.locator("#side-0")
+    peaks = plus.locator(".peak").all_inner_texts()
+    assert len(peaks) >= 3
+    assert all("." in text for text in peaks)
+    plus.locator(".course").scroll_into_view_if_needed()
+    expect(plus.locator(".course rect").first).to_be_attached()
+    plus.locator(".example .where a").first.click()
+    page.wait_for_url("**/trace/train/**")
+    expect(page.locator("#counted")).to_contain_text("tokens fire")
+    lit = page.locator("#trace span.f:not(.sp)").all_inner_texts()
+    assert lit
+    assert all("." in text for text in lit)
+    expect(page.locator("#here ol").first).to_contain_text("L1.gate+")
+    assert trouble == []
+
+
+def test_jumps_between_firings_and_several_features(browser: Browser, base: str) -> None:
+    page, trouble = opened(browser, base + "/trace/train/1?features=L1.gate%2B")
+    first = page.locator("#counted").inner_text()
+    page.keyboard.press("n")
+    assert page.locator("#trace .cursor").inner_text().strip().startswith(".")
+    assert page.locator("#counted").inner_text().startswith("firing 1 of ")
+    page.keyboard.press("p")
+    count = int(first.split()[0])
+    assert page.locator("#counted").inner_text().startswith(f"firing {count} of {count}")
+    page.locator("#add").fill("L2.down+")
+    page.locator("#add").press("Enter")
+    expect(page.locator("#chips li")).to_have_count(2)
+    assert "L2.down" in page.url
+    numbers = set(page.locator("#trace span[data-n]").evaluate_all("spans => spans.map(s => s.dataset.n)"))
+    assert {"1", "2"} <= numbers
+    page.locator("#chips button").first.click()
+    expect(page.locator("#chips li")).to_have_count(1)
+    page.locator("#add").fill("nothing+")
+    page.locator("#add").press("Enter")
+    expect(page.locator("#toast")).to_contain_text("There is no feature")
+    trouble[:] = [text for text in trouble if "404" not in text]
+    page.locator("#trace").focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    expect(page.locator("#here h2")).to_contain_text("Token")
+    assert trouble == []
+
+
+def test_search_as_one_types_sort_and_compare(browser: Browser, base: str) -> None:
+    page, trouble = opened(browser, base + "/features")
+    page.keyboard.press("/")
+    page.keyboard.type("l1.gate")
+    page.wait_for_url("**/features?q=l1.gate")
+    assert page.locator(".found").inner_text().startswith("2 of ")
+    page.locator(".pick").nth(0).check()
+    page.locator("#q").fill("")
+    page.wait_for_url("**/features")
+    page.locator('[data-sort="kl"]').click()
+    expect(page.locator('th[aria-sort="descending"]')).to_contain_text("KL")
+    assert page.locator("tr[data-id]").first.get_attribute("data-id").startswith("L1.gate")
+    page.locator('[data-sort="kl"]').click()
+    expect(page.locator('th[aria-sort="ascending"]')).to_contain_text("KL")
+    page.locator('select[name="kind"]').select_option("latent")
+    expect(page.locator("tr[data-id]").first).to_have_attribute("data-id", "sae.0")
+    page.locator(".pick").nth(1).check()
+    assert "2 of at most" in page.locator("#compare").inner_text()
+    page.locator("#compare").click()
+    expect(page.locator(".side-by-side section")).to_have_count(2)
+    assert trouble == []
+
+
+def test_keys_move_and_go(browser: Browser, base: str) -> None:
+    page, trouble = opened(browser, base + "/features")
+    names = page.locator("tr[data-id]").evaluate_all("rows => rows.map(row => row.dataset.id)")
+    page.keyboard.press("j")
+    page.keyboard.press("j")
+    assert page.locator("tr.at").get_attribute("data-id") == names[1]
+    page.keyboard.press("k")
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/feature/**")
+    assert page.locator("h1").inner_text() == names[0].rstrip("+-")
+    page.keyboard.press("j")
+    page.wait_for_url("**/feature/L0.k%2B")
+    page.keyboard.press("k")
+    page.wait_for_url("**/feature/L0.q%2B")
+    for key, place in (("m", "/map"), ("t", "/traces"), ("n", "/notes"), ("o", "/")):
+        page.keyboard.press("g")
+        page.keyboard.press(key)
+        page.wait_for_url(base + place)
+        page.wait_for_load_state("networkidle")
+    colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    page.keyboard.press("t")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") != colour
+    page.reload()
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") != colour, "the theme is kept"
+    page.keyboard.press("?")
+    expect(page.locator("#help")).to_be_visible()
+    page.keyboard.press("Escape")
+    page.locator(".leaders li a").first.click()
+    page.wait_for_url("**/feature/**")
+    assert trouble == []
+
+
+def test_matrix_by_keyboard(browser: Browser, study: Study, base: str, tmp_path: Path) -> None:
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    names = ["L0.q", "L1.gate"]
+    copy = Study(Path(shutil.copytree(study.path, tmp_path / "copy")))
+    matrix = {"kl_NN": np.array([[1, -1], [-1, 4]], np.float32)}
+    save_file(matrix, copy.path / "ablation" / "interactions.safetensors", {"addresses": ",".join(names)})
+    with studio_at(copy) as address:
+        page, trouble = opened(browser, address + "/map")
+        page.locator("#matrix").focus()
+        page.keyboard.press("ArrowRight")
+        assert page.locator("#pair").inner_text() == "L0.q and L1.gate: cosine −0.50"
+        pixels = page.evaluate("[...document.querySelector('#matrix').getContext('2d').getImageData(0, 0, 2, 2).data]")
+        assert pixels[0:4] == pixels[12:16] != pixels[4:8] == pixels[8:12]
+        page.keyboard.press("ArrowDown")
+        page.keyboard.press("Enter")
+        page.wait_for_url("**/feature/L1.gate%2B")
+        assert trouble == []
+
+
+def test_notes_are_saved_at_once_and_stay(browser: Browser, study: Study, base: str) -> None:
+    page, trouble = opened(browser, base + "/feature/L2.down%2B")
+    editor = page.locator("#side-0 .note-editor")
+    page.keyboard.press("s")
+    expect(editor.locator(".saved")).to_have_text("Saved.")
+    for name, value in ((".label", "the verb"), (".text", f"is, or {HOSTILE}"), (".tags", "verb, to be")):
+        editor.locator(name).fill(value)
+        editor.locator(name).blur()
+        page.wait_for_load_state("networkidle")
+    expect(editor.locator(".saved")).to_have_text("Saved.")
+    note = current_notes(read_events(study.path / FILE)[0])["feature:L2.down+"]
+    assert (note.star, note.label, note.tags) == (True, "the verb", ("to-be", "verb"))
+    assert note.text == f"is, or {HOSTILE}"
+    page.reload()
+    assert editor.locator(".text").input_value() == f"is, or {HOSTILE}"
+    assert editor.locator(".star").get_attribute("aria-pressed") == "true"
+    page.goto(base + "/notes")
+    assert HOSTILE in page.locator(".notes").inner_text()
+    assert page.evaluate("window.hacked") is None
+    page.goto(base + "/features?q=the+verb")
+    assert page.locator("tr[data-id]").count() == 1
+    assert "★" in page.locator("tr[data-id]").inner_text()
+    theirs = read_events(study.path / FILE)[0][0] | {"id": "theirs", "field": "label", "value": "theirs"}
+    page.goto(base + "/notes")
+    file = {"name": "n.jsonl", "mimeType": "text/plain", "buffer": (json.dumps(theirs) + "\n").encode()}
+    page.locator("#merge").set_input_files(file)
+    expect(page.locator("#merged")).to_have_text("1 new, 0 known.")
+    assert trouble == []
+
+
+def test_hostile_tokens_are_text(browser: Browser, base: str) -> None:
+    page, trouble = opened(browser, base + "/trace/train/0?features=L1.gate%2B")
+    shown = page.locator("#trace").evaluate("box => box.textContent")
+    assert HOSTILE in shown.replace("·", " ")
+    assert page.locator("#trace img, #trace script, main textarea").count() == 1, "the note's own text area"
+    page.locator("#trace > span").nth(30).click()
+    expect(page.locator("#here h2")).to_contain_text("Token 30")
+    assert page.evaluate("window.hacked") is None
+    page.locator("#here textarea").fill(HOSTILE)
+    page.locator("#here textarea").blur()
+    expect(page.locator("#trace > span").nth(30)).to_have_attribute("data-note", "✎")
+    page.reload()
+    page.wait_for_load_state("networkidle")
+    expect(page.locator("#trace > span").nth(30)).to_have_attribute("data-note", "✎")
+    assert page.locator("#here textarea").input_value() == HOSTILE
+    assert page.evaluate("window.hacked") is None
+    for address in ("/traces?corpus=train", "/features", "/features?q=%3C%2Ftextarea%3E%3Cscript%3E"):
+        page.goto(base + address)
+        assert page.evaluate("window.hacked") is None
+    assert trouble == []
+
+
+def test_a_changed_study_is_announced(browser: Browser, study: Study, tmp_path: Path) -> None:
+    copy = Study(Path(shutil.copytree(study.path, tmp_path / "copy")))
+    with studio_at(copy) as address:
+        page, _ = opened(browser, address + "/")
+        expect(page.locator("#changed")).to_be_hidden()
+        copy.summarise({"new": 1})
+        page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+        expect(page.locator("#changed")).to_be_visible()
+        page.locator("#reload").click()
+        page.wait_for_load_state("networkidle")
+        expect(page.locator("#changed")).to_be_hidden()
+
+
+def test_a_stopped_studio_is_said(browser: Browser, study: Study) -> None:
+    with studio_at(study) as address:
+        page, _ = opened(browser, address + "/feature/L1.gate%2B")
+    page.locator(".note-editor .star").first.click()
+    expect(page.locator(".note-editor .saved").first).to_contain_text("still running?")
