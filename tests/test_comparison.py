@@ -208,6 +208,22 @@ def test_stale_explanations_are_left_out_by_name(tmp_path: Path) -> None:
     assert [row["explainer"] for row in both["rows"] if row["kind"] == "latent"] == ["judge:m"]
 
 
+def test_another_autoencoder_makes_a_comparison_stale(tmp_path: Path) -> None:
+    """Its latents have the same ids, and no table changes by itself."""
+    study = make_compared_study(tmp_path / "study")
+    weights = study.path / "sae" / "sae_weights.safetensors"
+    weights.parent.mkdir(exist_ok=True)
+    weights.write_bytes(b"one")
+    inputs = {"sae/sae_weights.safetensors": study.fingerprint("sae/sae_weights.safetensors")}
+    record = {"inputs": inputs, "outputs": ["explanations/latent.jsonl"]}
+    study.update_manifest(stages={"explain:heldout:latent": record})
+    assert "latent" in {row["kind"] for row in compare(study, CONFIG, Options())["rows"]}
+    weights.write_bytes(b"another")
+    result = compare(study, CONFIG, Options())
+    assert "latent" not in {row["kind"] for row in result["rows"]}
+    assert [entry["kind"] for entry in result["stale"]] == ["latent"]
+
+
 def test_a_kind_of_features_changes_no_other_kinds_numbers(tmp_path: Path) -> None:
     study = make_compared_study(tmp_path / "study")
     first = compare(study, CONFIG, Options())

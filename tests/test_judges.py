@@ -28,6 +28,7 @@ from lorascope.explain.judges import (
     open_log,
     read_reply,
 )
+from lorascope.explain.prompts import ask_explanation
 from scripted_judge import Said, Scripted, scripted_judge
 
 Script = Callable[[dict[str, Any]], Said]
@@ -85,9 +86,6 @@ def in_turn(*said: Said) -> Script:
         (Said("<think>hm</think>"), "not JSON"),
         (Said("", refusal="I cannot help with that."), "refused"),
         (Said("", finish="content_filter"), "refused"),
-        (Said(body="<html>busy</html>"), "no chat completion"),
-        (Said(body='{"choices": []}'), "no chat completion"),
-        (Said(body='{"error": "no model"}'), "no chat completion"),
         (Said(status=418, body="{}"), "HTTP 418"),
     ],
 )
@@ -108,7 +106,7 @@ def test_what_cannot_be_read_is_a_row_with_a_reason_and_final(tmp_path: Path, sa
         '{"word": "yes"}',
         'Sure!\n```json\n{"word": "yes"}\n```\nAnything else?',
         '<think>{"word": "no"} or not?</think>\n{"word": "yes"}',
-        '{not this} {"other": 1} {"word": "yes"} {"word": "no"}',
+        '{not this} {"other": 1} {"word": "no"} {"word": "yes"}',
         '{"word": "yes"} and so on without an e',
     ],
 )
@@ -251,7 +249,7 @@ def test_without_the_extra_it_is_named(tmp_path: Path, monkeypatch: pytest.Monke
         assert server.requests == []
 
 
-@pytest.mark.parametrize("status", [401, 403, 404])
+@pytest.mark.parametrize("status", [401, 402, 403, 404])
 def test_a_wrong_key_or_model_ends_the_run_at_once(tmp_path: Path, status: int) -> None:
     with (
         scripted_judge(lambda _: Said(status=status, body="{}")) as server,
@@ -418,3 +416,35 @@ def test_names_of_models_as_files() -> None:
     assert file_name("a/b:c") != file_name("a-b-c")
     assert not set("/\\:") & set(file_name("../../a\\b:c"))
     assert not file_name("..").startswith(".")
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "failure"),
+    [
+        (
+            'The format is {"explanation": "at most 10 words"}. Mine: {"explanation": "the word is"}',
+            "the word is",
+            None,
+        ),
+        ('<think>maybe {"explanation": "a draft"}', None, "truncated"),
+        ('<think>{"explanation": "a draft"}</think>{"explanation": "final"}', "final", None),
+    ],
+)
+def test_drafts_and_echoes_are_no_answers(text: str, value: str | None, failure: str | None) -> None:
+    row = {"text": text, "failure": None, "refusal": None, "finish": "length" if failure else "stop"}
+    reply = read_reply(ask_explanation(["(think) x"], ("<<", ">>"), 0), row)
+    assert (reply.value, reply.failure) == (value, failure)
+
+
+@pytest.mark.parametrize("body", ["<html>busy</html>", '{"choices": []}', '{"error": "upstream is busy"}'])
+def test_what_a_gateway_passes_on_is_asked_again(tmp_path: Path, body: str) -> None:
+    with scripted_judge(in_turn(Said(body=body), GOOD)) as server, judging(tmp_path, server) as judge:
+        assert judge.ask_all([question()]) == [Reply("yes")]
+        assert len(server.requests) == 2
+
+
+def test_a_forbidden_prompt_ends_no_run_that_was_answered(tmp_path: Path) -> None:
+    script = in_turn(GOOD, Said(status=403, body="moderated"), GOOD)
+    with scripted_judge(script) as server, judging(tmp_path, server) as judge:
+        replies = [judge.ask_all([question(str(i))])[0] for i in range(3)]
+    assert replies == [Reply("yes"), Reply(failure="HTTP 403"), Reply("yes")]

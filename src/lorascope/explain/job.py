@@ -93,15 +93,14 @@ def prepare_job(
     if not set(training.ids) <= set(known) or training.ids != scoring.ids:
         raise MissingStage(f"The firing levels are not of these {kind} features; run: lorascope examples {study.path}.")
     levels_F = np.array([known[feature] for feature in training.ids], dtype=np.float32)
-    rng = np.random.default_rng(seed)
     chosen = list(range(len(training.ids)))
     if config.limit is not None:
-        chosen = sorted(rng.permutation(len(training.ids))[: config.limit].tolist())
+        chosen = sorted(np.random.default_rng([seed, 0]).permutation(len(training.ids))[: config.limit].tolist())
+    # Generators of their own: all kinds are explained and scored on the same traces, whatever --limit says.
+    seen = frozenset(trace_contents(training.store))
     readings = [
-        read_corpus(training.store, max_tokens=config.max_tokens, rng=rng),
-        read_corpus(
-            scoring.store, max_tokens=config.max_tokens, rng=rng, seen=frozenset(trace_contents(training.store))
-        ),
+        read_corpus(training.store, max_tokens=config.max_tokens, rng=np.random.default_rng([seed, 1])),
+        read_corpus(scoring.store, max_tokens=config.max_tokens, rng=np.random.default_rng([seed, 2]), seen=seen),
     ]
     made = [
         Side(reading, collect_firings(features, reading, levels_F), _identify(reading))

@@ -13,7 +13,7 @@ from pathlib import Path
 from lorascope.errors import RunFailed
 from lorascope.explain.rows import Row, row_line
 
-PASSING = ("HTTP 408", "HTTP 409", "HTTP 429", "HTTP 5", "time-out", "no connection")
+PASSING = ("HTTP 408", "HTTP 409", "HTTP 429", "HTTP 5", "time-out", "no connection", "no chat completion")
 """How the reasons of failures begin that may be gone on the next run; all others are final."""
 
 

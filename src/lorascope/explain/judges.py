@@ -33,7 +33,12 @@ LONGEST_WAIT = 120.0
 """Seconds: a server that asks for a longer pause than this has failed for now."""
 WORN_OUT = 20
 """So many questions in a row that fail in passing, all retries used, end the run: the server is not there."""
-HOPELESS = {401: "refuses the key", 403: "does not allow this", 404: "does not know this address or model"}
+HOPELESS = {
+    401: "refuses the key",
+    402: "asks for money first",
+    403: "does not allow this",
+    404: "does not know this address or model",
+}
 CONCESSIONS = ("response_format", "temperature", "seed", "max_tokens")
 
 
@@ -226,7 +231,8 @@ class Judge:
             return "time-out", 0.0, ""
         except openai.APIStatusError as error:
             body = self._redact(error.response.text)[:500]
-            if error.status_code in HOPELESS:
+            # Once something was answered, 403 is about this prompt (moderation), not about the key.
+            if error.status_code in HOPELESS and not (error.status_code == 403 and self._answered):
                 raise self._end(BadInput(self._hopeless(error.status_code))) from None
             return f"HTTP {error.status_code}", _retry_after(error.response.headers.get("retry-after")), body
         except openai.APIConnectionError as error:
@@ -326,7 +332,7 @@ def read_reply(question: Question, row: Row) -> Reply:
     if not text:
         return Reply(failure="truncated" if row["finish"] == "length" else "empty")
     found = json_objects(text)
-    for value in found:
+    for value in reversed(found):  # what comes before the last one is a draft, or the question's own example
         try:
             return Reply(question.read(value))
         except (ValueError, KeyError, TypeError):
@@ -337,8 +343,8 @@ def read_reply(question: Question, row: Row) -> Reply:
 
 
 def json_objects(text: str) -> list[dict[str, Any]]:
-    """Every JSON object that stands in a text, the whole text first; what comes before `</think>` is left out."""
-    text = text.rsplit("</think>", 1)[-1].strip()
+    """Every JSON object that stands in a text, in order; thinking, closed or cut off, is left out."""
+    text = text.rsplit("</think>", 1)[-1].split("<think>", 1)[0].strip()
     decoder = json.JSONDecoder()
     found: list[dict[str, Any]] = []
     place = text.find("{")

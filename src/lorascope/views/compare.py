@@ -35,7 +35,8 @@ def comparison_view(study: Study) -> Json:
     Returns:
         `{"available", "corpus", "missing_kinds": [{"kind", "label", "run"}], "stale_kinds", "tables": [{"explainer",
         "rows": [row with "label" and "drawn"], "learned": [sentence], "tests": [test with "text"], "verdicts":
-        [{"measure", "sentences"}], "by": [{"name", "label", "rows"}]}]}`; rows and tests are those of `compare`.
+        [{"measure", "sentences"}], "families": [sentence],
+        "by": [{"name", "label", "rows"}]}]}`; rows and tests are those of `compare`.
     """
     found = json_file(study, "compare/compare.json")
     if found is None:
@@ -65,6 +66,11 @@ def explainer_table(found: Json, explainer: str) -> Json:
             {"measure": words, "sentences": sentences}
             for measure, words in MEASURES.items()
             if (sentences := [test["text"] for test in tests if test["measure"] == measure])
+        ],
+        "families": [
+            f"Against the {test['group']} half of the random ones: {verdict(test)}"
+            for test in found["by"]["family"]["tests"]
+            if (test["explainer"], test["measure"]) == (explainer, "score")
         ],
         "by": [table for table in by if table["rows"]],
     }

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from lorascope.config import Options
-from lorascope.errors import BadInput
+from lorascope.errors import BadInput, MissingStage
 from lorascope.explain.categories.asking import judge_asker
 from lorascope.explain.categories.assign import (
     ASSIGNED,
@@ -185,10 +185,29 @@ def required_inputs(study: Study, corpus: str, features: dict[str, FeatureSet]) 
         for path in (*needed, "examples/levels.json"):
             study.require(path, f"lorascope examples STUDY --corpus {corpus}")
         study.require(f"explanations/{kind}.jsonl", f"lorascope explain STUDY --kinds {kind}")
+        require_current(study, corpus, kind)
         store = of_kind.store.folder.relative_to(study.path).as_posix()
         inputs += [*needed, f"explanations/{kind}.jsonl", f"{store}/{INDEX}"]
         inputs += ["sae/sae_weights.safetensors"] if kind == "latent" else []
     return list(dict.fromkeys(inputs))
+
+
+def require_current(study: Study, corpus: str, kind: str) -> None:
+    """Raise MissingStage where examples or explanations are of other features than the study has now.
+
+    Ids alone do not tell: another autoencoder of the same size has the same ones.
+    """
+    stages = study.manifest["stages"]
+    found = [stages[name] for name in stages if name.startswith("explain:") and name.split(":")[2] == kind]
+    for records, command in (
+        ([stages[name] for name in (f"examples:{corpus}:{kind}",) if name in stages], "examples"),
+        (found, "explain"),
+    ):
+        if records and not any(study.holds(record) for record in records):
+            raise MissingStage(
+                f"What {command} found is of other {kind} features than the study has now; run: "
+                f"lorascope {command} {study.path}."
+            )
 
 
 def fill_folder(
