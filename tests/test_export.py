@@ -250,6 +250,19 @@ def test_neuronpedia_has_explanations_with_their_scores_and_the_lens_where_made(
     assert row["neg_str"] == [" bottom_a", "b\ufffd"]
 
 
+def test_neuronpedia_has_the_explanations_of_every_explainer(study: Study) -> None:
+    path = study.path / "explanations" / "direction.jsonl"
+    own = next(row for row in map(json.loads, path.read_text().splitlines()) if row["text"])
+    judged = [own | {"explainer": "judge:m", "text": "said by m"}, own | {"explainer": "judge:n", "text": None}]
+    before = export(study, "neuronpedia")
+    path.write_text(path.read_text() + "".join(json.dumps(row) + "\n" for row in judged))
+    after = export(study, "neuronpedia")
+    assert after["explanations"] == before["explanations"] + 1
+    assert after["without_explanation"] == before["without_explanation"]
+    texts = {row["description"] for row in rows_of(Path(after["folder"]), "explanations")}
+    assert {own["text"], "said by m"} <= texts
+
+
 def test_controls_with_examples_are_exported_like_the_rest(study: Study) -> None:
     real = load_features(study, "train", "direction").store
     z = np.random.default_rng(0).normal(size=(real.n_tokens, len(real.addresses)))

@@ -92,7 +92,7 @@ def write_neuronpedia(study: Study, config: ExportConfig, folder: Path) -> Json:
                 path = folder / source.model / source.id / name / f"batch-{start // BATCH}.jsonl.gz"
                 write_batch(path, name, rows[name])
                 counts[name] += len(rows[name])
-            counts["without_explanation"] += len(columns) - len(rows["explanations"])
+            counts["without_explanation"] += len(columns) - len({row["index"] for row in rows["explanations"]})
         counts["sources"] += len(layers)
     left_out = missing_features(study, config.corpus, kinds)
     if not (study.path / LENS).is_file():
@@ -175,7 +175,10 @@ def batch_rows(
     examples_file = f"examples/{config.corpus}/{features.kind}-examples.parquet"
     quantiles = quantile_count(study, examples_file)
     kind, rows = features.kind, dict[str, list[Json]](features=[], activations=[], explanations=[])
-    explained = {row["feature"]: row for row in json_lines(study, f"explanations/{kind}.jsonl")}
+    explained: dict[str, list[Json]] = {}  # one of each explainer that has a text
+    for row in json_lines(study, f"explanations/{kind}.jsonl"):
+        if row.get("text"):
+            explained.setdefault(row["feature"], []).append(row)
     for index, column in enumerate(columns, start):
         feature = features.ids[column]
         (stats,) = feature_rows(study, stats_path(config, kind), feature) or [{}]
@@ -196,8 +199,7 @@ def batch_rows(
                 | {"dataIndex": f"{features.store.trace_ids[example['trace']]}:{example['position']}"}
                 | bins[example["where"]]
             )
-        if (explained.get(feature) or {}).get("text"):
-            rows["explanations"].append(explanation_row(source, explained[feature]) | key)
+        rows["explanations"] += [explanation_row(source, row) | key for row in explained.get(feature, ())]
     return rows
 
 
