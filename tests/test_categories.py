@@ -215,8 +215,6 @@ def test_a_judge_that_fails_a_third_of_the_time_loses_nothing(tmp_path: Path) ->
     )
     shares = read_json(study.path / "categories" / "shares.json")
     assert shares["by"] == "judge"
-    named = [row for row in shares["kinds"]["latent"]["rows"] if row["category"] in dict(PLANTED)]
-    assert named
     whole = sum(row["n"] for row in shares["kinds"]["latent"]["rows"] if row["subcategory"] is None)
     assert whole == 9
 
@@ -432,6 +430,24 @@ def test_a_judge_behind_a_url_is_asked_once_and_continues_after_its_budget(tmp_p
         for feature, row in rows_of(study, kind).items():
             assert (row["category"], row["subcategory"]) == where.get(feature, (None, None))
     assert result["kinds"]["latent"]["assigned"] == sum(name.startswith("sae.") for name in where)
+
+
+def test_a_passing_failure_of_the_judge_has_its_reason_and_is_asked_again(tmp_path: Path) -> None:
+    study, _ = planted_categories(tmp_path / "study", traces=20)
+    down = {"now": True}
+
+    def script(request: dict[str, Any]) -> Said:
+        busy = down["now"] and "Feature sae.1." in request["messages"][1]["content"]
+        return Said(status=503, body="busy") if busy else Said(json.dumps({"category": "none fits"}))
+
+    with scripted_judge(script) as judge:
+        config = replace(CONFIG, by="judge", judge_model="m", judge_url=judge.url)
+        first = categorize(study, config, Options())
+        assert rows_of(study, "latent")["sae.1"]["reason"] == "no answer from the judge: HTTP 503"
+        down["now"], asked = False, len(judge.requests)
+        second = categorize(study, config, Options())
+        assert len(judge.requests) == asked + 1
+    assert (first["kinds"]["latent"]["no_answer"], second["kinds"]["latent"]["no_answer"]) == (1, 0)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from lorascope.explain.asking import open_judges
 from lorascope.explain.budget import Budget, BudgetSpent, Limits
 from lorascope.explain.categories.assign import NONE_FITS, AskAll
 from lorascope.explain.categories.taxonomy import Taxonomy
-from lorascope.explain.judges import Endpoint, Question
+from lorascope.explain.judges import Endpoint, Question, Reply
 from lorascope.study import Study
 
 TOLD = """\
@@ -31,7 +31,7 @@ Answer with one JSON object and nothing else: {"category": "a name from the list
 def judge_asker(
     study: Study, endpoint: Endpoint, taxonomy: Taxonomy, workers: int, calls: int | None
 ) -> Iterator[AskAll]:
-    """Inside, a function from features' texts to the judge's answers (None: it failed), kept in the judge's file.
+    """Inside, a function from features' texts to the judge's replies, kept in the judge's file.
 
     Args:
         workers: most requests in flight.
@@ -43,15 +43,14 @@ def judge_asker(
     with ExitStack() as stack:
         judge = open_judges(study, [endpoint], workers, Budget(Limits(calls)), stack)[endpoint]
 
-        def ask_all(texts: list[str]) -> list[str | None]:
+        def ask_all(texts: list[str]) -> list[Reply]:
             try:
-                replies = judge.ask_all([ask_category(text, taxonomy) for text in texts])
+                return judge.ask_all([ask_category(text, taxonomy) for text in texts])
             except BudgetSpent:
                 raise RunFailed(
                     "The budget is spent before every feature was asked about; what the judge answered is kept, and "
                     "the same command continues."
                 ) from None
-            return [reply.value for reply in replies]
 
         yield ask_all
 

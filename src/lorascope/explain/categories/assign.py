@@ -20,18 +20,20 @@ import numpy as np
 
 from lorascope.explain.categories.taxonomy import FloatArray, Taxonomy, membership
 from lorascope.explain.categories.words import Bags
+from lorascope.explain.judges import Reply
 from lorascope.explain.rows import Row
 from lorascope.token_text import readable
 
 Ask = Callable[[str], str | None]
 """A judge: from a feature's text (`words.feature_text`) to the name of a category or subcategory, `NONE_FITS`, or None
 where it gave no answer."""
-AskAll = Callable[[list[str]], list[str | None]]
-"""The same for many texts at once, answers in their order."""
+AskAll = Callable[[list[str]], list[Reply]]
+"""The same for many texts at once, in their order; a reply without a value says why."""
 ASSIGNED, NONE_FITS, NO_ANSWER, WITHOUT = "assigned", "none fits", "no answer", "nothing to go by"
 """Outcomes: a category; words that fit none; a judge that did not say; a feature with no explanation and no example."""
 CHANCE = 0.05
 DRAWS = 2_000
+REASON_SILENT = "no answer from the judge"
 REASON_WITHOUT = "it has no explanation and no examples"
 NAMED = 3
 """Words that a reason cites."""
@@ -152,17 +154,19 @@ def assign_by_asking(ids: Sequence[str], texts: Sequence[str], ask_all: AskAll, 
     telling = [text for text in texts if "\n" in text]  # others hold only the feature's name
     answers = iter(ask_all(telling))
     return [
-        _read_answer(feature, next(answers), taxonomy)
+        _read_reply(feature, next(answers), taxonomy)
         if "\n" in text
         else Assignment(feature, WITHOUT, None, None, "judge", REASON_WITHOUT)
         for feature, text in zip(ids, texts, strict=True)
     ]
 
 
-def _read_answer(feature: str, answer: str | None, taxonomy: Taxonomy) -> Assignment:
-    """A judge's answer as an assignment; a name that the taxonomy does not have is no answer."""
+def _read_reply(feature: str, reply: Reply, taxonomy: Taxonomy) -> Assignment:
+    """A judge's reply as an assignment; a name that the taxonomy does not have is no answer."""
+    answer = reply.value
     if answer is None:
-        return Assignment(feature, NO_ANSWER, None, None, "judge", "no answer from the judge")
+        reason = REASON_SILENT + (f": {reply.failure}" if reply.failure else "")
+        return Assignment(feature, NO_ANSWER, None, None, "judge", reason)
     if answer.strip().casefold() == NONE_FITS:
         return Assignment(feature, NONE_FITS, None, None, "judge", "none fits, says the judge")
     found = taxonomy.find(answer)

@@ -26,6 +26,7 @@ from lorascope.explain.categories.assign import (
     ASSIGNED,
     NO_ANSWER,
     NONE_FITS,
+    REASON_SILENT,
     WITHOUT,
     Ask,
     AskAll,
@@ -61,12 +62,13 @@ from lorascope.explain.categories.words import (
     feature_text,
     make_bags,
 )
-from lorascope.explain.judges import Endpoint
+from lorascope.explain.judge_log import is_passing
+from lorascope.explain.judges import Endpoint, Reply
 from lorascope.explain.settings import check_url
 from lorascope.features import FeatureSet, load_features
 from lorascope.progress import progress
 from lorascope.store import INDEX
-from lorascope.study import Study, atomic_write_text, whole_folder, write_json
+from lorascope.study import Study, atomic_write_text, read_rows, whole_folder, write_json
 from lorascope.token_text import open_tokenizer, vocabulary_texts
 
 FOLDER = "categories"
@@ -135,7 +137,7 @@ def categorize(study: Study, config: CategorizeConfig, options: Options, ask: As
 
     names = [f"{kind}.jsonl" for kind in features] + ["shares.json", "clusters.json", "maps.parquet"]
     names += ["flow.json"] if "latent" in features else []
-    return study.run(
+    result = study.run(
         "categorize",
         replace(config, taxonomy=f"{config.taxonomy or 'built-in'} {identity(taxonomy)}"),
         options,
@@ -143,6 +145,10 @@ def categorize(study: Study, config: CategorizeConfig, options: Options, ask: As
         outputs=[f"{FOLDER}/{name}" for name in names],
         work=work,
     )
+    rows = (row for kind in features for row in read_rows(study.path / FOLDER / f"{kind}.jsonl"))
+    if any(is_passing(row["reason"].removeprefix(f"{REASON_SILENT}: ")) for row in rows):
+        study.expire("categorize")  # so that the same command asks for these again
+    return result
 
 
 def check_judge(config: CategorizeConfig) -> None:
@@ -160,7 +166,7 @@ def asker(study: Study, config: CategorizeConfig, taxonomy: Taxonomy, ask: Ask |
     if config.by != "judge":
         yield None
     elif ask is not None:
-        yield lambda texts: [ask(text) for text in texts]
+        yield lambda texts: [Reply(ask(text)) for text in texts]
     else:
         endpoint = Endpoint(str(config.judge_model), str(config.judge_url), config.judge_key_env)
         with judge_asker(study, endpoint, taxonomy, config.judge_concurrency, config.budget_calls) as ask_all:
