@@ -80,7 +80,7 @@ def measure(study: Path, files: list[str]) -> dict[str, Any]:
 
 def number(value: float) -> str:
     """Three figures that a reader takes in at once."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{value:,.0f}" if 100 <= value < 1e6 else f"{value:.3g}"
 
 
 def table(results: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from lorascope.adapter import Adapter
 SHARE = 4
 """A pass may take one part in so many of the free memory: the estimate is rough, and others use the machine too."""
 MOST_ON_CPU, MOST_ELSEWHERE, FEWEST = 4096, 65_536, 256
-"""On a CPU a batch of more tokens is no faster (docs/log.md); a GPU needs more of them to be busy."""
+"""A CPU is busy with a few thousand tokens at once; a GPU needs more."""
 
 
 def free_memory(device: torch.device) -> int:
