@@ -2,14 +2,13 @@
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from html import unescape
 from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 
 from lorascope.config import Options
 from lorascope.errors import BadInput, RunFailed
@@ -31,14 +30,6 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     study = make_report_study(tmp_path_factory.mktemp("report") / "study")
     write_report(study, CONFIG, Options())
     return study
-
-
-@pytest.fixture(scope="module")
-def browser(chromium_path: str) -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium_path, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
 
 
 def opened(browser: Browser, path: Path, **context: Any) -> tuple[Page, list[str]]:

@@ -1,13 +1,12 @@
 """The categories' part of the report: what its figures add up to, where they lead, and that colour is not all."""
 
 import re
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 
 from lorascope.config import Options
 from lorascope.explain.categories import CategorizeConfig, categorize
@@ -27,14 +26,6 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     categorize(study, CategorizeConfig(), Options())
     write_report(study, ReportConfig(latents=2, traces=1), Options())
     return study
-
-
-@pytest.fixture(scope="module")
-def browser(chromium_path: str) -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium_path, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
 
 
 def opened(browser: Browser, path: Path, **context: Any) -> tuple[Page, list[str]]:

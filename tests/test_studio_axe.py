@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser
 from safetensors.numpy import save_file
 
 from lorascope.adapter import Adapter
@@ -42,14 +42,6 @@ def add_interactions(path: Path) -> None:
     gradients = np.random.default_rng(0).normal(size=(8, len(names)))
     kl_NN = (gradients.T @ gradients).astype(np.float32)
     save_file({"kl_NN": kl_NN}, path / "ablation" / "interactions.safetensors", {"addresses": ",".join(names)})
-
-
-@pytest.fixture(scope="module")
-def browser(chromium_path: str) -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium_path, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
 
 
 @pytest.mark.parametrize("path", PAGES)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 from lorascope.studio.notes import FILE, current_notes, read_events
 from lorascope.study import Study
@@ -39,14 +39,6 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
 def base(study: Study) -> Iterator[str]:
     with studio_at(study) as address:
         yield address
-
-
-@pytest.fixture(scope="module")
-def browser(chromium_path: str) -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium_path, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
 
 
 def opened(browser: Browser, address: str, **context: Any) -> tuple[Page, list[str]]:

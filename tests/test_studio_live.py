@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import Browser, expect
 from starlette.testclient import TestClient
 
 from lorascope.cli import main
@@ -183,9 +183,8 @@ def test_a_model_that_cannot_be_loaded_is_said(tmp_path: Path) -> None:
     assert live.status()["phase"] == "failed"
 
 
-def test_in_the_browser_a_slider_changes_the_text(study: Study, chromium_path: str) -> None:
-    with studio_at(study) as address, sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium_path, args=["--no-sandbox", "--disable-gpu"])
+def test_in_the_browser_a_slider_changes_the_text(study: Study, browser: Browser) -> None:
+    with studio_at(study) as address:
         page = browser.new_page()
         trouble: list[str] = []
         page.on("console", lambda m: trouble.append(m.text) if m.type in ("error", "warning") else None)
@@ -218,4 +217,3 @@ def test_in_the_browser_a_slider_changes_the_text(study: Study, chromium_path: s
         page.locator("#stop").click()
         expect(page.locator("#said")).to_have_text("Stopped.", timeout=60_000)
         assert trouble == []
-        browser.close()

@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -147,7 +146,15 @@ def test_a_packed_run_reaches_what_a_padded_one_does(
     assert max(sizes) > 1
 
 
-@pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="torch.compile needs a C++ compiler")
+def test_compiling_without_a_compiler_is_refused(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = make_study(tmp_path, model_folder)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(BadInput, match="needs a C\\+\\+ compiler"):
+        train(study, TrainConfig(compile=True), Options())
+
+
 def test_a_compiled_run_gives_the_same_weights(tmp_path: Path, model_folder: Path) -> None:
     found = []
     for compiled in (False, True):

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import Browser
 
 from compared_study import add_kind, explained_row, make_compared_study
 from lorascope.comparison import CompareConfig, compare
@@ -118,28 +118,25 @@ def test_marks_lie_where_the_scores_are() -> None:
     assert score_mark({"score": None, "wrong": None}, 0.4) == ""
 
 
-def test_the_section_shows_all_kinds_without_trouble(study: Study, chromium_path: str) -> None:
+def test_the_section_shows_all_kinds_without_trouble(study: Study, browser: Browser) -> None:
     study.update_manifest(corpora={})
     write_report(study, ReportConfig(), Options())
     html = (study.path / "report.html").read_text(encoding="utf-8")
     section = re.search(r'<section id="compare">.*?</section>', html, re.S)
     assert section is not None
     assert "style=" not in section[0]
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium_path, args=["--no-sandbox", "--disable-gpu"])
-        for width, scheme in ((1280, "light"), (420, "dark")):
-            context = browser.new_context(offline=True, color_scheme=scheme, viewport={"width": width, "height": 900})
-            page = context.new_page()
-            trouble: list[str] = []
-            page.on("console", lambda message, trouble=trouble: trouble.append(message.text))
-            page.on("pageerror", lambda error, trouble=trouble: trouble.append(str(error)))
-            page.goto((study.path / "report.html").as_uri())
-            main = page.locator("#compare table.compare").first
-            assert main.locator("tbody tr").count() == 6
-            assert main.locator("circle.own").count() == 6
-            box = main.locator("circle.own").first.bounding_box()
-            assert box is not None
-            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-            assert page.locator("#compare").get_by_text("no difference found").count() > 0
-            assert trouble == []
-        browser.close()
+    for width, scheme in ((1280, "light"), (420, "dark")):
+        context = browser.new_context(offline=True, color_scheme=scheme, viewport={"width": width, "height": 900})
+        page = context.new_page()
+        trouble: list[str] = []
+        page.on("console", lambda message, trouble=trouble: trouble.append(message.text))
+        page.on("pageerror", lambda error, trouble=trouble: trouble.append(str(error)))
+        page.goto((study.path / "report.html").as_uri())
+        main = page.locator("#compare table.compare").first
+        assert main.locator("tbody tr").count() == 6
+        assert main.locator("circle.own").count() == 6
+        box = main.locator("circle.own").first.bounding_box()
+        assert box is not None
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        assert page.locator("#compare").get_by_text("no difference found").count() > 0
+        assert trouble == []

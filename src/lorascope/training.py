@@ -142,6 +142,8 @@ def check_config(study: Study, config: TrainConfig) -> None:
     own = study.manifest["adapter"]
     if run_name(config) == "adapter" and own not in (None, "trained here"):
         raise BadInput(f"{study.path} is a study of the adapter {own}; make another study to train one.")
+    if config.compile and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++", "cl"))):
+        raise BadInput("--compile needs a C++ compiler, and none is found; install one or leave it out.")
     learning_rates(config)
     if checkpoint_steps(config) and config.full:
         raise BadInput("--checkpoints are copies of an adapter; leave it out with --full.")
