@@ -11,11 +11,20 @@ import torch
 
 from lorascope.config import Options
 from lorascope.errors import BadInput, MissingStage, RunFailed
-from lorascope.sae import training
+from lorascope.sae import steps, training
 from lorascope.sae.model import SAE, fold
 from lorascope.sae.moments import choose_unit, measure_moments, principal_components
 from lorascope.sae.rows import Rows
-from lorascope.sae.steps import Weights, initial_weights, revive, select_largest, train_step
+from lorascope.sae.steps import (
+    Weights,
+    dot_rows,
+    gather_entries,
+    initial_weights,
+    revive,
+    select_largest,
+    sort_by_latent,
+    train_step,
+)
 from lorascope.sae.training import SAEConfig, fit, run_steps, schedule, train_sae
 from lorascope.store import Store
 from tiny_store import make_study, write_store
@@ -203,6 +212,30 @@ def test_selection_equals_topk_with_and_without_a_good_floor() -> None:
         assert found.tolist() == sorted(found.tolist())
         assert sorted(scores.reshape(-1)[found].tolist(), reverse=True) == values.tolist()
         assert cut == float(values.min())
+
+
+def test_scores_equal_to_the_cut_are_kept_up_to_the_count() -> None:
+    scores = torch.tensor([[1.0, 3.0, 1.0, 0.0], [1.0, 2.0, 1.0, 1.0]])
+    found, cut = select_largest(scores, 4, 0.5)
+    assert found.tolist() == [0, 1, 2, 5]
+    assert cut == 1.0
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_products_of_chosen_rows_are_the_dense_products(on_cpu: bool, monkeypatch: Any) -> None:
+    """Also in the form that other devices take, run here."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(n, 7, generator=generator) for n in (9, 20))
+    flat = torch.randperm(180, generator=generator)[:50].sort().values
+    entries = gather_entries(torch.rand(9, 20, generator=generator), torch.ones(20), flat)
+    monkeypatch.setattr(steps, "on_cpu", lambda tensor: on_cpu)
+    torch.testing.assert_close(dot_rows(left, right, entries), (left @ right.T).reshape(-1)[flat])
+
+
+@pytest.mark.parametrize("n_latents", [30, 100_000])
+def test_entries_are_brought_together_by_latent_in_row_order(n_latents: int) -> None:
+    latents = torch.randint(0, n_latents, (500,), generator=torch.Generator().manual_seed(0))
+    assert sort_by_latent(latents, n_latents).tolist() == sorted(range(500), key=lambda i: int(latents[i]))
 
 
 def test_without_a_count_all_above_the_floor_are_selected() -> None:

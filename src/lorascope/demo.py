@@ -31,10 +31,10 @@ TASKS = "chain=3,letters=3,sort"
 # Chosen by measurement on 2 cores (docs/log.md): what fits into the demo's time and shows a clear gain.
 STEPS = 48
 BATCH = 12
-PROBLEMS = 160
-ABLATION_TRACES = 8
+PROBLEMS = 144
+ABLATION_TRACES = 6
 CONFIRMED = 20
-PATCHED_TOKENS = 3072
+PATCHED_TOKENS = 2048
 BESIDE = "adapter,random,untrained,neurons"
 """What is read in one run of the adapted model."""
 CONTROL_FEATURES = 200
@@ -88,7 +88,7 @@ def plan(
     study: Callable[[], Study], config: DemoConfig, options: Options, half: int
 ) -> list[tuple[str, Callable[[], object]]]:
     """The demo's stages with their titles, in order."""
-    rank1 = TrainConfig(epochs=1.0, batch=BATCH, token_budget=1024, eval_every=16, eval_traces=32)
+    rank1 = TrainConfig(epochs=1.0, batch=BATCH, token_budget=1024, eval_every=24, eval_traces=32)
     test = EvaluateConfig(on=TASKS, n=PROBLEMS // half, off="attn,mlp", max_new_tokens=96, token_budget=24_576)
     stages: list[tuple[str, Callable[[], object]]] = [
         (
@@ -100,7 +100,7 @@ def plan(
         ("ablate", lambda: ablate_all(study(), ABLATION_TRACES // half, options)),
         ("record the training traces", lambda: record(study(), RecordConfig(source=BESIDE), options)),
         ("record the held-out traces", lambda: record(study(), RecordConfig("heldout", source=BESIDE), options)),
-        ("record the base model", lambda: record_base(study(), STEPS * BATCH // (3 * half), options)),
+        ("record the base model", lambda: record_base(study(), STEPS * BATCH // (4 * half), options)),
         (
             "train the sparse autoencoder",
             lambda: decompose(study(), SAEConfig(patched_tokens=PATCHED_TOKENS // half), options),

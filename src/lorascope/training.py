@@ -385,7 +385,7 @@ class Run:
         device = next(learner.parameters()).device
         parameters = [p for p in learner.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
-            parameters, lr=self.rate, betas=(0.9, 0.95), weight_decay=config.weight_decay, foreach=True
+            parameters, lr=self.rate, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True
         )
         state.load(optimizer, parameters)
         metrics = Metrics(log, state.step)

@@ -9,6 +9,7 @@ Legend: B rows, N directions, F latents, M selected entries, D dead latents.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,6 +73,11 @@ def initial_weights(n_directions: int, n_latents: int, generator: torch.Generato
     return Weights(W_dec.clone(), W_dec, torch.zeros(n_latents), torch.zeros(n_directions))
 
 
+def on_cpu(tensor: Tensor) -> bool:
+    """Whether numpy can work on a tensor in place."""
+    return tensor.device.type == "cpu"
+
+
 def select_largest(scores_BF: Tensor, count: int | None, floor: float = 0.0) -> tuple[Tensor, float]:
     """Flat positions (ascending) of the `count` largest positive scores, and the smallest of these scores.
 
@@ -82,7 +88,7 @@ def select_largest(scores_BF: Tensor, count: int | None, floor: float = 0.0) -> 
     if count is None:
         found = (flat > floor).nonzero()[:, 0]
         return found, float(flat[found].min()) if len(found) else 0.0
-    if flat.device.type != "cpu":
+    if not on_cpu(flat):
         values, found = torch.topk(flat, min(count, len(flat)), sorted=False)
         found = found[values > 0].sort().values
         return found, float(flat[found].min()) if len(found) else 0.0
@@ -91,21 +97,43 @@ def select_largest(scores_BF: Tensor, count: int | None, floor: float = 0.0) -> 
     if len(candidates) < count and floor > 0:
         candidates = np.flatnonzero(scores > 0)
     values_ = scores[candidates]
-    if len(candidates) > count:
-        cut = np.partition(values_, len(values_) - count)[len(values_) - count]
-        above = values_ > cut
-        ties = np.flatnonzero(values_ == cut)[: count - int(above.sum())]
-        above[ties] = True
-        candidates, values_ = candidates[above], values_[above]
-    return torch.from_numpy(candidates), float(values_.min()) if len(values_) else 0.0
+    if len(candidates) <= count:
+        return torch.from_numpy(candidates), float(values_.min()) if len(values_) else 0.0
+    cut = np.partition(values_, len(values_) - count)[len(values_) - count]
+    kept = np.flatnonzero(values_ >= cut)
+    if len(kept) > count:  # several scores equal the cut
+        ties = np.flatnonzero(values_ == cut)
+        kept = np.setdiff1d(kept, ties[len(ties) - (len(kept) - count) :])
+    return torch.from_numpy(candidates[kept]), float(cut)
 
 
-def gather_entries(before_BF: Tensor, flat_M: Tensor) -> Entries:
-    """The entries at ascending flat positions of the pre-activations."""
-    n_rows, n_latents = before_BF.shape
-    rows, latents = flat_M // n_latents, flat_M % n_latents
+def gather_entries(scores_BF: Tensor, norms_F: Tensor, flat_M: Tensor) -> Entries:
+    """The entries at ascending flat positions of the scores, which are activation × decoder norm."""
+    n_rows, n_latents = scores_BF.shape
+    rows = flat_M // n_latents
+    latents = flat_M - rows * n_latents
     starts = torch.searchsorted(rows, torch.arange(n_rows, device=rows.device))
-    return Entries(rows, latents, before_BF.reshape(-1)[flat_M], starts)
+    return Entries(rows, latents, scores_BF.reshape(-1)[flat_M] / norms_F[latents], starts)
+
+
+def sort_by_latent(latents_M: Tensor, n_latents: int) -> Tensor:
+    """The stable order that brings each latent's entries together."""
+    if on_cpu(latents_M) and n_latents <= 1 << 16:
+        # Numpy sorts 16-bit numbers by radix, several times faster than it or torch sorts wider ones.
+        return torch.from_numpy(latents_M.numpy().astype(np.uint16).argsort(kind="stable"))
+    return latents_M.argsort(stable=True)
+
+
+def dot_rows(left_BN: Tensor, right_FN: Tensor, entries: Entries) -> Tensor:
+    """left[row] · right[latent] of every entry: the derivative of a sparse product by its values."""
+    if not on_cpu(left_BN):
+        return (left_BN[entries.rows_M] * right_FN[entries.latents_M]).sum(1)
+    ends = torch.cat((entries.offsets_B, torch.tensor([len(entries.rows_M)])))
+    shape = (len(left_BN), len(right_FN))
+    with warnings.catch_warnings():  # PyTorch says once that these tensors are in beta; tests hold them to autograd
+        warnings.filterwarnings("ignore", message="Sparse CSR")
+        where = torch.sparse_csr_tensor(ends, entries.latents_M, entries.values_M, shape, check_invariants=False)
+    return torch.sparse.sampled_addmm(where, left_BN, right_FN.T, beta=0.0).values()
 
 
 def sum_rows(table_XN: Tensor, index_M: Tensor, weights_M: Tensor, offsets: Tensor) -> Tensor:
@@ -126,24 +154,22 @@ def train_step(
     """
     n_rows = len(x_BN)
     centred = x_BN - weights.b_dec_N
-    before = torch.addmm(weights.b_enc_F, centred, weights.W_enc_FN.T)
     norms = weights.W_dec_FN.norm(dim=1)
-    flat, cut = select_largest(before.relu().mul_(norms), count, floor)
-    entries = gather_entries(before, flat)
-    # PyTorch has a fast derivative of the sparse product by its values: the only place where autograd is used.
-    with torch.enable_grad():
-        values_M = entries.values_M.requires_grad_()
-        product = sum_rows(weights.W_dec_FN, entries.latents_M, values_M, entries.offsets_B)
-    residual = product.detach() + weights.b_dec_N - x_BN
+    # Scores in place, negative ones too: a second array of this size would cost as much as the selection.
+    scores = torch.addmm(weights.b_enc_F, centred, weights.W_enc_FN.T).mul_(norms)
+    flat, cut = select_largest(scores, count, max(floor, 0.0))
+    entries = gather_entries(scores, norms, flat)
+    product = sum_rows(weights.W_dec_FN, entries.latents_M, entries.values_M, entries.offsets_B)
+    residual = product.add_(weights.b_dec_N).sub_(x_BN)
     error = float(residual.pow(2).sum()) / n_rows
     slope = residual * (2.0 / n_rows)
-    slope_values = torch.autograd.grad(product, values_M, slope)[0]
-    backward_selected(weights, centred, slope, entries, slope_values)
+    backward_selected(weights, centred, slope, entries, dot_rows(slope, weights.W_dec_FN, entries))
     auxiliary, left = 0.0, residual.neg_()
     if len(dead_D) and aux_coefficient > 0:
         # Batches are shuffled, so their first rows are as good as any.
         part = slice(0, -(-n_rows // AUXILIARY_ROWS))
-        auxiliary = backward_dead(weights, centred[part], before[part], left[part], dead_D, aux_coefficient)
+        values = scores[part, dead_D].relu() / norms[dead_D].clamp_min(1e-12)
+        auxiliary = backward_dead(weights, centred[part], values, left[part], dead_D, aux_coefficient)
     return StepResult(error + auxiliary, error, cut, len(flat), entries.latents_M, left)
 
 
@@ -154,10 +180,10 @@ def backward_selected(
     """Gradients of the squared error, given its derivatives by the reconstruction and by the selected values."""
     n_latents = len(weights.W_dec_FN)
     # By latent: the same entries sorted so that each latent's are together.
-    order = entries.latents_M.argsort(stable=True)
+    order = sort_by_latent(entries.latents_M, n_latents)
     starts = torch.searchsorted(entries.latents_M[order], torch.arange(n_latents, device=order.device))
     rows = entries.rows_M[order]
-    weights.W_dec_FN.grad = sum_rows(slope_BN, rows, entries.values_M.detach()[order], starts)
+    weights.W_dec_FN.grad = sum_rows(slope_BN, rows, entries.values_M[order], starts)
     weights.W_enc_FN.grad = sum_rows(centred_BN, rows, slope_values_M[order], starts)
     slope_enc = torch.zeros(n_latents, device=order.device).index_add_(0, entries.latents_M, slope_values_M)
     weights.b_enc_F.grad = slope_enc
@@ -167,16 +193,19 @@ def backward_selected(
 
 @torch.no_grad()
 def backward_dead(
-    weights: Weights, centred_BN: Tensor, before_BF: Tensor, left_BN: Tensor, dead_D: Tensor, coefficient: float
+    weights: Weights, centred_BN: Tensor, values_BD: Tensor, left_BN: Tensor, dead_D: Tensor, coefficient: float
 ) -> float:
     """Add the gradients of the auxiliary loss: the N/2 strongest dead latents of each row predict what is left.
 
     Returns the loss: coefficient · min(1, D / (N/2)) · squared error, as in SAELens.
+
+    Args:
+        values_BD: activations of the dead latents, at least 0.
     """
     n_rows, n_directions = centred_BN.shape
     most = max(1, n_directions // 2)
     share = coefficient * min(1.0, len(dead_D) / most)
-    values = before_BF[:, dead_D].relu()
+    values = values_BD
     if len(dead_D) > most:
         values = torch.where(values >= kth_largest(values, most), values, 0.0)
     W_dec, W_enc = weights.W_dec_FN[dead_D], weights.W_enc_FN[dead_D]
@@ -195,7 +224,7 @@ def backward_dead(
 
 def kth_largest(values_BD: Tensor, k: int) -> Tensor:
     """The k-th largest of each row, [B, 1]; on the CPU numpy's partition is several times faster than a top k."""
-    if values_BD.device.type != "cpu":
+    if not on_cpu(values_BD):
         return values_BD.topk(k, dim=1).values[:, -1:]
     place = values_BD.shape[1] - k
     return torch.from_numpy(np.partition(values_BD.numpy(), place, axis=1)[:, place : place + 1].copy())

@@ -189,7 +189,7 @@ def run_steps(
 def next_floor(config: SAEConfig, threshold: float | None, result: StepResult, wanted: int) -> float:
     """What the next step's scores are held against: a guess from below, or the tracked threshold."""
     if config.selection == "exact":
-        return 0.8 * result.cut
+        return 0.9 * result.cut
     if threshold is None:  # the first step selects exactly
         return result.cut
     return float(threshold * min(max(result.selected / wanted, 0.5), 2.0) ** TRACKING)
