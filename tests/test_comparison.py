@@ -16,6 +16,7 @@ from lorascope.config import Options
 from lorascope.errors import BadInput, MissingStage, RunFailed
 from lorascope.example_search import ExamplesConfig, examples
 from lorascope.explain import ExplainConfig, explain_features
+from lorascope.explained import made_from
 from lorascope.features import KINDS
 from lorascope.store import Store, store_folder
 from lorascope.study import Study, write_json
@@ -193,19 +194,28 @@ def test_what_is_missing_is_named_with_its_command(tmp_path: Path) -> None:
     assert result["tests"] == []
 
 
+def say_what_from(study: Study, kind: str, said: str) -> None:
+    """Let all rows of a kind say what features they are of."""
+    path = study.path / "explanations" / f"{kind}.jsonl"
+    rows = [json.loads(line) | {"made_from": said} for line in path.read_text(encoding="utf-8").splitlines()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
 def test_stale_explanations_are_left_out_by_name(tmp_path: Path) -> None:
     study = make_compared_study(tmp_path / "study")
-    record = {"inputs": {"sae/sae_weights.safetensors": "of an earlier one"}, "outputs": ["explanations/latent.jsonl"]}
-    study.update_manifest(stages={"explain:heldout:latent": record})
+    say_what_from(study, "latent", "an earlier one")
     result = compare(study, CONFIG, Options())
     assert "latent" not in {row["kind"] for row in result["rows"]}
-    run = f"lorascope explain {study.path} --kinds latent"
+    run = f"lorascope explain {study.path} --corpus heldout --kinds latent"
     assert result["stale"] == [{"kind": "latent", "explainer": "lexical", "run": run}]
     judged = explained_row("sae.0", 0.9, explainer="judge:m")
     with (study.path / "explanations" / "latent.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(judged) + "\n")
     both = compare(study, CONFIG, Options())
     assert [row["explainer"] for row in both["rows"] if row["kind"] == "latent"] == ["judge:m"]
+    say_what_from(study, "latent", "an earlier one")
+    judges = [entry for entry in compare(study, CONFIG, Options())["stale"] if entry["explainer"] == "judge:m"]
+    assert judges[0]["run"] == f"{run} --explainer judge --judge-model m ..."
 
 
 def test_another_autoencoder_makes_a_comparison_stale(tmp_path: Path) -> None:
@@ -214,14 +224,28 @@ def test_another_autoencoder_makes_a_comparison_stale(tmp_path: Path) -> None:
     weights = study.path / "sae" / "sae_weights.safetensors"
     weights.parent.mkdir(exist_ok=True)
     weights.write_bytes(b"one")
-    inputs = {"sae/sae_weights.safetensors": study.fingerprint("sae/sae_weights.safetensors")}
-    record = {"inputs": inputs, "outputs": ["explanations/latent.jsonl"]}
-    study.update_manifest(stages={"explain:heldout:latent": record})
+    say_what_from(study, "latent", made_from(study, "heldout", "latent"))
     assert "latent" in {row["kind"] for row in compare(study, CONFIG, Options())["rows"]}
     weights.write_bytes(b"another")
     result = compare(study, CONFIG, Options())
     assert "latent" not in {row["kind"] for row in result["rows"]}
     assert [entry["kind"] for entry in result["stale"]] == ["latent"]
+
+
+@pytest.mark.parametrize("stage", ["examples:heldout:latent", "reasoning:heldout:latent"])
+def test_what_was_found_of_an_earlier_autoencoders_latents_is_not_compared(tmp_path: Path, stage: str) -> None:
+    study = make_compared_study(tmp_path / "study")
+    record = {"inputs": {"sae/sae_weights.safetensors": "of an earlier one"}, "outputs": []}
+    study.update_manifest(stages={stage: record})
+    result = compare(study, CONFIG, Options())
+    latents = [row for row in result["rows"] if row["kind"] == "latent"]
+    if stage.startswith("examples"):
+        assert latents == []
+        run = f"lorascope examples {study.path} --corpus heldout --kinds latent"
+        assert result["stale"] == [{"kind": "latent", "explainer": "lexical", "run": run}]
+    else:
+        assert latents[0]["reasoning"] is None
+        assert result["stale"] == []
 
 
 def test_a_kind_of_features_changes_no_other_kinds_numbers(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from starlette.testclient import TestClient
 
 from lorascope.adapter import Adapter
@@ -373,6 +373,23 @@ def test_a_study_made_anew_is_shown_as_such(study: Study, tmp_path: Path) -> Non
     assert now < old
     assert client.get("/feature/L3.gate%2B").status_code == 404
     assert client.get("/feature/L1.gate%2B").status_code == 200
+
+
+def test_another_autoencoder_leaves_no_explanation_of_the_old_ones_latents(study: Study, tmp_path: Path) -> None:
+    copy = Study(Path(shutil.copytree(study.path, tmp_path / "copy")))
+    client = client_of(copy)
+    rows = client.get("/features.json?kind=latent&explained=yes").json()["rows"]
+    assert any(row["text"] for row in rows)
+    assert "Out of date" not in client.get("/features").text
+    weights = load_file(copy.path / "sae" / "sae_weights.safetensors")
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, copy.path / "sae" / "sae_weights.safetensors")
+    copy.summarise({"sae": {"l0": 1.0}})
+    client = client_of(copy)
+    assert not any(row["text"] for row in client.get("/features.json?kind=latent").json()["rows"])
+    assert any(row["text"] for row in client.get("/features.json?kind=direction").json()["rows"])
+    page = client.get("/features").text
+    assert "Out of date" in page
+    assert "explain:heldout:latent" in page
 
 
 def test_damage_is_a_sentence(study: Study, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from lorascope.differences import (
     smallest_difference,
 )
 from lorascope.errors import BadInput, MissingStage, RunFailed
+from lorascope.explained import LEXICAL, current_rows
 from lorascope.features import DIFFERENCE, cluster_of, source_of
 from lorascope.stats import FloatArray, percentile_bounds
 from lorascope.study import Study, read_json, read_rows, write_json
@@ -143,15 +144,13 @@ def comparison_of(study: Study, config: CompareConfig, seed: int) -> Json:
     cells: list[Cell] = []
     missing, stale = [], []
     for kind in ORDER:
-        found = read_kind(study, config.corpus, kind)
-        if not found:
+        rows = [row for row in read_rows(study.path / f"explanations/{kind}.jsonl") if row["corpus"] == config.corpus]
+        current = current_rows(study, kind, rows) if study.is_current(f"examples:{config.corpus}:{kind}") else ()
+        found = read_kind(study, config.corpus, kind, current)
+        cells += found
+        stale += stale_explainers(study, config.corpus, kind, rows, current)
+        if not rows or (current and not found):
             missing.append({"kind": kind, "run": command_for(study, config.corpus, kind)})
-        for cell in found:
-            if is_current(study, kind, cell.explainer):
-                cells.append(cell)
-            else:
-                run = f"lorascope explain {study.path} --kinds {kind}"
-                stale.append({"kind": kind, "explainer": cell.explainer, "run": run})
     if not cells:
         gone = (missing + stale)[0]
         raise MissingStage(f"No features are explained and scored on {config.corpus}; run: {gone['run']}.")
@@ -186,26 +185,33 @@ def command_for(study: Study, corpus: str, kind: str) -> str:
     return f"lorascope explain {study.path} --corpus {corpus} --kinds {kind}"
 
 
-def is_current(study: Study, kind: str, explainer: str) -> bool:
-    """Whether an explainer's rows are of the features that a kind has now; rows without any record are taken as such.
+def stale_explainers(study: Study, corpus: str, kind: str, rows: Sequence[Json], current: Sequence[Json]) -> list[Json]:
+    """Explainers whose rows are all of features that a kind no longer has, with the command that renews them."""
+    of_now = {row["explainer"] for row in current}
+    renew = f"lorascope explain {study.path} --corpus {corpus} --kinds {kind}"
+    stale = []
+    for explainer in dict.fromkeys(row["explainer"] for row in rows if row["explainer"] not in of_now):
+        judge = "" if explainer == LEXICAL else f" --explainer judge --judge-model {explainer.partition(':')[2]} ..."
+        run = renew + judge
+        if not study.is_current(f"examples:{corpus}:{kind}"):
+            run = f"lorascope examples {study.path} --corpus {corpus} --kinds {kind}"
+        stale.append({"kind": kind, "explainer": explainer, "run": run})
+    return stale
 
-    Records are `explain:CORPUS:KIND`, of judges `explain:CORPUS:KIND:LABEL`.
-    """
-    parts = {name: name.split(":", 3) for name in study.manifest["stages"] if name.startswith("explain:")}
-    own = [name for name, part in parts.items() if part[2] == kind and (part[3:] or ["lexical"]) == [explainer]]
-    return not own or any(study.holds(study.manifest["stages"][name]) for name in own)
 
-
-def read_kind(study: Study, corpus: str, kind: str) -> list[Cell]:
+def read_kind(study: Study, corpus: str, kind: str, explained: Sequence[Json]) -> list[Cell]:
     """A kind's features that were explained for a corpus, one cell per explainer."""
-    stats_file, explained_file, reasoning_file = (study.path / name for name in files_of(corpus, kind))
+    stats_file, _, reasoning_file = (study.path / name for name in files_of(corpus, kind))
     stats = {row["feature"]: row for row in table_rows(stats_file, ("feature", "density", "n_firing", *SHARES))}
-    reasoning = {row["feature"]: row["score"] for row in table_rows(reasoning_file, ("feature", "score"))}
+    # Scores of features that the study no longer has are left out.
+    reasoned = table_rows(reasoning_file, ("feature", "score"))
+    reasoned = reasoned if study.is_current(f"reasoning:{corpus}:{kind}") else []
+    reasoning = {row["feature"]: row["score"] for row in reasoned}
     index = study.path / "scalars" / "train" / source_of(kind) / "index.json"
     tokens = read_json(index)["counts"]["ordinary"] if index.is_file() else None
     by_explainer: dict[str, dict[str, Json]] = {}
-    for row in read_rows(explained_file):
-        if row["corpus"] == corpus and row["feature"] in stats:
+    for row in explained:
+        if row["feature"] in stats:
             by_explainer.setdefault(row["explainer"], {})[row["feature"]] = row
     cells = []
     for explainer, rows in by_explainer.items():

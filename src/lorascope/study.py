@@ -307,9 +307,13 @@ class Study:
     def fingerprint(self, relative: str) -> str | None:
         """SHA-256 of a file, or of the names and contents of a folder; None when it does not exist.
 
-        Contents are hashed once per (size, modification time); names that start with a dot are left out.
+        `FILE.json#KEY` is one entry of a file that several runs fill. Contents are hashed once per (size, modification
+        time); names that start with a dot are left out.
         """
+        relative, _, key = relative.partition("#")
         path = self.path / relative
+        if key:
+            return digest(read_json(path).get(key)) if path.is_file() else None
         if path.is_file():
             return self._file_hash(path)
         if not path.is_dir():
@@ -392,9 +396,14 @@ class Study:
         return changed, [name for name in record["outputs"] if not (self.path / name).exists()]
 
     def holds(self, record: dict[str, Any]) -> bool:
-        """Whether a record is of what the study has now; a file that other stages add to may have grown."""
+        """Whether a record is of what the study has now."""
         changed, gone = self.changes(record)
-        return not gone and all(is_shared(name) for name in changed)
+        return not changed and not gone
+
+    def is_current(self, stage: str) -> bool:
+        """Whether a stage's record, if there is one, is of what the study has now."""
+        record = self.manifest["stages"].get(stage)
+        return record is None or self.holds(record)
 
     def _keep_record(self, stage: str, record: dict[str, Any]) -> None:
         own = {output for output in record["outputs"] if not is_shared(output)}

@@ -16,7 +16,8 @@ from lorascope.explain.lexical import find_rule
 from lorascope.explain.rows import Row
 from lorascope.explain.rules import describe_rule, make_vocabulary, rule_to_json
 from lorascope.explain.scoring import Explanation, Quiz, execute_answers, score_answers
-from lorascope.explain.settings import JUDGE, LEXICAL
+from lorascope.explain.settings import JUDGE
+from lorascope.explained import LEXICAL
 from lorascope.study import Study
 from lorascope.token_text import open_tokenizer, vocabulary_texts
 

@@ -47,6 +47,7 @@ class Job:
     n_features: int
     """Of the kind, before --limit."""
     numbers: dict[str, int]
+    """By id, in the order in which they are explained."""
     training: Side
     scoring: Side
 
@@ -93,9 +94,8 @@ def prepare_job(
     if not set(training.ids) <= set(known) or training.ids != scoring.ids:
         raise MissingStage(f"The firing levels are not of these {kind} features; run: lorascope examples {study.path}.")
     levels_F = np.array([known[feature] for feature in training.ids], dtype=np.float32)
-    chosen = list(range(len(training.ids)))
-    if config.limit is not None:
-        chosen = sorted(np.random.default_rng([seed, 0]).permutation(len(training.ids))[: config.limit].tolist())
+    # In an order drawn by seed, so that what a cut-off run has done is a fair sample, as --limit draws one.
+    chosen = np.random.default_rng([seed, 0]).permutation(len(training.ids))[: config.limit].tolist()
     # Generators of their own: all kinds are explained and scored on the same traces, whatever --limit says.
     seen = frozenset(trace_contents(training.store))
     readings = [

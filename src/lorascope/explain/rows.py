@@ -23,10 +23,13 @@ def append_row(path: Path, row: Row) -> None:
         file.write(row_line(row))
 
 
-def keep_rows(path: Path, wanted: Collection[str], explainer: str) -> dict[str, Row]:
+def keep_rows(path: Path, wanted: Collection[str], explainer: str, said: Row | None = None) -> dict[str, Row]:
     """Make a file ready for appending; returns this explainer's rows with a wanted key, by key.
 
     Other rows of the explainer are moved to `superseded.jsonl` beside it; rows of other explainers stay.
+
+    Args:
+        said: what kept rows say from now on; it is not part of what they were computed from.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     done: dict[str, Row] = {}
@@ -37,8 +40,8 @@ def keep_rows(path: Path, wanted: Collection[str], explainer: str) -> dict[str, 
         elif row["key"] not in wanted or row.get("retry"):
             append_row(path.with_name("superseded.jsonl"), {"file": path.name, **row})
         elif row["key"] not in done:
-            done[row["key"]] = row
-            kept.append(row)
+            done[row["key"]] = row | (said or {})
+            kept.append(done[row["key"]])
     text = "".join(row_line(row) for row in kept)
     if not path.is_file() or text != path.read_text(encoding="utf-8"):
         atomic_write_text(path, text)

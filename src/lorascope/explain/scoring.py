@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from lorascope.explain.rules import Rule, Vocabulary, execute_rule
 from lorascope.explain.windows import Corpus, Sample, Windows, show_windows, window_index
 from lorascope.stats import Interval, percentile_bounds
+from lorascope.study import digest
 
 BoolArray = NDArray[np.bool_]
 DRAWS = 2_000
@@ -191,26 +192,17 @@ def execute_answers(vocabulary: Vocabulary) -> Answer:
     return answer
 
 
-def borrow_explanations(
-    features: Sequence[str], groups: Sequence[str], rng: np.random.Generator
-) -> dict[str, str | None]:
-    """For each feature another one whose explanation it is given as a control, by seed.
+def borrow_explanations(features: Sequence[str], groups: Sequence[str], seed: int) -> dict[str, str | None]:
+    """For each feature another one whose explanation it is given as a control.
 
-    A derangement of the features that also keeps a group apart (the two polarities of a direction are a group). Where
-    groups are too large for that, a feature of another group lends twice; None only when there is no other group.
+    Features stand in a circle in the order of a hash of seed and name, and each borrows from the next one of another
+    group (the two polarities of a direction are a group); None only when there is no other group. So a feature that is
+    explained later changes the control of those just before it and of no other, whose scores need not be paid again.
     """
-    order = rng.permutation(len(features))
-    lenders = np.roll(order, -1)
-    names = {name: k for k, name in enumerate(dict.fromkeys(groups))}
-    group = np.array([names[name] for name in groups], dtype=np.int64)
-    for k in np.flatnonzero(group[order] == group[lenders]):
-        # Exchange with a place where neither then gets one of its own group.
-        fits = (group[lenders] != group[order[k]]) & (group[order] != group[lenders[k]])
-        if fits.any():
-            j = int(np.argmax(fits))
-            lenders[k], lenders[j] = lenders[j], lenders[k]
+    order = sorted(range(len(features)), key=lambda k: digest([seed, "borrow", features[k]]))
     out: dict[str, str | None] = {}
-    for number, lender in zip(order.tolist(), lenders.tolist(), strict=True):
-        others = [lender] if group[lender] != group[number] else np.flatnonzero(group != group[number]).tolist()
-        out[features[number]] = features[others[int(rng.integers(len(others)))]] if others else None
+    for place, number in enumerate(order):
+        others = (order[(place + step) % len(order)] for step in range(1, len(order)))
+        lender = next((k for k in others if groups[k] != groups[number]), None)
+        out[features[number]] = None if lender is None else features[lender]
     return out

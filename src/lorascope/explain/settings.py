@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from lorascope.errors import BadInput
+from lorascope.explained import LEXICAL
 
 TRAIN = "train"
-LEXICAL = "lexical"
 JUDGE = "judge"
 
 

@@ -16,11 +16,11 @@ from lorascope.explain.judges import file_name
 from lorascope.explain.rows import Row, append_row, keep_rows
 from lorascope.explain.scored import in_order, score_feature
 from lorascope.explain.scoring import borrow_explanations
-from lorascope.explain.settings import LEXICAL, TRAIN, ExplainConfig, check_config
+from lorascope.explain.settings import TRAIN, ExplainConfig, check_config
 from lorascope.explain.summary import explain_records, pool_kinds, record_name, summarise_rows
+from lorascope.explained import LEXICAL, inputs_of, made_from
 from lorascope.features import FeatureSet, cluster_of, load_features
 from lorascope.progress import progress
-from lorascope.store import INDEX
 from lorascope.study import Study, digest, read_json, read_rows
 
 METHOD = 2
@@ -61,10 +61,8 @@ def explain_features(study: Study, config: ExplainConfig, options: Options) -> d
             replace(config, kinds=kind),
             options,
             inputs=[
-                *sorted((f.store.folder.relative_to(study.path) / INDEX).as_posix() for f in pair),
-                "examples/levels.json",
+                *inputs_of(config.corpus, kind),
                 "tokenizer/tokenizer.json",
-                *(["sae/sae_weights.safetensors"] if kind == "latent" else []),
             ],
             outputs=[rows, unscored_file(kind, label)],
             work=work,
@@ -167,7 +165,7 @@ def _score_all(study: Study, job: Job, explainer: Explainer, explained: dict[str
     """Score each explanation beside its controls; rows without scores say why. Kept in `KIND.jsonl`."""
     path = study.path / "explanations" / f"{job.kind}.jsonl"
     able = [feature for feature, row in explained.items() if row["text"] is not None]
-    lenders = borrow_explanations(able, [cluster_of(f) for f in able], np.random.default_rng(job.seed))
+    lenders = borrow_explanations(able, [cluster_of(f) for f in able], job.seed)
     settings = [METHOD, explainer.scoring_settings, job.config.corpus, job.config.examples, job.config.window, job.seed]
     keys: dict[str, str] = {}
     for feature, row in explained.items():
@@ -175,7 +173,8 @@ def _score_all(study: Study, job: Job, explainer: Explainer, explained: dict[str
         wrong = [explained[lender]["text"], explained[lender]["rule"]] if lender else None
         parts = [row["key"], row["text"], settings, job.scoring.hash_of(job.numbers[feature]), lender, wrong]
         keys[feature] = digest(parts)[:32]
-    done = keep_rows(path, set(keys.values()), explainer.label)
+    said = {"made_from": made_from(study, job.config.corpus, job.kind)}
+    done = keep_rows(path, set(keys.values()), explainer.label, said)
 
     def score(feature: str) -> Row:
         if keys[feature] in done:
@@ -186,7 +185,7 @@ def _score_all(study: Study, job: Job, explainer: Explainer, explained: dict[str
         kept |= {"scored": None, "reason": row["reason"], "corpus": job.config.corpus}
         if row["text"] is not None:
             kept |= score_feature(job, explainer, row, explained[lender] if lender else None)
-        return kept | {"key": keys[feature]}
+        return kept | said | {"key": keys[feature]}
 
     rows: list[Row] = []
     made = in_order(score, explained, explainer.workers, explainer.stop)

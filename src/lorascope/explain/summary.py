@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from lorascope.explain.prompts import WORDS
 from lorascope.explain.rows import Row
 from lorascope.explain.scoring import agreement_of
-from lorascope.explain.settings import LEXICAL
+from lorascope.explained import LEXICAL, current_rows
 from lorascope.features import CONTROLS, cluster_of
 from lorascope.stats import bootstrap_mean
 from lorascope.study import Study, read_rows
@@ -42,9 +42,8 @@ def pool_kinds(study: Study, explainer: str = LEXICAL) -> dict[str, Any]:
 
     Explanations of another adapter's or autoencoder's features than the study has now are left out.
     """
-    records = explain_records(study, explainer)
-    kinds = [kind for kind, record in records.items() if kind not in CONTROLS and study.holds(record)]
-    rows = [row for kind in kinds for row in rows_of(study, kind, explainer)]
+    kinds = [kind for kind in explain_records(study, explainer) if kind not in CONTROLS]
+    rows = [row for kind in kinds for row in current_rows(study, kind, rows_of(study, kind, explainer))]
     return summarise_rows(rows, np.random.default_rng(study.manifest["seed"]))
 
 

@@ -33,7 +33,7 @@ from lorascope.study import Study, write_json
 from lorascope.token_text import TokenTable, token_table
 from lorascope.views.feature_list import feature_place
 from lorascope.views.one_feature import tokenizer_of
-from lorascope.views.reading import feature_rows, json_lines, missing
+from lorascope.views.reading import explanations, feature_rows, missing, path_of
 
 Json = dict[str, Any]
 BATCH = 256
@@ -68,10 +68,10 @@ def write_neuronpedia(study: Study, config: ExportConfig, folder: Path) -> Json:
     Raises:
         MissingStage: no examples were searched for on this corpus.
     """
-    kinds = [kind for kind in KINDS if (study.path / stats_path(config, kind)).is_file()]
+    kinds = [kind for kind in KINDS if path_of(study, stats_path(config, kind))]
     if not kinds:
         raise MissingStage(
-            f"There are no examples on {config.corpus} yet; "
+            f"There are no examples of the study's features on {config.corpus} yet; "
             f"run first: lorascope examples {study.path} --corpus {config.corpus}."
         )
     table = token_table(tokenizer_of(study))
@@ -95,7 +95,7 @@ def write_neuronpedia(study: Study, config: ExportConfig, folder: Path) -> Json:
             counts["without_explanation"] += len(columns) - len({row["index"] for row in rows["explanations"]})
         counts["sources"] += len(layers)
     left_out = missing_features(study, config.corpus, kinds)
-    if not (study.path / LENS).is_file():
+    if not path_of(study, LENS):
         left_out.append(missing(study, "top tokens of what features write", "lorascope lens STUDY")["missing"])
     write_json(folder / "lorascope.json", {"features": places, "left_out": left_out})
     return {"model": named_model(study, config), "kinds": kinds} | counts | {"left_out": left_out}
@@ -176,7 +176,7 @@ def batch_rows(
     quantiles = quantile_count(study, examples_file)
     kind, rows = features.kind, dict[str, list[Json]](features=[], activations=[], explanations=[])
     explained: dict[str, list[Json]] = {}  # one of each explainer that has a text
-    for row in json_lines(study, f"explanations/{kind}.jsonl"):
+    for row in explanations(study, kind):
         if row.get("text"):
             explained.setdefault(row["feature"], []).append(row)
     for index, column in enumerate(columns, start):

@@ -20,7 +20,8 @@ from lorascope.studio.live_routes import add_live
 from lorascope.studio.notes import FILE, add_note, merge_notes
 from lorascope.studio.pages import JSON_ONLY, PAGES, Page
 from lorascope.study import Study, digest
-from lorascope.views.kept import study_state
+from lorascope.views import provenance
+from lorascope.views.kept import kept_view, study_state
 
 KINDS_OF_FILE = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 OWN_FILES = "studio.css icon.svg theme.js studio.js strip.js features.js feature.js map.js trace.js live.js notes.js"
@@ -78,9 +79,17 @@ def render(study: Study, template: str, here: str, data: dict[str, Any]) -> str:
         "study_name": study.path.resolve().name,
         "study_path": str(study.path),
         "state": state_of(study),
+        "old": old_stages(study),
         "version": __version__,
     }
     return environment().get_template(template).render(**(shown | data))
+
+
+def old_stages(study: Study) -> list[str]:
+    """Names of stages whose inputs changed since; none where the study cannot be read, which the page itself says."""
+    with contextlib.suppress(BadInput, RunFailed, OSError):
+        return list(kept_view(study, provenance)["old"])
+    return []
 
 
 def first_view(study: Study) -> None:

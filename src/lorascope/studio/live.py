@@ -18,7 +18,7 @@ from typing import Any
 from lorascope.config import Options
 from lorascope.errors import BadInput, RunFailed
 from lorascope.study import Study
-from lorascope.views.reading import stamp
+from lorascope.views.kept import stamp
 
 Event = dict[str, Any]
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from lorascope.store import INDEX, Store, store_folder
 from lorascope.study import Study, digest, read_json, write_json
-from lorascope.views.reading import stamp
+from lorascope.views.kept import stamp
 
 CACHE = ".views"
 """Folder in the study for what can be computed again; names with a dot are no stage's input."""

@@ -14,7 +14,8 @@ from lorascope.explain import LEXICAL
 from lorascope.features import KINDS
 from lorascope.study import Study, read_json
 from lorascope.views.ablation_tables import direction_kl
-from lorascope.views.reading import Json, json_lines, missing, ready, stamp, table_rows
+from lorascope.views.kept import stamp
+from lorascope.views.reading import Json, explanations, missing, ready, table_rows
 
 SHOWN_STATS = (
     "feature",
@@ -58,7 +59,7 @@ def kind_rows(study: Study, corpus: str, kind: str) -> list[Json]:
         return []
     kls = direction_kl(study) if kind == "direction" else {}
     norms = decoder_norms(study) if kind == "latent" else {}
-    explained = shown_explanations(json_lines(study, f"explanations/{kind}.jsonl"))
+    explained = shown_explanations(explanations(study, kind))
     rows: list[Json] = []
     for stat in stats:
         feature = stat.pop("feature")

@@ -11,9 +11,9 @@ from lorascope.errors import BadInput, MissingStage
 from lorascope.study import Study
 from lorascope.token_text import vocabulary_texts
 from lorascope.views.feature_list import feature_table
-from lorascope.views.kept import State, study_state
+from lorascope.views.kept import State, stamp, study_state
 from lorascope.views.one_feature import open_features, tokenizer_of
-from lorascope.views.reading import Json, read_table, stamp
+from lorascope.views.reading import Json, path_of, read_table
 
 SORTS = {
     "strength": "strength",
@@ -143,7 +143,9 @@ def feature_index(study: Study, corpus: str, state: State) -> Json:
 
 def top_tokens(study: Study, corpus: str, kind: str) -> dict[str, list[str]]:
     """The commonest peak tokens of every feature's strongest examples, at most `TOP_TOKENS` each."""
-    path = study.path / "examples" / corpus / f"{kind}-examples.parquet"
+    path = path_of(study, f"examples/{corpus}/{kind}-examples.parquet")
+    if not path:
+        return {}
     try:
         store = open_features(study, corpus, kind).store
     except MissingStage:

@@ -1,16 +1,26 @@
-"""Views kept in memory until their study changes, for a server that answers many requests."""
+"""What a study's state is, views kept in memory until it changes, and files that are of features it no longer has."""
 
 import contextlib
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
-from lorascope.study import Study
-from lorascope.views.reading import stamp
+from lorascope.study import Study, is_shared
 
 State = tuple[tuple[str, int, int], ...]
 MOST = 64
 """How many views are kept."""
+FEATURE_FOLDERS = ("examples/", "reasoning/", "categories/", "lens/")
+"""What stages say of single features."""
+IDENTITY = ("adapter", "sae/sae_weights.safetensors", "scalars/")
+"""Inputs that decide which features there are: an adapter or autoencoder made anew has others of the same names."""
+
+
+def stamp(path: Path) -> tuple[int, int]:
+    """Size and modification time: a cached reading is good while both stay."""
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
 
 
 def study_state(study: Study) -> State:
@@ -31,3 +41,13 @@ def kept_view(study: Study, view: Callable[..., Any], *arguments: Any) -> Any:
 def remembered(view: Callable[..., Any], study: Study, arguments: tuple[Any, ...], state: State) -> Any:
     """`kept_view` of one state of the study."""
     return view(study, *arguments)
+
+
+def of_other_features(study: Study) -> frozenset[str]:
+    """Files of the study that say something of features it no longer has, by their stages' records."""
+    files: set[str] = set()
+    for record in study.manifest["stages"].values():
+        said = [name for name in record["outputs"] if name.startswith(FEATURE_FOLDERS)]
+        if said and any(name.startswith(IDENTITY) for name in study.changes(record)[0]):
+            files.update(name for name in said if not is_shared(name))
+    return frozenset(files)

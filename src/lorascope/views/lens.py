@@ -1,7 +1,7 @@
 """The lens of a feature: the tokens that it writes towards and reads, from `lorascope lens`."""
 
 from lorascope.study import Study
-from lorascope.views.reading import Json, feature_rows, missing, ready
+from lorascope.views.reading import Json, feature_rows, missing, path_of, ready
 
 LENS = "lens/lens.parquet"
 SHOWN = 8
@@ -13,7 +13,7 @@ def lens_view(study: Study) -> Json:
     """What the lens covers: `{"available", "features", "directions_elsewhere", "sides": {side: {"features",
     "beyond_random", "random_largest"}}}`."""
     record = study.manifest["stages"].get("lens")
-    if record is None or not (study.path / LENS).is_file():
+    if record is None or not path_of(study, LENS):
         return missing(study, "the lens", "lorascope lens STUDY")
     return dict(ready({"available": True} | record["result"]))
 

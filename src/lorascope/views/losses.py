@@ -6,7 +6,7 @@ from lorascope.explain import LEXICAL
 from lorascope.study import Study
 from lorascope.views.ablation_tables import WAYS, ablation_table
 from lorascope.views.gains import label_of
-from lorascope.views.reading import Json, json_file, json_lines, ready, stage_records
+from lorascope.views.reading import Json, explanations, json_file, ready, stage_records
 
 
 def dropped(study: Study) -> Json:
@@ -125,7 +125,7 @@ def explanation_losses(study: Study) -> list[Json]:
         if path.stem == "superseded":
             continue
         by_explainer: dict[str, list[Json]] = {}
-        for row in json_lines(study, f"explanations/{path.name}"):
+        for row in explanations(study, path.stem):
             by_explainer.setdefault(row["explainer"], []).append(row)
         for explainer, explained in by_explainer.items():
             by_whom = "" if explainer == LEXICAL else f", {explainer}"

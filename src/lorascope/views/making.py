@@ -12,7 +12,8 @@ def provenance(study: Study) -> Json:
     Returns:
         `{"available": True, "study", "created", "model", "adapter_source", "system", "markup", "max_tokens",
         "too_long", "seed", "versions": {..}, "stages": [{"name", "state", "why", "seconds", "peak_rss", "finished",
-        "seed", "config": {..}}], "seconds", "peak_rss"}`; seconds and bytes.
+        "seed", "config": {..}}], "old": [stages whose inputs changed since], "seconds",
+        "peak_rss"}`; seconds and bytes.
     """
     manifest = study.manifest
     states = {row["stage"]: row for row in study.status()}
@@ -29,6 +30,8 @@ def provenance(study: Study) -> Json:
         "adapter_source": manifest.get("adapter"),
         "versions": versions,
         "stages": stages,
+        # A report is always older than what it shows.
+        "old": [stage["name"] for stage in stages if stage["state"] == "stale" and stage["name"] != "report"],
         "seconds": sum(stage["seconds"] or 0 for stage in stages),
         "peak_rss": max((stage["peak_rss"] or 0 for stage in stages), default=0),
     }

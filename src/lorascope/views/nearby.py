@@ -15,9 +15,9 @@ from lorascope.errors import MissingStage
 from lorascope.features import FeatureSet
 from lorascope.study import Study
 from lorascope.views.feature_list import feature_kind, feature_place
-from lorascope.views.kept import kept_view
+from lorascope.views.kept import kept_view, stamp
 from lorascope.views.one_feature import column_of, open_features
-from lorascope.views.reading import Json, feature_rows, json_file, ready, stamp, table_rows
+from lorascope.views.reading import Json, feature_rows, json_file, ready, table_rows
 
 NEAR = 8
 WRITES = ("o", "down")

@@ -23,9 +23,10 @@ from lorascope.views.ablation_tables import direction_kl
 from lorascope.views.category_shares import feature_category
 from lorascope.views.effects import typical_effects
 from lorascope.views.feature_list import TOO_FEW, decoder_effects, feature_kind, feature_place
+from lorascope.views.kept import stamp
 from lorascope.views.lens import feature_lens
 from lorascope.views.maps import signed_map
-from lorascope.views.reading import Json, feature_rows, json_lines, missing, ready, stamp
+from lorascope.views.reading import Json, explanations, feature_rows, missing, ready
 
 WINDOW = 24
 """Tokens shown on either side of an example."""
@@ -230,7 +231,7 @@ def activations(features: FeatureSet, column: int, places_T: npt.NDArray[np.int6
 def explanation_of(study: Study, kind: str, feature: str) -> Json | None:
     """The explanation's row as `{"explainer", "text", "rule", "reason", "class", "scores": {"detection": {"own",
     "wrong", "shuffled"}, ..}, "wrong_from", "also": [the same of other explainers]}`, the lexical explainer's first."""
-    rows = [row for row in json_lines(study, f"explanations/{kind}.jsonl") if row["feature"] == feature]
+    rows = [row for row in explanations(study, kind) if row["feature"] == feature]
     said = [explanation_row(row) for row in sorted(rows, key=lambda row: str(row["explainer"]) != LEXICAL)]
     return said[0] | {"also": said[1:]} if said else None
 

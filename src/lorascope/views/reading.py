@@ -1,7 +1,8 @@
 """What every view needs: files of a study read gently, and numbers that are ready for JSON.
 
 A view never fails because a stage has not run: it carries `"available": False` and a `"missing"` entry
-`{"what", "run"}` that names the command. Numbers that are not finite become None.
+`{"what", "run"}` that names the command. What was found of features that the study no longer has is read as missing:
+another autoencoder has latents of the same names. Numbers that are not finite become None.
 """
 
 import json
@@ -16,7 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lorascope.errors import RunFailed
+from lorascope.explained import current_rows
 from lorascope.study import Study, read_json
+from lorascope.views.kept import kept_view, of_other_features, stamp
 
 Json = dict[str, Any]
 
@@ -41,28 +44,42 @@ def missing(study: Study, what: str, command: str) -> Json:
     return {"available": False, "missing": {"what": what, "run": command.replace("STUDY", str(study.path))}}
 
 
-def json_file(study: Study, relative: str) -> Any:
-    """A JSON file of the study, or None when it does not exist."""
+def path_of(study: Study, relative: str) -> Path | None:
+    """A file of the study; None when it does not exist, or says something of features that the study no longer has."""
     path = study.path / relative
-    return read_json(path) if path.is_file() else None
+    return path if path.is_file() and relative not in kept_view(study, of_other_features) else None
+
+
+def json_file(study: Study, relative: str) -> Any:
+    """A JSON file of the study, or None when there is none."""
+    path = path_of(study, relative)
+    return read_json(path) if path else None
 
 
 def json_lines(study: Study, relative: str) -> tuple[Json, ...]:
-    """Rows of a JSON Lines file, none when it does not exist; a last line cut off by an interruption is left out.
+    """Rows of a JSON Lines file, none when there is none; a last line cut off by an interruption is left out.
 
     Rows are shared between callers: do not change them.
 
     Raises:
         RunFailed: a line before the last is not JSON.
     """
-    path = study.path / relative
-    return parsed_lines(path, *stamp(path)) if path.is_file() else ()
+    path = path_of(study, relative)
+    return parsed_lines(path, *stamp(path)) if path else ()
 
 
-def stamp(path: Path) -> tuple[int, int]:
-    """Size and modification time: a cached reading is good while both stay."""
-    stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns
+def explanations(study: Study, kind: str) -> tuple[Json, ...]:
+    """Rows of `explanations/KIND.jsonl`, without those of another adapter's or autoencoder's features.
+
+    Rows are shared between callers: do not change them.
+    """
+    rows: tuple[Json, ...] = kept_view(study, current_explanations, kind)
+    return rows
+
+
+def current_explanations(study: Study, kind: str) -> tuple[Json, ...]:
+    """`explanations` of one state of the study."""
+    return current_rows(study, kind, json_lines(study, f"explanations/{kind}.jsonl"))
 
 
 @lru_cache(maxsize=8)
@@ -83,13 +100,13 @@ def parsed_lines(path: Path, size: int, modified: int) -> tuple[Json, ...]:
 
 
 def table_rows(study: Study, relative: str, columns: tuple[str, ...] | None = None) -> list[Json] | None:
-    """Rows of a Parquet file as dicts (of some columns), or None when it does not exist.
+    """Rows of a Parquet file as dicts (of some columns), or None when there is none.
 
     Raises:
         RunFailed: the file is damaged.
     """
-    path = study.path / relative
-    if not path.is_file():
+    path = path_of(study, relative)
+    if not path:
         return None
     table = read_table(path, *stamp(path))[0]
     rows: list[Json] = (table.select(list(columns)) if columns else table).to_pylist()
@@ -97,9 +114,9 @@ def table_rows(study: Study, relative: str, columns: tuple[str, ...] | None = No
 
 
 def feature_rows(study: Study, relative: str, feature: str) -> list[Json] | None:
-    """The rows of one feature (column `feature`), in file order; None when the file does not exist."""
-    path = study.path / relative
-    if not path.is_file():
+    """The rows of one feature (column `feature`), in file order; None when there is no such file."""
+    path = path_of(study, relative)
+    if not path:
         return None
     table, places = read_table(path, *stamp(path))
     rows: list[Json] = table.take(pa.array(places.get(feature, []), pa.int64())).to_pylist()

@@ -40,7 +40,7 @@ def explanation_scores(study: Study) -> Json:
 
 def explainer_rows(study: Study, explainer: str) -> list[Json]:
     """The rows of one explainer: all kinds, then each."""
-    records = explain_records(study, explainer)
+    records = {kind: record for kind, record in explain_records(study, explainer).items() if study.holds(record)}
     found = {kind: record["result"] for kind, record in records.items()}
     features = sum(result["features"] for kind, result in found.items() if kind not in CONTROLS)
     found["all"] = pool_kinds(study, explainer) | {"features": features}

@@ -65,6 +65,7 @@ from lorascope.explain.categories.words import (
 from lorascope.explain.judge_log import is_passing
 from lorascope.explain.judges import Endpoint, Reply
 from lorascope.explain.settings import check_url
+from lorascope.explained import current_rows
 from lorascope.features import FeatureSet, load_features
 from lorascope.progress import progress
 from lorascope.store import INDEX
@@ -185,7 +186,7 @@ def identity(taxonomy: Taxonomy) -> str:
 def required_inputs(study: Study, corpus: str, features: dict[str, FeatureSet]) -> list[str]:
     """The files that are read; MissingStage for the first that is not there."""
     study.require("tokenizer/tokenizer.json", "lorascope record STUDY")
-    inputs = ["tokenizer/tokenizer.json", "examples/levels.json"]
+    inputs = ["tokenizer/tokenizer.json"]
     for kind, of_kind in features.items():
         needed = [f"examples/{corpus}/{kind}-{what}.parquet" for what in ("examples", "stats")]
         for path in (*needed, "examples/levels.json"):
@@ -193,7 +194,7 @@ def required_inputs(study: Study, corpus: str, features: dict[str, FeatureSet]) 
         study.require(f"explanations/{kind}.jsonl", f"lorascope explain STUDY --kinds {kind}")
         require_current(study, corpus, kind)
         store = of_kind.store.folder.relative_to(study.path).as_posix()
-        inputs += [*needed, f"explanations/{kind}.jsonl", f"{store}/{INDEX}"]
+        inputs += [*needed, f"examples/levels.json#{kind}", f"explanations/{kind}.jsonl", f"{store}/{INDEX}"]
         inputs += ["sae/sae_weights.safetensors"] if kind == "latent" else []
     return list(dict.fromkeys(inputs))
 
@@ -203,13 +204,12 @@ def require_current(study: Study, corpus: str, kind: str) -> None:
 
     Ids alone do not tell: another autoencoder of the same size has the same ones.
     """
-    stages = study.manifest["stages"]
-    found = [stages[name] for name in stages if name.startswith("explain:") and name.split(":")[2] == kind]
-    for records, command in (
-        ([stages[name] for name in (f"examples:{corpus}:{kind}",) if name in stages], "examples"),
-        (found, "explain"),
+    rows = read_rows(study.path / f"explanations/{kind}.jsonl")
+    for of_now, command in (
+        (study.is_current(f"examples:{corpus}:{kind}"), "examples"),
+        (not rows or bool(current_rows(study, kind, rows)), "explain"),
     ):
-        if records and not any(study.holds(record) for record in records):
+        if not of_now:
             raise MissingStage(
                 f"What {command} found is of other {kind} features than the study has now; run: "
                 f"lorascope {command} {study.path}."

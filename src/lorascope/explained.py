@@ -1,0 +1,30 @@
+"""Which explanations are of the features that a study has now: an adapter or autoencoder trained anew has others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+from typing import Any
+
+from lorascope.features import source_of
+from lorascope.study import Study, digest
+
+LEXICAL = "lexical"
+SAE = "sae/sae_weights.safetensors"
+
+
+def inputs_of(corpus: str, kind: str) -> list[str]:
+    """What decides which features a kind has and where they fire, as inputs of a stage: recordings, levels, the SAE."""
+    stores = [f"scalars/{name}/{source_of(kind)}/index.json" for name in ("train", corpus)]
+    return [*stores, f"examples/levels.json#{kind}", *([SAE] if kind == "latent" else [])]
+
+
+def made_from(study: Study, corpus: str, kind: str) -> str:
+    """A hash of the inputs, as it stands in every row of `explanations/KIND.jsonl`."""
+    return digest([study.fingerprint(name) for name in inputs_of(corpus, kind)])[:16]
+
+
+def current_rows(study: Study, kind: str, rows: Iterable[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
+    """The rows that are of the features a kind has now; a row that says nothing of its making is taken as such."""
+    now = cache(lambda corpus: made_from(study, corpus, kind))
+    return tuple(row for row in rows if row.get("made_from") is None or row["made_from"] == now(row["corpus"]))
