@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lorascope.adapter import Adapter, initial_adapter
-from lorascope.attached import apply_head, attach
+from lorascope.attached import attach, head_of
 from lorascope.config import Options
 from lorascope.errors import BadInput, RunFailed
 from lorascope.fused import fused, head_loss, plain_head
@@ -222,7 +222,7 @@ class Learner(nn.Module):
         return loss
 
     def _chunk_loss(self, hidden: Tensor, target: Tensor) -> Tensor:
-        return F.cross_entropy(apply_head(self.model, hidden).float(), target, reduction="sum")
+        return F.cross_entropy(head_of(self.model)(hidden), target, reduction="sum")
 
 
 def trainable_adapter(model: Any, config: TrainConfig, seed: int, base_name: str) -> Adapter:
