@@ -12,7 +12,7 @@ from typing import Any
 from lorascope.errors import BadInput, MissingStage, RunFailed
 from lorascope.features import KINDS
 from lorascope.store import INDEX, store_folder
-from lorascope.studio.live import MOST_FEATURES, RUNS, WEIGHTS, sample_prompts
+from lorascope.studio.live import LONGEST_PROMPT, MOST_FEATURES, RUNS, WEIGHTS, sample_prompts
 from lorascope.studio.notes import FILE, Note, as_shown, current_notes, read_events, searchable
 from lorascope.study import Study
 from lorascope.views import (
@@ -278,7 +278,9 @@ def live_page(study: Study, path: Parts, query: Parts) -> Json:
         command = f"lorascope train {study.path}"
         return {"available": False, "missing": {"what": "the adapter", "run": command}}
     features = listed_features(query, MOST_FEATURES)
-    return {"available": True, "features": features, "prompts": sample_prompts(study), "runs": RUNS}
+    corpus, prompts = sample_prompts(study)
+    about = {"features": features, "prompts": prompts, "prompts_from": corpus, "runs": RUNS}
+    return {"available": True, "longest": LONGEST_PROMPT} | about
 
 
 PAGES = (
