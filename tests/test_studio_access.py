@@ -85,9 +85,18 @@ def test_ways_in(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "ssh -N -L 8700:[::1]:8700 10.0.0.7" in ways_in("::1", 8700, "", ssh)[0]
 
 
-@pytest.mark.parametrize("connection", ["", "10.0.0.9 51000 10.0.0.7 22"], ids=["here", "ssh"])
-def test_in_an_ssh_session_no_browser_is_opened(
-    study: Study, connection: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("connection", "token", "opens"),
+    [("", False, True), ("", True, False), ("10.0.0.9 51000 10.0.0.7 22", False, False)],
+    ids=["here", "shared", "ssh"],
+)
+def test_a_browser_is_opened_only_where_nobody_else_looks(
+    study: Study,
+    connection: str,
+    token: bool,
+    opens: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     opened: list[str] = []
     monkeypatch.setenv("SSH_CONNECTION", connection)
@@ -100,12 +109,11 @@ def test_in_an_ssh_session_no_browser_is_opened(
             bound.close()
 
     monkeypatch.setattr(uvicorn.Server, "run", run)
-    url = serve(study, StudioConfig(token=True), Options())["url"]
+    url = serve(study, StudioConfig(token=token), Options())["url"]
     said = capsys.readouterr().err
-    assert f"{url}?token=" in said
+    assert (f"{url}?token=" in said) == token
     assert ("ssh -N -L" in said) == bool(connection)
-    assert len(opened) == (not connection)
-    assert all(address.startswith(f"{url}?token=") for address in opened)
+    assert opened == ([url] if opens else [])
 
 
 def test_a_damaged_file_of_notes_is_exported_as_it_is(study: Study) -> None:

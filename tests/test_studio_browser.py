@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +195,7 @@ def test_matrix_by_keyboard(browser: Browser, study: Study, base: str, tmp_path:
         assert trouble == []
 
 
-def saving(page: Page, field: str) -> Any:
+def saving(page: Page, field: str) -> AbstractContextManager[object]:
     """Wait for the answer to the saving of a field."""
     said = f'"field":"{field}"'
     return page.expect_response(lambda r: r.url.endswith("/notes") and said in (r.request.post_data or ""))

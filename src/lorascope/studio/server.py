@@ -29,7 +29,7 @@ class StudioConfig:
     port: int = 0
     """Port to listen on (default: the first free one from 8700)."""
     open: bool = True
-    """Open a browser window, but in an SSH session, where what to forward is printed instead."""
+    """Open a browser window; not in an SSH session, nor with --token: others can read a browser's command line."""
     token: bool = False
     """Ask for a token on loopback too: on a machine that others use, their programs reach loopback as well."""
 
@@ -61,7 +61,7 @@ def serve(study: Study, config: StudioConfig, options: Options) -> dict[str, Any
     later = threading.Timer(LATER, warm_up, (study,))
     later.daemon = True
     later.start()
-    if config.open and not connection:  # there, no browser or a text browser would start
+    if config.open and not connection and not config.token:
         threading.Timer(0.5, webbrowser.open, (url + query,)).start()
     settings = uvicorn.Config(
         guarded(make_app(study, options), rules),
