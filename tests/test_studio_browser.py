@@ -269,9 +269,10 @@ def test_what_was_not_saved_does_not_look_saved(browser: Browser, study: Study, 
     editor.locator(".tags").fill("a, b")
     editor.locator(".tags").blur()
     expect(editor.locator(".saved")).to_have_text("Not saved: No tag:a. Trying again…")
+    expect(editor.locator(".saved")).to_have_text("Saved.", timeout=20_000)
     editor.locator(".text").fill("words")
     editor.locator(".text").blur()
-    expect(editor.locator(".saved")).to_have_text("Saved.", timeout=20_000)
+    expect(editor.locator(".saved")).to_have_text("Saved.")
     assert tried == ["tag:a", "tag:a", "tag:b", "text"], "in the order in which they were made"
     editor.locator(".star").click()
     expect(editor.locator(".saved")).to_have_text("Not saved: No star.")
