@@ -22,9 +22,9 @@ from lorascope.recording import RecordConfig, record
 from lorascope.sinks import is_sink
 from lorascope.store import Store, store_folder
 from lorascope.study import Study
-from lorascope.traces import Trace, write_traces
+from lorascope.traces import Rendered, Trace, write_traces
 from tiny_folder import byte_tokenizer, save_tiny
-from tiny_models import random_adapter
+from tiny_models import random_adapter, tiny_model
 
 OPTIONS = Options(device="cpu")
 TRACES = [
@@ -155,6 +155,14 @@ def test_a_recording_begun_with_other_memory_continues_with_its_batches(
     assert budget(1) == FEWEST
     write_traces(study.corpus_file("train"), TRACES[:2])  # finished, and of other text
     assert budget(1 << 40) == MOST_ON_CPU
+
+
+def test_shards_do_not_grow_with_the_corpus() -> None:
+    """What is in memory, and what an interrupt loses, is a shard: 36 million tokens have more of them, not larger."""
+    item = Rendered("t", np.zeros(30_000, np.int32), np.ones(30_000, np.uint8), 1)
+    plan = recording.plan_recording(random_adapter(tiny_model()), [item] * 1200, 4096, {})
+    tokens = [sum(plan.lengths[i] for batch in shard for i in batch) for shard in plan.shards]
+    assert tokens == [60_000] * 600
 
 
 def test_an_interrupt_while_a_shard_is_written_loses_nothing(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from safetensors.numpy import load_file
 
 from lorascope import store_writer
 from lorascope.errors import MissingStage, RunFailed
-from lorascope.store import CALIBRATION, Store, shard_name
+from lorascope.store import CALIBRATION, OPEN_SHARDS, Store, shard_name
 from lorascope.store_writer import StorePlan, StoreWriter, plan_shards
 
 LENGTHS = [3, 5, 1, 4, 2, 6, 3]
@@ -72,7 +73,7 @@ def test_what_goes_in_comes_out(tmp_path: Path) -> None:
     data = example_data()
     counts = record_all(tmp_path / "s", data)
     store = Store.open(tmp_path / "s")
-    assert (store.n_tokens, store.n_traces, len(store.shards)) == (24, 7, 4)
+    assert (store.n_tokens, store.n_traces, len(store.starts) - 1) == (24, 7, 4)
     assert store.addresses == ADDRESSES
     assert store.trace_ids == [f"t{i}" for i in range(7)]
     np.testing.assert_array_equal(store.effect_per_scalar, np.float32([0.5, 2.0, 1.0]))
@@ -102,10 +103,28 @@ def test_what_goes_in_comes_out(tmp_path: Path) -> None:
     store.verify()
 
 
+def test_few_shards_are_open_at_once(tmp_path: Path) -> None:
+    """Each map is an open file, and a corpus may have thousands of shards."""
+    lengths, process = [2] * 50, psutil.Process()
+    record_all(tmp_path / "s", example_data(lengths), example_plan(lengths, 2))
+    before = process.num_fds()
+    store = Store.open(tmp_path / "s")
+    assert process.num_fds() == before
+    wanted = np.concatenate([z for _, z in store.chunks()])
+    np.testing.assert_array_equal(store.visit(np.arange(100)), wanted)
+    assert process.num_fds() == before
+    index = np.random.default_rng(0).permutation(100)
+    np.testing.assert_array_equal(store.rows(index), wanted[index])
+    np.testing.assert_array_equal(np.concatenate([store.trace(i)[1] for i in range(50)]), wanted)
+    assert process.num_fds() == before + OPEN_SHARDS
+    del store
+    assert process.num_fds() == before
+
+
 def test_the_safetensors_library_reads_a_shard(tmp_path: Path) -> None:
     record_all(tmp_path / "s", example_data())
     z = load_file(tmp_path / "s" / shard_name(0))["z"]
-    np.testing.assert_array_equal(z, Store.open(tmp_path / "s").shards[0])
+    np.testing.assert_array_equal(z, Store.open(tmp_path / "s").shard(0))
 
 
 def test_small_and_large_scalars_keep_their_precision(tmp_path: Path) -> None:
@@ -241,5 +260,8 @@ def test_damaged_index_and_headers_are_found(tmp_path: Path) -> None:
     content = bytearray(shard.read_bytes())
     content[0] ^= 64  # the length of the header
     shard.write_bytes(content)
-    with pytest.raises(RunFailed, match=shard_name(0)):
-        Store.open(tmp_path / "s")
+    store = Store.open(tmp_path / "s")  # a shard is looked at when it is read
+    for read in (lambda: store.trace(0), lambda: store.rows(np.array([1])), lambda: list(store.chunks()), store.verify):
+        with pytest.raises(RunFailed, match=shard_name(0)):
+            read()
+    np.testing.assert_array_equal(store.trace(5)[1].shape, (6, 3))

@@ -43,8 +43,7 @@ from lorascope.store_writer import Shard, StorePlan, StoreWriter, plan_shards
 from lorascope.study import Study, whole_folder, write_json
 from lorascope.traces import Rendered, pad_ids, plan_batches, read_traces, write_traces
 
-SHARD_TOKENS = 1 << 16  # at most this much work is lost when a run is cut off
-MAX_SHARDS = 256  # each is an open file of every reader
+SHARD_TOKENS = 1 << 16  # whatever the corpus: two are in memory, and at most one is lost when a run is cut off
 OUTPUT_RMS = "output_rms.json"
 """Beside the adapter's store: how long the base's own outputs are, from `OUTPUT_TRACES` traces."""
 OUTPUT_TRACES = 16
@@ -293,7 +292,7 @@ def plan_recording(
 ) -> StorePlan:
     """Which traces share a shard and a batch: shards in the corpus's order, batches by length within a shard."""
     lengths = [len(item.ids) for item in rendered]
-    ranges = plan_shards(lengths, max(SHARD_TOKENS, -(-sum(lengths) // MAX_SHARDS)))
+    ranges = plan_shards(lengths, SHARD_TOKENS)
     return StorePlan(
         addresses=columns.addresses,
         effect_per_scalar=[float(x) for x in columns.effect_per_scalar],
