@@ -248,6 +248,39 @@ def test_a_recording_cut_off_continues_to_the_same_bytes(study: Study, monkeypat
         assert contents() == wanted
 
 
+def test_a_mistaken_recording_cut_off_leaves_the_old_store(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--limit` by mistake, then Ctrl-C: hours of work stay; begun again it continues, and then takes their place."""
+    monkeypatch.setattr(recording, "SHARD_TOKENS", 100)
+    monkeypatch.setattr("lorascope.memory.free_memory", lambda _: 1 << 40)
+    record(study, RecordConfig(), OPTIONS)
+    folder = store_folder(study.path, "train", "adapter")
+    old = {p.name: p.read_bytes() for p in folder.iterdir()}
+    real, batches = recording.read_batch, []
+
+    def read(*args: Any) -> Any:
+        if len(batches) == 2:
+            raise KeyboardInterrupt
+        batches.append(1)
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recording, "read_batch", read)
+        with pytest.raises(KeyboardInterrupt):
+            record(study, RecordConfig(limit=3), OPTIONS)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == old
+    assert open_store(study).n_traces == 4
+    record(study, RecordConfig(), OPTIONS)  # the old one is as good as it was
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == old
+    monkeypatch.setattr("lorascope.memory.free_memory", lambda _: 1)  # continues with its batches all the same
+    monkeypatch.setattr(recording, "read_batch", lambda *args: (batches.append(1), real(*args))[1])
+    record(study, RecordConfig(limit=3), OPTIONS)
+    assert len(batches) == 3
+    assert open_store(study).trace_ids == ["a", "b", "c"]
+    assert open_store(study).index["about"]["token_budget"] == MOST_ON_CPU
+    assert [p.name for p in folder.parent.iterdir()] == ["adapter"]
+    assert (folder / "output_rms.json").is_file()
+
+
 def test_a_new_corpus_is_kept_under_its_name(study: Study, tmp_path: Path) -> None:
     file = tmp_path / "mine.jsonl"
     file.write_text('{"question": "Why?", "thinking": "Because.", "answer": "So."}\n' * 3)

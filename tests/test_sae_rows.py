@@ -137,9 +137,8 @@ def test_what_the_reader_raises_reaches_the_trainer(store: Store, monkeypatch: p
     monkeypatch.setattr(rows, "_read", read)
     weights = initial_weights(COLUMNS, 12, torch.Generator().manual_seed(0))
     config = SAEConfig(k=2, batch=32, epochs=1, expansion=2)
-    done: list[Any] = []
     with pytest.raises(RunFailed, match="damaged"):
-        done.extend(run_steps(weights, rows, config, np.random.default_rng(0), torch.Generator()))
+        list(run_steps(weights, rows, config, np.random.default_rng(0), torch.Generator()))
     assert len(calls) == 3
     assert readers() == []
 

@@ -211,12 +211,89 @@ def test_only_missing_and_damaged_shards_are_made_again(tmp_path: Path) -> None:
     assert contents(tmp_path / "s") == wanted
 
 
-def test_another_plan_starts_a_new_store(tmp_path: Path) -> None:
-    data = example_data()
-    record_all(tmp_path / "s", data)
-    assert StoreWriter(tmp_path / "s", example_plan(sink="other")).missing() == [0, 1, 2, 3]
+def test_another_plan_grows_beside_the_finished_store_and_takes_its_place(tmp_path: Path) -> None:
+    data, folder = example_data(), tmp_path / "s"
+    record_all(folder, data)
+    (folder / "beside.json").write_text("{}")
+    old = contents(folder)
+    assert StoreWriter(folder, example_plan(sink="other")).missing() == [0, 1, 2, 3]
+    assert contents(folder) == old
+    Store.open(folder).verify()
+    record_all(folder, data, example_plan(sink="other"))
+    record_all(tmp_path / "fresh", data, example_plan(sink="other"))
+    assert contents(folder) == contents(tmp_path / "fresh")  # nor is anything of the old one left
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["fresh", "s"]
+
+
+def test_another_recording_cut_off_anywhere_leaves_a_readable_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, plan, real = example_data(), example_plan(sink="other"), store_writer.replace_file
+    record_all(tmp_path / "new" / "s", data, plan)
+    wanted = contents(tmp_path / "new" / "s")
+    for limit in range(len(wanted)):
+        folder = tmp_path / str(limit) / "s"
+        record_all(folder, data)
+        old, done = contents(folder), []
+
+        def replace_file(path: Path, blocks: Any, limit: int = limit, done: list[int] = done) -> None:
+            if len(done) == limit:
+                raise KeyboardInterrupt
+            done.append(1)
+            real(path, blocks)
+
+        monkeypatch.setattr(store_writer, "replace_file", replace_file)
+        with pytest.raises(KeyboardInterrupt):
+            record_all(folder, data, plan)
+        assert contents(folder) == old
+        monkeypatch.setattr(store_writer, "replace_file", real)
+        written = min(max(limit - 2, 0), 4)  # after the plan and the scales
+        assert len(StoreWriter(folder, plan).missing()) == 4 - written
+        record_all(folder, data, plan)
+        assert contents(folder) == wanted
+        assert [p.name for p in folder.parent.iterdir()] == ["s"]
+
+
+@pytest.mark.parametrize("renames", [0, 1])
+def test_a_kill_while_a_store_takes_anothers_place_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renames: int
+) -> None:
+    data, plan, folder = example_data(), example_plan(sink="other"), tmp_path / "s"
+    record_all(folder, data)
+
+    def cut(new: Path, old: Path) -> None:
+        if renames:
+            old.rename(old.with_name(f".{old.name}.old"))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store_writer, "put_folder", cut)
+        with pytest.raises(KeyboardInterrupt):
+            record_all(folder, data, plan)
+    assert StoreWriter(folder, plan).missing() == []
+    record_all(folder, data, plan)
+    assert Store.open(folder).index["about"]["sink"] == "other"
+    assert [p.name for p in tmp_path.iterdir()] == ["s"]
+
+
+def test_what_was_begun_beside_a_store_and_given_up_is_removed(tmp_path: Path) -> None:
+    data, folder = example_data(), tmp_path / "s"
+    record_all(folder, data)
+    StoreWriter(folder, example_plan(sink="other"))
+    assert StoreWriter(folder, example_plan(sink="third")).missing() == [0, 1, 2, 3]  # in place of the other
+    assert json.loads((tmp_path / ".s.part" / "plan.json").read_text())["about"]["sink"] == "third"
+    record_all(folder, data)
+    assert [p.name for p in tmp_path.iterdir()] == ["s"]
+
+
+def test_what_was_begun_with_another_plan_is_made_anew(tmp_path: Path) -> None:
+    data, folder = example_data(), tmp_path / "s"
+    record_all(folder, data)
+    (folder / "index.json").unlink()  # as a run leaves it that was cut off
+    assert StoreWriter(folder, example_plan(sink="other")).missing() == [0, 1, 2, 3]
     with pytest.raises(MissingStage):
-        Store.open(tmp_path / "s")
+        Store.open(folder)
+    assert not list(folder.glob("shard-*"))
 
 
 def test_without_its_scales_a_store_is_made_again(tmp_path: Path) -> None:

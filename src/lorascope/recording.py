@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import pairwise
@@ -39,7 +39,7 @@ from lorascope.models import load_model, load_tokenizer
 from lorascope.progress import progress
 from lorascope.sinks import SINK_RATIO, is_sink, middle_norms
 from lorascope.store import INDEX, PLAN, Store, read_json, store_folder
-from lorascope.store_writer import Shard, StorePlan, StoreWriter, plan_shards
+from lorascope.store_writer import Shard, StorePlan, StoreWriter, part_folder, plan_shards
 from lorascope.study import Study, whole_folder, write_json
 from lorascope.traces import Rendered, pad_ids, plan_batches, read_traces, write_traces
 
@@ -218,7 +218,7 @@ def record_sources(
     }
     folders = {source: store_folder(study.path, config.corpus, source) for source in sources}
     begun = {
-        source: config.token_budget or begun_budget(folder, text) or finished_budget(folder, about | {"source": source})
+        source: config.token_budget or finished_budget(folder, about | {"source": source}) or begun_budget(folder, text)
         for source, folder in folders.items()
     }
     fallback = next(filter(None, begun.values()), None) or choose()
@@ -268,15 +268,16 @@ def finished_budget(folder: Path, about: dict[str, Any]) -> int | None:
 def begun_budget(folder: Path, text: str) -> int | None:
     """The token budget of a recording of this text that was begun here: a run that continues plans the same batches.
 
-    None where nothing was begun, where it was finished, or where no shard of it is done (it may have lacked memory).
+    Also beside a finished store. None where nothing was begun, or it was finished, or no shard of it is done (it may
+    have lacked memory).
     """
-    if (folder / INDEX).exists() or not any(folder.glob("shard-*.safetensors")):
-        return None
-    try:
-        about = read_json(folder / PLAN)["about"]
-        return int(about["token_budget"]) if about["text"] == text else None
-    except (RunFailed, KeyError, TypeError, ValueError):
-        return None
+    places = [part_folder(folder), *([] if (folder / INDEX).exists() else [folder])]
+    for place in places:
+        with suppress(RunFailed, KeyError, TypeError, ValueError):
+            about = read_json(place / PLAN)["about"]
+            if about["text"] == text and any(place.glob("shard-*.safetensors")):
+                return int(about["token_budget"])
+    return None
 
 
 def text_fingerprint(rendered: list[Rendered]) -> str:
