@@ -108,7 +108,7 @@ def record(study: Study, config: RecordConfig, options: Options) -> dict[str, An
         if name in MADE:
             make_control(study, name, options, load)
     # Chosen once, so that sources recorded together are planned in the same batches.
-    choose = cache(lambda: choose_budget(Adapter.load(study.path / "adapter"), load()[0].device, load()[0].dtype))
+    choose = cache(lambda: shared_budget(study, sources, load()[0]))
     results: dict[str, Any] = {}
     for source in sources:
         alone = replace(config, source=source, traces=None, response_template="")
@@ -128,6 +128,14 @@ def record(study: Study, config: RecordConfig, options: Options) -> dict[str, An
         )
     study.summarise({"recording": {config.corpus: results}})
     return {"corpus": config.corpus, "sources": results}
+
+
+def shared_budget(study: Study, sources: Sequence[str], model: Any) -> int:
+    """Padded tokens per pass by free memory, if all sources but the base are read in one."""
+    adapter = Adapter.load(study.path / "adapter")
+    columns = {"random": len(random_addresses(adapter)), "untrained": len(adapter.addresses)}
+    columns["neurons"] = len(adapter.addresses)  # at most
+    return choose_budget(adapter, model.device, model.dtype, sum(columns.get(name, 0) for name in sources))
 
 
 def make_control(study: Study, name: str, options: Options, load: Callable[[], tuple[Any, Any]]) -> None:
