@@ -1,6 +1,8 @@
 """The scalar store: what goes in comes out, a cut-off run ends with the same bytes, damage is found and named."""
 
 import json
+import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +127,33 @@ def test_the_safetensors_library_reads_a_shard(tmp_path: Path) -> None:
     record_all(tmp_path / "s", example_data())
     z = load_file(tmp_path / "s" / shard_name(0))["z"]
     np.testing.assert_array_equal(z, Store.open(tmp_path / "s").shard(0))
+
+
+def test_assistant_means_are_over_response_tokens_and_need_no_list_of_them(tmp_path: Path) -> None:
+    """Traces with a prompt alone, or none, among them; what is held does not grow with the corpus."""
+    lengths, rng = [3, 5, 1, 4, 2, 6, 3] * 700, np.random.default_rng(0)
+    starts = [int(rng.integers(0, length + 1)) for length in lengths]
+    plan = replace(example_plan(lengths, 4000), response_starts=starts)
+    record_all(tmp_path / "s", example_data(lengths), plan)
+    store = Store.open(tmp_path / "s")
+    parts = [store.trace(i)[1][start:] for i, start in enumerate(starts)]
+    wanted = np.concatenate(parts).astype(np.float64).mean(axis=0)
+    np.testing.assert_allclose(store.assistant_mean(), wanted, rtol=1e-6)
+    flags = np.concatenate([np.arange(length) >= start for length, start in zip(lengths, starts, strict=True)])
+    np.testing.assert_array_equal(store.assistant(0, store.n_tokens), flags)
+    np.testing.assert_array_equal(store.assistant(1000, 1010), flags[1000:1010])
+
+
+def test_assistant_means_hold_a_chunk_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorascope.store.CHUNK_SCALARS", 3 * 100)
+    record_all(tmp_path / "s", example_data([1000] * 60), example_plan([1000] * 60, 5000))
+    store = Store.open(tmp_path / "s")
+    store.assistant_mean()
+    tracemalloc.start()
+    store.assistant_mean()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < store.n_tokens  # not a byte per token
 
 
 def test_small_and_large_scalars_keep_their_precision(tmp_path: Path) -> None:

@@ -244,6 +244,21 @@ class Store:
         """Store index of the trace of each given token."""
         return (np.searchsorted(self.offsets, positions, side="right") - 1).astype(np.int32)
 
+    def assistant(self, first: int, stop: int) -> npt.NDArray[np.bool_]:
+        """Which of the tokens [first, stop) are the assistant's, from its first one in their trace on."""
+        positions = np.arange(first, stop)
+        trace_T = self.token_traces(positions)
+        return np.asarray(positions >= self.offsets[trace_T] + self.response_start[trace_T])
+
+    def assistant_mean(self) -> Floats:
+        """Mean scalars over the assistant's tokens, float32 [N]; 0 without such tokens."""
+        total, count = np.zeros(len(self.scale_N)), 0
+        for start, z_TN in self.chunks():
+            inside_T = self.assistant(start, start + len(z_TN))
+            total += z_TN[inside_T].sum(axis=0, dtype=np.float64)
+            count += int(inside_T.sum())
+        return (total / max(count, 1)).astype(np.float32)
+
     def decode(self, half_TN: Array) -> Floats:
         """Stored half-precision numbers as scalars in float32."""
         return decode_half(half_TN, self.scale_N)
