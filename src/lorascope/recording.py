@@ -31,7 +31,6 @@ from lorascope.controls import (
     random_control,
     untrained_control,
 )
-from lorascope.edits import Edit
 from lorascope.errors import BadInput, RunFailed
 from lorascope.fused import fused_reading
 from lorascope.memory import choose_budget
@@ -422,16 +421,6 @@ def scalars_beside(attached: Attached, ids_BT: Tensor, columns: Sequence[Adapter
 
 
 def base_scalars(attached: Attached, ids_BT: Tensor) -> Tensor:
-    """What the read vectors see in the base model's run, [B, T, N]: every scalar is read, then set to zero."""
-    seen: list[tuple[Tensor, Tensor]] = []
-
-    def read_and_stop(z_BTn: Tensor, columns: Tensor) -> Tensor:
-        seen.append((columns, z_BTn))
-        return torch.zeros_like(z_BTn)
-
-    with attached.edit(Edit("*", read_and_stop)):
-        stopped_BTN = attached.trunk(ids_BT).scalars
-    z_BTN = torch.empty_like(stopped_BTN)
-    for columns, z_BTn in seen:
-        z_BTN[..., columns.to(z_BTN.device)] = z_BTn.to(z_BTN.device)
-    return z_BTN
+    """What the read vectors see in the base model's run, [B, T, N]."""
+    with attached.as_base():
+        return adapter_scalars(attached, ids_BT)

@@ -8,6 +8,8 @@ A store is the folder `scalars/CORPUS/SOURCE/` of a study:
     tokens.safetensors  token ids, segments and sinks of the whole corpus
     index.json          written last: checksums of all files, counts; without it the recording is unfinished
 
+A new recording goes to `.SOURCE.part` beside a finished store until it is finished too, and then takes its place.
+
 Traces keep the order of the corpus, so a trace's store index is its index in `traces/CORPUS.jsonl` unless
 traces were dropped. Shape legend: T tokens, N directions.
 """
