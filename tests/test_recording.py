@@ -281,6 +281,23 @@ def test_a_mistaken_recording_cut_off_leaves_the_old_store(study: Study, monkeyp
     assert (folder / "output_rms.json").is_file()
 
 
+def test_only_the_traces_that_are_recorded_are_read(study: Study) -> None:
+    """The text of a corpus is never held: traces are read, rendered and dropped one by one."""
+    file = study.corpus_file("train")
+    file.write_text(file.read_text() + "not a trace\n")
+    record(study, RecordConfig(limit=3), OPTIONS)
+    assert open_store(study).trace_ids == ["a", "b", "c"]
+    with pytest.raises(BadInput, match="line 5"):
+        record(study, RecordConfig(), OPTIONS)
+
+
+def test_a_cut_trace_holds_no_more_than_what_is_kept(study: Study) -> None:
+    cut = dataclasses.replace(study.renderer(byte_tokenizer()), max_tokens=20).render(TRACES[1])
+    assert cut.truncated > 0
+    assert cut.ids.base is None
+    assert cut.segments.base is None
+
+
 def test_a_new_corpus_is_kept_under_its_name(study: Study, tmp_path: Path) -> None:
     file = tmp_path / "mine.jsonl"
     file.write_text('{"question": "Why?", "thinking": "Because.", "answer": "So."}\n' * 3)

@@ -181,7 +181,7 @@ class Attached:
         return ActiveEdit(edit, local, columns)
 
     def _pass_scalars(self, index: int, z_BTR: Tensor) -> Tensor:
-        """What happens to one module's scalars on their way: edits, then readings see the result, which then has effect."""
+        """What happens to one module's scalars on their way: edits; readings see the result; it has effect, or none."""
         for active in self.edits:
             local = active.local[index]
             if local is not None and not (active.edit.where == "generated" and self.in_prompt):

@@ -280,8 +280,8 @@ def fused_reading(attached: Attached) -> Iterator[int]:
     """Inside, forward passes without gradients are fast and still give every scalar; gives the number of parts.
 
     Adapted maps of an fp32 base run merged, in one GEMM; those of other bases add the directions' term in fp32. Scalars
-    of modules that share an input are computed together, with an fp32 base only where they are read. In `attached.as_base` the maps run alone. Edited maps, and parts that are not
-    recognised, run in the forms of `attach`.
+    of modules that share an input are computed together, with an fp32 base only where they are read. In
+    `attached.as_base` the maps run alone. Edited maps, and parts that are not recognised, run in the forms of `attach`.
     """
     model, adapter = attached.model, beside_weights(attached.model, attached.adapter)
     forms: dict[nn.Module, Callable[[Tensor], Tensor]] = {}

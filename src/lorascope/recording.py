@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,7 @@ def record(study: Study, config: RecordConfig, options: Options) -> dict[str, An
     study.require("adapter/adapter_config.json", "lorascope train STUDY")
     if config.traces is not None:
         add_corpus(study, config)
-    study.traces(config.corpus)  # an unknown corpus is named before a model is loaded
+    study.each_trace(config.corpus)  # an unknown corpus is named before a model is loaded
     load = cache(lambda: load_model(study.model_name, device=options.device, dtype=options.dtype))
     for name in sources:
         if name in MADE:
@@ -146,7 +146,7 @@ def make_control(study: Study, name: str, options: Options, load: Callable[[], t
         if name == "untrained":
             made = untrained_control(study, model, adapter)
         else:
-            rendered, _ = study.renderer(tokenizer).render_all(study.traces("train"))
+            rendered, _ = study.renderer(tokenizer).render_all(study.each_trace("train"))
             with attach(model, adapter) as attached, fused_reading(attached):
                 made = random_control(attached, rendered, options.seed)
         with whole_folder(study.path / "controls" / name) as new:
@@ -205,7 +205,7 @@ def record_sources(
     renderer = study.renderer(tokenizer)
     changed: dict[str, Any] = {"max_tokens": config.max_tokens, "too_long": config.too_long}
     renderer = replace(renderer, **{key: value for key, value in changed.items() if value is not None})
-    rendered, length_rule = renderer.render_all(study.traces(config.corpus)[: config.limit])
+    rendered, length_rule = renderer.render_all(islice(study.each_trace(config.corpus), config.limit))
     if not rendered:
         raise BadInput(f"No trace of {config.corpus} is left to record; raise --max-tokens or give other traces.")
     adapter = Adapter.load(study.path / "adapter")
