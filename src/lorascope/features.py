@@ -259,8 +259,8 @@ def level_bins(features: FeatureSet, rank: int) -> tuple[npt.NDArray[np.int64], 
         np.add.at(counts_FH.reshape(-1), slots, 1)
         seen += len(acts_TF)
         if seen > due:
-            # What more than `rank` activations exceed already is no level any more. So of a long corpus a twentieth is
-            # counted, and the bins that matter are whole.
+            # More than `rank` activations reach this bin already, so the level is not below it, and what is need not be
+            # counted any more: of a long corpus a twentieth is.
             low_F = below_bins(ranked_bins(counts_FH, rank)[0])
             due = seen * 9 // 8
     return ranked_bins(counts_FH, rank)
