@@ -239,6 +239,19 @@ def test_a_finished_recording_is_left_alone_when_others_join(study: Study, monke
     assert len(set(budgets.values())) == 1
 
 
+def test_the_budget_counts_what_all_sources_read(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[int, ...]] = []
+
+    def choose(adapter: Adapter, device: torch.device, dtype: torch.dtype, beside: int) -> int:
+        told.append((len(adapter.addresses), beside))
+        return 300
+
+    monkeypatch.setattr(recording, "choose_budget", choose)
+    record(study, RecordConfig(source=f"{ALL},base"), OPTIONS)
+    columns = {source: len(open_store(study, source).addresses) for source in ALL.split(",")}
+    assert told == [(columns.pop("adapter"), sum(columns.values()))]
+
+
 def test_another_seed_gives_other_controls(study: Study) -> None:
     record(study, RecordConfig(source="random,neurons"), OPTIONS)
     first = [open_store(study, source) for source in ("random", "neurons")]

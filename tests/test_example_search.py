@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from lorascope import features, selection
 from lorascope.config import Options
 from lorascope.errors import BadInput, MissingStage, RunFailed
-from lorascope.example_search import ExamplesConfig, bin_edges, bins_of, examples, firing_quantile
-from lorascope.features import load_features
+from lorascope.example_search import ExamplesConfig, bin_edges, examples, firing_quantile
+from lorascope.features import bins_of, load_features
 from lorascope.selection import Candidates, activation_keys, best, random_keys
 from lorascope.study import Study
 from test_features import save_sae

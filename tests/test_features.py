@@ -1,6 +1,7 @@
 """Features: polarities, latents and firing levels against the plain formulas."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from safetensors.numpy import save_file
 from lorascope import features
 from lorascope.errors import BadInput, MissingStage, RunFailed
 from lorascope.features import available_kinds, firing_levels, jumprelu_codes, load_features
+from lorascope.store import Store
 from lorascope.study import Study
 from tiny_store import halves, make_study, write_store
 
@@ -91,34 +93,87 @@ def test_an_sae_of_another_adapter_is_refused(tmp_path: Path) -> None:
         load_features(study, "train", "latent")
 
 
-@pytest.mark.parametrize("group_bytes", [1, 1 << 28], ids=["one feature at a time", "all at once"])
-@pytest.mark.parametrize("sample", [7, 100, 5000])  # a bound from a few tokens misleads, and is noticed
-def test_firing_levels_are_exact(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group_bytes: int, sample: int
-) -> None:
+def level_store(study: Study, z: np.ndarray, *, seed: int = 1) -> tuple[features.FeatureSet, np.ndarray]:
+    """The directions of scalars in four shards and more, and the activations on their ordinary tokens."""
+    rng = np.random.default_rng(seed)
+    n = len(z)
+    segments, sink = rng.integers(0, 4, n), rng.random(n) < 0.1
+    write_store(study, z, [n // 20] * 20, segments=segments, sink=sink, shard_tokens=n // 4)
+    found = load_features(study, "train", "direction")
+    return found, all_chunks(found)[(segments != 0) & ~sink]
+
+
+@pytest.mark.parametrize("waiting", [1, 1 << 21], ids=["equal ones counted at once", "at the end"])
+@pytest.mark.parametrize("size", [1000, 20_000])  # the longer one is long enough for the bound to rise on the way
+def test_firing_levels_are_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waiting: int, size: int) -> None:
     rng = np.random.default_rng(1)
-    monkeypatch.setattr(features, "LEVEL_BYTES", group_bytes)
-    monkeypatch.setattr(features, "SAMPLE_ROWS", sample)
-    monkeypatch.setattr(features, "CHUNK_ACTIVATIONS", 100)
-    z = rng.standard_normal((1000, 4)).astype(np.float16).astype(np.float32)
+    monkeypatch.setattr(features, "MOST_WAITING", waiting)
+    monkeypatch.setattr(features, "CHUNK_ACTIVATIONS", 1000)
+    z = rng.standard_normal((size, 8)).astype(np.float16).astype(np.float32)
     z[:, 1] = 0  # never fires
     z[:, 2] = np.round(z[:, 2] * 2) / 2  # many ties
-    z[:, 3] = np.where(np.arange(1000) < 5, 8.0, 0)  # non-zero on half a per cent
-    segments = rng.integers(0, 4, 1000)
-    sink = rng.random(1000) < 0.1
-    study = make_study(tmp_path / "s")
-    store = write_store(study, z, [100] * 10, segments=segments, sink=sink, shard_tokens=250)
-    found = load_features(study, "train", "direction")
+    z[:, 3] = np.where(np.arange(size) < size // 200, 8.0, 0)  # non-zero on half a per cent
+    z[:, 4] = np.where(np.arange(size) < size // 2, 4.0, -4.0)  # one value, and that in order
+    z[:, 5] *= np.linspace(5, 1, size) ** 4  # the largest come first
+    z[:, 6] *= np.linspace(1, 5, size) ** 4  # and last
+    z[:, 7] *= 2.0**-40  # below the histogram: all of it is in the lowest bin
+    found, acts = level_store(make_study(tmp_path / "s"), z)
     levels = firing_levels(found)
-    acts = all_chunks(found)[(segments != 0) & ~sink]
     n = len(acts)
-    assert n == store.ordinary.sum()
+    assert n == found.store.ordinary.sum()
     wanted = np.sort(acts, axis=0)[::-1][n // 100]
     np.testing.assert_array_equal(levels, wanted)
     assert ((acts > levels).mean(axis=0) <= 0.01).all()
-    untied = [0, 1]  # polarities of the continuous column
-    np.testing.assert_array_equal((acts > levels).sum(axis=0)[untied], n // 100)
-    assert levels[2] == levels[3] == levels[6] == 0
+    assert levels[2] == levels[3] == levels[6] == levels[7] == 0
+    assert levels[8] == levels[9] == 4
+    assert (levels[10:] > 0).all()
+
+
+def test_the_largest_activations_are_told_apart_beyond_the_histogram(tmp_path: Path) -> None:
+    z = np.random.default_rng(0).standard_normal((1000, 1)) * 2.0**10
+    study = make_study(tmp_path / "s")
+    write_store(study, z, [1000], effect=[2.0**20])
+    found = load_features(study, "train", "direction")
+    np.testing.assert_array_equal(firing_levels(found), np.sort(all_chunks(found), axis=0)[::-1][10])
+
+
+@pytest.mark.parametrize("size", [400, 40_000])
+def test_firing_levels_take_two_readings_whatever_the_corpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    found, _ = level_store(make_study(tmp_path / "s"), np.random.default_rng(0).standard_normal((size, 6)))
+    real, readings, rows = Store.chunks, [], []
+
+    def counted(self: Store, most: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
+        readings.append(1)
+        for start, z_TN in real(self, most):
+            rows.append(len(z_TN))
+            yield start, z_TN
+
+    monkeypatch.setattr(Store, "chunks", counted)
+    monkeypatch.setattr(Store, "gather", None)  # nothing is read beside
+    firing_levels(found)
+    assert len(readings) == 2
+    assert sum(rows) == 2 * size
+
+
+def test_equal_activations_take_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every token of the corpus is in the one bin: what is held is the different values, however many there are."""
+    monkeypatch.setattr(features, "MOST_WAITING", 100)
+    monkeypatch.setattr(features, "CHUNK_ACTIVATIONS", 500)
+    z = np.where(np.random.default_rng(0).random((20_000, 2)) < 0.5, 1.0, 1.0 + 2**-10)
+    found, acts = level_store(make_study(tmp_path / "s"), z)
+    held, real = [], features.counted
+
+    def watched(values: np.ndarray, counts: np.ndarray, more: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        held.append((len(values), sum(len(part) for part in more)))
+        return real(values, counts, more)
+
+    monkeypatch.setattr(features, "counted", watched)
+    np.testing.assert_array_equal(firing_levels(found), np.sort(acts, axis=0)[::-1][len(acts) // 100])
+    assert max(values for values, _ in held) == 4  # two directions, two values
+    assert max(waiting for _, waiting in held) <= 100 + 500
+    assert sum(waiting for _, waiting in held) == 2 * len(acts)
 
 
 def test_levels_of_a_corpus_without_ordinary_tokens_are_zero(tmp_path: Path) -> None:

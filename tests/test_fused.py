@@ -201,6 +201,52 @@ def test_norms_without_a_vector_of_weights_run_as_they_are(norm: nn.Module, coun
         torch.testing.assert_close(norm(*arguments), wanted)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("choice", [{}, {"rank": 2}, {"patterns": "L*.k,L*.up,L1.down"}])
+def test_the_base_run_reads_what_scalars_set_to_zero_gave(
+    kind: str, choice: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hidden states bit for bit, the scalars to rounding: read vectors of one input are read in one product."""
+    model = tiny_model(kind)
+    adapter = random_adapter(model, **choice)
+    model.to(dtype)
+    ids = torch.randint(0, 97, (3, 9), generator=torch.Generator().manual_seed(0))
+    slow: list[int] = []
+    real = adapted_forward
+    monkeypatch.setattr(
+        "lorascope.attached.adapted_forward", lambda *args, **named: (slow.append(1), real(*args, **named))[1]
+    )
+    stopped = torch.zeros(3, 9, len(adapter.addresses))
+
+    def read_and_stop(z_BTn: Tensor, columns: Tensor) -> Tensor:
+        stopped[..., columns] = z_BTn
+        return torch.zeros_like(z_BTn)
+
+    with torch.no_grad():
+        base = model.base_model(ids, use_cache=False).last_hidden_state
+        with attach(model, adapter) as attached:
+            with attached.as_base():
+                plain = attached.trunk(ids)
+            with fused_reading(attached):
+                with attached.edit(edits.Edit("*", read_and_stop)):
+                    wanted = attached.trunk(ids).hidden
+                assert len(slow) > 0
+                slow.clear()
+                with attached.as_base():
+                    got = attached.trunk(ids)
+                assert slow == []  # nothing is read on its own, and no term is added
+                adapted = attached.trunk(ids)
+    assert torch.equal(got.hidden, wanted)
+    assert torch.equal(plain.hidden, base)
+    size = float(stopped.abs().max())
+    torch.testing.assert_close(got.scalars, stopped, rtol=0, atol=1e-5 * size)
+    assert not torch.allclose(adapted.hidden, got.hidden, rtol=0.01)
+    assert not torch.allclose(adapted.scalars, got.scalars, rtol=0.01)
+    if dtype == torch.float32:
+        torch.testing.assert_close(plain.scalars, stopped, rtol=0, atol=1e-4 * size)
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 @pytest.mark.parametrize("choice", [{}, {"rank": 2}, {"patterns": "L*.k,L*.up,L1.down"}])
 def test_fast_reading_gives_the_same_scalars(kind: str, choice: dict[str, Any]) -> None:

@@ -40,6 +40,31 @@ def test_half_precision_fits_more(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_budget(adapter, CPU, torch.bfloat16) > choose_budget(adapter, CPU, torch.float32)
 
 
+@pytest.mark.parametrize(("dtype", "beside"), [("float32", 0), ("float32", 84), ("bfloat16", 84)])
+def test_a_pass_holds_no_more_than_is_said(dtype: str, beside: int) -> None:
+    """By hand: width 32, inner width 48, 21 directions; beside them 42 random ones, 21 untrained, 21 neurons."""
+    size, wide = {"float32": (4, 4), "bfloat16": (2, 4)}[dtype]
+    read = 4 * (21 + beside)
+    stream = 2 * 32 * size  # the residual, and the normed input of the map that runs
+    inner = stream + 2 * 48 * size + read  # the gate's product and the output of up
+    if dtype == "bfloat16":
+        inner += 3 * 48 * wide  # that output, the directions' term and their sum in fp32
+    attention = stream + (32 + 16 + 16) * size + 3 * 32 * size + read  # q, k, v, and q as it is rotated
+    norm = stream + 2 * 32 * wide + read  # in fp32, and its product
+    joined = 32 * size + 3 * read  # the last hidden state; scalars as read, by source, and all
+    told = bytes_per_token(random_adapter(tiny_model()), size, beside)
+    assert max(inner, attention, norm, joined) <= told < 4 * max(inner, attention, norm, joined)
+
+
+def test_a_pass_with_controls_takes_fewer_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With many columns the scalars are most of what is held: five times as many, a quarter of the tokens."""
+    adapter = random_adapter(tiny_model(), rank=32)
+    assert len(adapter.addresses) == 21 * 32
+    with_free(monkeypatch, 1 << 27)
+    alone, together = (choose_budget(adapter, CPU, torch.float32, beside) for beside in (0, 4 * 21 * 32))
+    assert together == alone // 4
+
+
 @pytest.mark.parametrize(("free", "wanted"), [(0, 1), (1 << 50, 4096)])
 def test_a_graph_takes_at_least_one_token_and_at_most_what_is_asked(
     monkeypatch: pytest.MonkeyPatch, free: int, wanted: int

@@ -22,9 +22,9 @@ from lorascope.recording import RecordConfig, record
 from lorascope.sinks import is_sink
 from lorascope.store import Store, store_folder
 from lorascope.study import Study
-from lorascope.traces import Trace, write_traces
+from lorascope.traces import Rendered, Trace, write_traces
 from tiny_folder import byte_tokenizer, save_tiny
-from tiny_models import random_adapter
+from tiny_models import random_adapter, tiny_model
 
 OPTIONS = Options(device="cpu")
 TRACES = [
@@ -157,6 +157,14 @@ def test_a_recording_begun_with_other_memory_continues_with_its_batches(
     assert budget(1 << 40) == MOST_ON_CPU
 
 
+def test_shards_do_not_grow_with_the_corpus() -> None:
+    """What is in memory, and what an interrupt loses, is a shard: 36 million tokens have more of them, not larger."""
+    item = Rendered("t", np.zeros(30_000, np.int32), np.ones(30_000, np.uint8), 1)
+    plan = recording.plan_recording(random_adapter(tiny_model()), [item] * 1200, 4096, {})
+    tokens = [sum(plan.lengths[i] for batch in shard for i in batch) for shard in plan.shards]
+    assert tokens == [60_000] * 600
+
+
 def test_an_interrupt_while_a_shard_is_written_loses_nothing(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recording, "SHARD_TOKENS", 100)
     config, folder = RecordConfig(token_budget=100), store_folder(study.path, "train", "adapter")
@@ -238,6 +246,56 @@ def test_a_recording_cut_off_continues_to_the_same_bytes(study: Study, monkeypat
         monkeypatch.setattr(recording, "read_batch", real_read)
         assert len(batches) == 4 - limit  # finished shards are not computed again
         assert contents() == wanted
+
+
+def test_a_mistaken_recording_cut_off_leaves_the_old_store(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--limit` by mistake, then Ctrl-C: hours of work stay; begun again it continues, and then takes their place."""
+    monkeypatch.setattr(recording, "SHARD_TOKENS", 100)
+    monkeypatch.setattr("lorascope.memory.free_memory", lambda _: 1 << 40)
+    record(study, RecordConfig(), OPTIONS)
+    folder = store_folder(study.path, "train", "adapter")
+    old = {p.name: p.read_bytes() for p in folder.iterdir()}
+    real, batches = recording.read_batch, []
+
+    def read(*args: Any) -> Any:
+        if len(batches) == 2:
+            raise KeyboardInterrupt
+        batches.append(1)
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recording, "read_batch", read)
+        with pytest.raises(KeyboardInterrupt):
+            record(study, RecordConfig(limit=3), OPTIONS)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == old
+    assert open_store(study).n_traces == 4
+    record(study, RecordConfig(), OPTIONS)  # the old one is as good as it was
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == old
+    monkeypatch.setattr("lorascope.memory.free_memory", lambda _: 1)  # continues with its batches all the same
+    monkeypatch.setattr(recording, "read_batch", lambda *args: (batches.append(1), real(*args))[1])
+    record(study, RecordConfig(limit=3), OPTIONS)
+    assert len(batches) == 3
+    assert open_store(study).trace_ids == ["a", "b", "c"]
+    assert open_store(study).index["about"]["token_budget"] == MOST_ON_CPU
+    assert [p.name for p in folder.parent.iterdir()] == ["adapter"]
+    assert (folder / "output_rms.json").is_file()
+
+
+def test_only_the_traces_that_are_recorded_are_read(study: Study) -> None:
+    """The text of a corpus is never held: traces are read, rendered and dropped one by one."""
+    file = study.corpus_file("train")
+    file.write_text(file.read_text() + "not a trace\n")
+    record(study, RecordConfig(limit=3), OPTIONS)
+    assert open_store(study).trace_ids == ["a", "b", "c"]
+    with pytest.raises(BadInput, match="line 5"):
+        record(study, RecordConfig(), OPTIONS)
+
+
+def test_a_cut_trace_holds_no_more_than_what_is_kept(study: Study) -> None:
+    cut = dataclasses.replace(study.renderer(byte_tokenizer()), max_tokens=20).render(TRACES[1])
+    assert cut.truncated > 0
+    assert cut.ids.base is None
+    assert cut.segments.base is None
 
 
 def test_a_new_corpus_is_kept_under_its_name(study: Study, tmp_path: Path) -> None:

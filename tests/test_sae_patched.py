@@ -18,7 +18,7 @@ from lorascope.models import load_model
 from lorascope.recording import RecordConfig, record
 from lorascope.sae import PatchConfig, SAEConfig, decompose, patched_kl, save_sae
 from lorascope.sae.model import SAE
-from lorascope.sae.patched import assistant_mean, draw_sequences
+from lorascope.sae.patched import draw_sequences
 from lorascope.store import Store, store_folder
 from lorascope.study import Study
 from lorascope.traces import Trace, write_traces
@@ -112,7 +112,7 @@ def test_variants_equal_brute_force(study: Study) -> None:
             out[row, kept[:16]] = x[row, kept[:16]]
         return out
 
-    response = torch.from_numpy(assistant_mean(train))
+    response = torch.from_numpy(train.assistant_mean())
     for name, patch in {
         "mean": lambda x: response.expand_as(x),
         "components": lambda x: mean + ((x - mean) * size) @ maps / size,
@@ -159,12 +159,6 @@ def test_a_new_autoencoder_takes_the_old_ones_patched_kl_away(study: Study) -> N
     assert study.summary["sae"]["l0"] > 0
     assert not (study.path / "sae/patched_kl.json").exists()
     assert "sae:patched" not in study.manifest["stages"]
-
-
-def test_assistant_mean_is_over_response_tokens(study: Study) -> None:
-    store = heldout(study)
-    parts = [store.trace(i)[1][int(store.response_start[i]) :] for i in range(store.n_traces)]
-    np.testing.assert_allclose(assistant_mean(store), np.concatenate(parts).mean(0), rtol=1e-4, atol=1e-6)
 
 
 def test_drawn_traces_keep_to_the_budget(tmp_path: Path) -> None:

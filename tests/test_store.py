@@ -1,16 +1,19 @@
 """The scalar store: what goes in comes out, a cut-off run ends with the same bytes, damage is found and named."""
 
 import json
+import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from safetensors.numpy import load_file
 
 from lorascope import store_writer
 from lorascope.errors import MissingStage, RunFailed
-from lorascope.store import CALIBRATION, Store, shard_name
+from lorascope.store import CALIBRATION, OPEN_SHARDS, Store, shard_name
 from lorascope.store_writer import StorePlan, StoreWriter, plan_shards
 
 LENGTHS = [3, 5, 1, 4, 2, 6, 3]
@@ -72,7 +75,7 @@ def test_what_goes_in_comes_out(tmp_path: Path) -> None:
     data = example_data()
     counts = record_all(tmp_path / "s", data)
     store = Store.open(tmp_path / "s")
-    assert (store.n_tokens, store.n_traces, len(store.shards)) == (24, 7, 4)
+    assert (store.n_tokens, store.n_traces, len(store.starts) - 1) == (24, 7, 4)
     assert store.addresses == ADDRESSES
     assert store.trace_ids == [f"t{i}" for i in range(7)]
     np.testing.assert_array_equal(store.effect_per_scalar, np.float32([0.5, 2.0, 1.0]))
@@ -102,10 +105,55 @@ def test_what_goes_in_comes_out(tmp_path: Path) -> None:
     store.verify()
 
 
+def test_few_shards_are_open_at_once(tmp_path: Path) -> None:
+    """Each map is an open file, and a corpus may have thousands of shards."""
+    lengths, process = [2] * 50, psutil.Process()
+    record_all(tmp_path / "s", example_data(lengths), example_plan(lengths, 2))
+    before = process.num_fds()
+    store = Store.open(tmp_path / "s")
+    assert process.num_fds() == before
+    wanted = np.concatenate([z for _, z in store.chunks()])
+    np.testing.assert_array_equal(store.visit(np.arange(100)), wanted)
+    assert process.num_fds() == before
+    index = np.random.default_rng(0).permutation(100)
+    np.testing.assert_array_equal(store.rows(index), wanted[index])
+    np.testing.assert_array_equal(np.concatenate([store.trace(i)[1] for i in range(50)]), wanted)
+    assert process.num_fds() == before + OPEN_SHARDS
+    del store
+    assert process.num_fds() == before
+
+
 def test_the_safetensors_library_reads_a_shard(tmp_path: Path) -> None:
     record_all(tmp_path / "s", example_data())
     z = load_file(tmp_path / "s" / shard_name(0))["z"]
-    np.testing.assert_array_equal(z, Store.open(tmp_path / "s").shards[0])
+    np.testing.assert_array_equal(z, Store.open(tmp_path / "s").shard(0))
+
+
+def test_assistant_means_are_over_response_tokens_and_need_no_list_of_them(tmp_path: Path) -> None:
+    """Traces with a prompt alone, or none, among them; what is held does not grow with the corpus."""
+    lengths, rng = [3, 5, 1, 4, 2, 6, 3] * 700, np.random.default_rng(0)
+    starts = [int(rng.integers(0, length + 1)) for length in lengths]
+    plan = replace(example_plan(lengths, 4000), response_starts=starts)
+    record_all(tmp_path / "s", example_data(lengths), plan)
+    store = Store.open(tmp_path / "s")
+    parts = [store.trace(i)[1][start:] for i, start in enumerate(starts)]
+    wanted = np.concatenate(parts).astype(np.float64).mean(axis=0)
+    np.testing.assert_allclose(store.assistant_mean(), wanted, rtol=1e-6)
+    flags = np.concatenate([np.arange(length) >= start for length, start in zip(lengths, starts, strict=True)])
+    np.testing.assert_array_equal(store.assistant(0, store.n_tokens), flags)
+    np.testing.assert_array_equal(store.assistant(1000, 1010), flags[1000:1010])
+
+
+def test_assistant_means_hold_a_chunk_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorascope.store.CHUNK_SCALARS", 3 * 100)
+    record_all(tmp_path / "s", example_data([1000] * 60), example_plan([1000] * 60, 5000))
+    store = Store.open(tmp_path / "s")
+    store.assistant_mean()
+    tracemalloc.start()
+    store.assistant_mean()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < store.n_tokens  # not a byte per token
 
 
 def test_small_and_large_scalars_keep_their_precision(tmp_path: Path) -> None:
@@ -192,12 +240,89 @@ def test_only_missing_and_damaged_shards_are_made_again(tmp_path: Path) -> None:
     assert contents(tmp_path / "s") == wanted
 
 
-def test_another_plan_starts_a_new_store(tmp_path: Path) -> None:
-    data = example_data()
-    record_all(tmp_path / "s", data)
-    assert StoreWriter(tmp_path / "s", example_plan(sink="other")).missing() == [0, 1, 2, 3]
+def test_another_plan_grows_beside_the_finished_store_and_takes_its_place(tmp_path: Path) -> None:
+    data, folder = example_data(), tmp_path / "s"
+    record_all(folder, data)
+    (folder / "beside.json").write_text("{}")
+    old = contents(folder)
+    assert StoreWriter(folder, example_plan(sink="other")).missing() == [0, 1, 2, 3]
+    assert contents(folder) == old
+    Store.open(folder).verify()
+    record_all(folder, data, example_plan(sink="other"))
+    record_all(tmp_path / "fresh", data, example_plan(sink="other"))
+    assert contents(folder) == contents(tmp_path / "fresh")  # nor is anything of the old one left
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["fresh", "s"]
+
+
+def test_another_recording_cut_off_anywhere_leaves_a_readable_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, plan, real = example_data(), example_plan(sink="other"), store_writer.replace_file
+    record_all(tmp_path / "new" / "s", data, plan)
+    wanted = contents(tmp_path / "new" / "s")
+    for limit in range(len(wanted)):
+        folder = tmp_path / str(limit) / "s"
+        record_all(folder, data)
+        old, done = contents(folder), []
+
+        def replace_file(path: Path, blocks: Any, limit: int = limit, done: list[int] = done) -> None:
+            if len(done) == limit:
+                raise KeyboardInterrupt
+            done.append(1)
+            real(path, blocks)
+
+        monkeypatch.setattr(store_writer, "replace_file", replace_file)
+        with pytest.raises(KeyboardInterrupt):
+            record_all(folder, data, plan)
+        assert contents(folder) == old
+        monkeypatch.setattr(store_writer, "replace_file", real)
+        written = min(max(limit - 2, 0), 4)  # after the plan and the scales
+        assert len(StoreWriter(folder, plan).missing()) == 4 - written
+        record_all(folder, data, plan)
+        assert contents(folder) == wanted
+        assert [p.name for p in folder.parent.iterdir()] == ["s"]
+
+
+@pytest.mark.parametrize("renames", [0, 1])
+def test_a_kill_while_a_store_takes_anothers_place_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renames: int
+) -> None:
+    data, plan, folder = example_data(), example_plan(sink="other"), tmp_path / "s"
+    record_all(folder, data)
+
+    def cut(new: Path, old: Path) -> None:
+        if renames:
+            old.rename(old.with_name(f".{old.name}.old"))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store_writer, "put_folder", cut)
+        with pytest.raises(KeyboardInterrupt):
+            record_all(folder, data, plan)
+    assert StoreWriter(folder, plan).missing() == []
+    record_all(folder, data, plan)
+    assert Store.open(folder).index["about"]["sink"] == "other"
+    assert [p.name for p in tmp_path.iterdir()] == ["s"]
+
+
+def test_what_was_begun_beside_a_store_and_given_up_is_removed(tmp_path: Path) -> None:
+    data, folder = example_data(), tmp_path / "s"
+    record_all(folder, data)
+    StoreWriter(folder, example_plan(sink="other"))
+    assert StoreWriter(folder, example_plan(sink="third")).missing() == [0, 1, 2, 3]  # in place of the other
+    assert json.loads((tmp_path / ".s.part" / "plan.json").read_text())["about"]["sink"] == "third"
+    record_all(folder, data)
+    assert [p.name for p in tmp_path.iterdir()] == ["s"]
+
+
+def test_what_was_begun_with_another_plan_is_made_anew(tmp_path: Path) -> None:
+    data, folder = example_data(), tmp_path / "s"
+    record_all(folder, data)
+    (folder / "index.json").unlink()  # as a run leaves it that was cut off
+    assert StoreWriter(folder, example_plan(sink="other")).missing() == [0, 1, 2, 3]
     with pytest.raises(MissingStage):
-        Store.open(tmp_path / "s")
+        Store.open(folder)
+    assert not list(folder.glob("shard-*"))
 
 
 def test_without_its_scales_a_store_is_made_again(tmp_path: Path) -> None:
@@ -241,5 +366,8 @@ def test_damaged_index_and_headers_are_found(tmp_path: Path) -> None:
     content = bytearray(shard.read_bytes())
     content[0] ^= 64  # the length of the header
     shard.write_bytes(content)
-    with pytest.raises(RunFailed, match=shard_name(0)):
-        Store.open(tmp_path / "s")
+    store = Store.open(tmp_path / "s")  # a shard is looked at when it is read
+    for read in (lambda: store.trace(0), lambda: store.rows(np.array([1])), lambda: list(store.chunks()), store.verify):
+        with pytest.raises(RunFailed, match=shard_name(0)):
+            read()
+    np.testing.assert_array_equal(store.trace(5)[1].shape, (6, 3))

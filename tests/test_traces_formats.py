@@ -227,10 +227,10 @@ def test_normalised_traces_come_back(tmp_path: Path) -> None:
         Trace("b", "q", "", "a", turns=({"role": "user", "content": "x"},), raw_prompt="raw"),
     ]
     write_traces(tmp_path / "t.jsonl", traces)
-    assert load_traces(tmp_path / "t.jsonl") == traces
+    assert list(load_traces(tmp_path / "t.jsonl")) == traces
     (tmp_path / "t.jsonl").write_text(GOOD)
     with pytest.raises(BadInput, match="line 1: not a normalised trace"):
-        load_traces(tmp_path / "t.jsonl")
+        list(load_traces(tmp_path / "t.jsonl"))
 
 
 def test_hub_datasets(monkeypatch: pytest.MonkeyPatch) -> None:

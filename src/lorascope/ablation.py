@@ -29,7 +29,7 @@ from lorascope.memory import graph_budget
 from lorascope.models import load_model
 from lorascope.screening import Screened, screen
 from lorascope.stats import bootstrap_ratio
-from lorascope.store import Store
+from lorascope.store import Store, store_folder
 from lorascope.study import Study, atomic_write_bytes, write_json
 from lorascope.traces import Rendered
 
@@ -183,7 +183,7 @@ def run_exact(
     if config.top is not None:
         leaders = leading(study.path / "ablation" / f"screen-{kind}.parquet", config.top)
         targets = [target for target in targets if target.name in leaders]
-    to = direction_means(study) if config.to == "mean" else 0.0
+    to = Store.open(store_folder(study.path, "train", "adapter")).assistant_mean() if config.to == "mean" else 0.0
     with attach(model, adapter) as attached:
         sums, floor_runs = leave_out(attached, traces, targets, to, config.token_budget)
     floor, rng = max(floor_runs.values()), np.random.default_rng(options.seed)
@@ -309,17 +309,6 @@ def groups(addresses: Sequence[str]) -> dict[str, list[str]]:
     present = [group for group, members in GROUPS.items() if types & set(members)]
     found = {g: [a for a, hit in zip(addresses, select(addresses, g), strict=True) if hit] for g in present}
     return found | {"all": list(addresses)}
-
-
-def direction_means(study: Study) -> NDArray[np.float32]:
-    """Mean scalar of each direction over the training corpus's assistant tokens, float32 [N]."""
-    store = Store.open(study.path / "scalars" / "train" / "adapter")
-    starts = np.repeat(store.offsets[:-1] + store.response_start, np.diff(store.offsets))
-    assistant = np.arange(store.n_tokens) >= starts
-    total = np.zeros(len(store.addresses))
-    for start, z_TN in store.chunks():
-        total += z_TN[assistant[start : start + len(z_TN)]].sum(axis=0, dtype=np.float64)
-    return (total / assistant.sum()).astype(np.float32)
 
 
 def target_rows(

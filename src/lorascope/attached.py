@@ -75,6 +75,8 @@ class Attached:
     adapter: Adapter
     readings: list[Reading] = field(default_factory=list)
     edits: list[ActiveEdit] = field(default_factory=list)
+    base_run: bool = False
+    """Directions are read and have no effect."""
     in_prompt: bool = False
     """True during the prefill of a generation: edits on generated tokens are then at rest."""
     _head: Callable[[Tensor], Tensor] | None = None
@@ -142,6 +144,15 @@ class Attached:
             del self.edits[before:]
 
     @contextmanager
+    def as_base(self) -> Iterator[None]:
+        """Inside, directions have no effect: their scalars are what they see in the base model's run."""
+        before, self.base_run = self.base_run, True
+        try:
+            yield
+        finally:
+            self.base_run = before
+
+    @contextmanager
     def generating(self) -> Iterator[None]:
         """While text is generated: the first forward is the prompt's, the later ones are generated tokens'."""
 
@@ -170,14 +181,14 @@ class Attached:
         return ActiveEdit(edit, local, columns)
 
     def _pass_scalars(self, index: int, z_BTR: Tensor) -> Tensor:
-        """What happens to one module's scalars on their way: edits, then readings see the result."""
+        """What happens to one module's scalars on their way: edits; readings see the result; it has effect, or none."""
         for active in self.edits:
             local = active.local[index]
             if local is not None and not (active.edit.where == "generated" and self.in_prompt):
                 z_BTR = apply_edit(active.edit, z_BTR, local.to(z_BTR.device), active.columns[index].to(z_BTR.device))
         for reading in self.readings:
             reading.parts[index].append(z_BTR)
-        return z_BTR
+        return torch.zeros_like(z_BTR) if self.base_run else z_BTR
 
     def _ids(self, tokens: Tensor | Sequence[Sequence[int]]) -> Tensor:
         ids_BT = tokens if isinstance(tokens, Tensor) else pad_ids(list(tokens), 0)[0]

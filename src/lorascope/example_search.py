@@ -17,7 +17,17 @@ import pyarrow.parquet as pq
 
 from lorascope.config import Options
 from lorascope.errors import BadInput, RunFailed
-from lorascope.features import KINDS, FeatureSet, available_kinds, firing_levels, load_features
+from lorascope.features import (
+    BINS,
+    BINS_PER_OCTAVE,
+    KINDS,
+    LOWEST,
+    FeatureSet,
+    available_kinds,
+    bins_of,
+    firing_levels,
+    load_features,
+)
 from lorascope.progress import progress
 from lorascope.selection import Candidates, Ints, Selection, activation_keys, random_keys, rank_in_runs
 from lorascope.store import Floats, Store
@@ -26,8 +36,6 @@ from lorascope.traces import SEGMENT_NAMES
 
 LEVELS = "examples/levels.json"
 POOL = 4  # the sample of firings is so many times larger than what is kept per quantile
-BINS_PER_OCTAVE = 64
-LOWEST, OCTAVES = -30, 48  # firings from 2^-30 to 2^18; others are counted in the outermost bins
 SHOWN_BINS = 40
 
 
@@ -159,7 +167,7 @@ def search(features: FeatureSet, level_F: Floats, config: ExamplesConfig, seed: 
     store, count = features.store, len(features.ids)
     top = Selection(count, config.k, config.per_trace)
     sample = Selection(count, POOL * config.quantiles * config.per_quantile, config.per_trace)
-    histogram_FH = np.zeros((count, OCTAVES * BINS_PER_OCTAVE), np.uint32)
+    histogram_FH = np.zeros((count, BINS), np.uint32)
     total_F = np.zeros(count)
     segments_F4 = np.zeros((count, len(SEGMENT_NAMES)), np.int64)
     what = f"examples {features.kind}"
@@ -215,17 +223,9 @@ def piece_bound(piece_TF: Floats, top: Selection) -> Floats:
     return np.maximum(bound_F, np.nextafter(last_F, np.float32(0)))
 
 
-def bins_of(value_M: Floats) -> Ints:
-    """Histogram bin of each activation: equal ratios, `BINS_PER_OCTAVE` to a factor of two, linear inside."""
-    mantissa, exponent = np.frexp(value_M)  # value = mantissa · 2^exponent, mantissa in [0.5, 1)
-    part = ((mantissa - 0.5) * (2 * BINS_PER_OCTAVE)).astype(np.int64)
-    index = (exponent.astype(np.int64) - 1 - LOWEST) * BINS_PER_OCTAVE + part
-    return np.clip(index, 0, OCTAVES * BINS_PER_OCTAVE - 1)
-
-
 def bin_edges() -> npt.NDArray[np.float64]:
     """Edges of the histogram's bins, [H + 1]."""
-    steps = np.arange(OCTAVES * BINS_PER_OCTAVE + 1)
+    steps = np.arange(BINS + 1)
     octave, part = np.divmod(steps, BINS_PER_OCTAVE)
     return np.exp2(octave + LOWEST) * (1 + part / BINS_PER_OCTAVE)
 

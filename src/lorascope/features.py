@@ -23,11 +23,14 @@ Encode = Callable[[Floats, npt.NDArray[np.intp] | None], Floats]
 CHUNK_ACTIVATIONS = 1 << 20  # 4 MB of float32
 LEVEL = 0.01
 """A feature that is no latent fires where its activation is above the level that 1% of ordinary tokens exceed."""
-LIKELY = 0.02
-"""Share of tokens looked at to find that level: those above the 2% level of a sample of `SAMPLE_ROWS`."""
-SAMPLE_ROWS = 1 << 14
-LEVEL_BYTES = 1 << 27
-"""Memory for one group of features while their levels are found."""
+MOST_WAITING = 1 << 21
+"""Activations held one by one before equal ones are counted together."""
+BINS_PER_OCTAVE = 64
+LOWEST, OCTAVES = -30, 48
+"""Histograms of activations reach from 2^-30 to 2^18."""
+BINS = OCTAVES * BINS_PER_OCTAVE
+_PLACE_BITS = 17  # last bits of a float32, after those that tell its octave and one of 64 places in it
+_FIRST_PLACE = (127 + LOWEST) * BINS_PER_OCTAVE
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class FeatureSet:
     @property
     def n_chunks(self) -> int:
         """How many `chunks` there are."""
-        return sum(-(-len(shard) // self.chunk_rows) for shard in self.store.shards)
+        return int((-(-np.diff(self.store.starts) // self.chunk_rows)).sum())
 
     def chunks(self) -> Iterator[tuple[int, Floats]]:
         """Yield (first token, acts_TF float32 >= 0) over the corpus in order; a chunk may cut a trace."""
@@ -195,66 +198,116 @@ def available_kinds(study: Study, corpus: str) -> list[str]:
     return kinds
 
 
+def bins_of(value_M: Floats) -> npt.NDArray[np.int64]:
+    """Histogram bin of each activation: equal ratios, `BINS_PER_OCTAVE` to a factor of two, linear inside.
+
+    What lies outside the histogram is counted in its outermost bins.
+    """
+    # the first bits of a positive float32 are its octave and its place there
+    place_M = (value_M.view(np.uint32) >> _PLACE_BITS).astype(np.int64) - _FIRST_PLACE
+    return np.clip(place_M, 0, BINS - 1)
+
+
+def below_bins(bin_F: npt.NDArray[np.int64]) -> Floats:
+    """The largest float32 below each bin: an activation above it lies in the bin or higher. 0 for the lowest bin."""
+    edge_F = (bin_F + _FIRST_PLACE).astype(np.uint32) << _PLACE_BITS
+    return np.where(bin_F > 0, (edge_F - np.uint32(1)).view(np.float32), np.float32(0))
+
+
 def firing_levels(features: FeatureSet) -> Floats:
     """The firing level of each feature, float32 [F], exact.
 
     Latents: 0. Others: the smallest activation that at most 1% of the corpus's ordinary tokens exceed, which is
-    0 for a feature that is 0 on 99% of them. Call it on the training corpus. Memory is bounded: features are
-    taken in groups, with one reading of the store each.
+    0 for a feature that is 0 on 99% of them. Call it on the training corpus. Two readings of the store, whatever its
+    length: the first finds the bin of each level, the second counts the different activations in that bin. Memory is
+    that of F histograms, and of at most 17 values per feature where scalars of half precision are behind them.
     """
     levels_F = np.zeros(len(features.ids), np.float32)
     n = int(features.store.ordinary.sum())
     if features.latent or n == 0:
         return levels_F
-    rank = int(n * LEVEL)  # so many tokens lie above the level
-    sample_SN = spaced_scalars(features.store, SAMPLE_ROWS)
-    size = max(1, int(LEVEL_BYTES / (32 * LIKELY * n + 1)))
-    for first in range(0, len(levels_F), size):
-        group = np.arange(first, min(first + size, len(levels_F)))
-        low_G = likely_bounds(features.encode(sample_SN, group))
-        counts_G, levels_F[group] = ranked_values(features, group, low_G, rank)
-        again = group[(counts_G <= rank) & (low_G > 0)]  # the sample misled: their level is below its bound
-        if len(again):
-            levels_F[again] = ranked_values(features, again, np.zeros(len(again), np.float32), rank)[1]
+    bin_F, rank_F = level_bins(features, int(n * LEVEL))  # so many tokens lie above the level
+    found = np.flatnonzero(rank_F >= 0)
+    if len(found):
+        values, counts = values_in_bins(features, bin_F, rank_F >= 0)
+        upto = np.cumsum(counts)
+        first_M = np.searchsorted(values, found.astype(np.uint64) << np.uint64(32))
+        before_M = np.where(first_M > 0, upto[first_M - 1], 0)
+        chosen = values[np.searchsorted(upto, before_M + rank_F[found], side="right")]
+        levels_F[found] = (np.uint32(0xFFFFFFFF) - chosen.astype(np.uint32)).view(np.float32)  # the low half
     return levels_F
 
 
-def spaced_scalars(store: Store, most: int) -> Floats:
-    """Scalars of at most so many evenly spaced ordinary tokens, read in order so that memory stays small."""
-    positions = np.flatnonzero(store.ordinary)
-    positions = positions[:: -(-len(positions) // most)]
-    parts: list[Floats] = []
-    for start, z_TN in store.chunks():
-        first, stop = np.searchsorted(positions, [start, start + len(z_TN)])
-        parts.append(z_TN[positions[first:stop] - start])
-    return np.concatenate(parts)
-
-
-def likely_bounds(acts_SG: Floats) -> Floats:
-    """A bound for each column that about 2% of the tokens exceed, from a sample of their activations."""
-    rank = int(len(acts_SG) * (1 - LIKELY))
-    bound_G: Floats = np.partition(acts_SG, rank, axis=0)[rank]
-    return bound_G
-
-
-def ranked_values(
-    features: FeatureSet, group: npt.NDArray[np.intp], low_G: Floats, rank: int
-) -> tuple[npt.NDArray[np.int64], Floats]:
-    """How many ordinary tokens are above `low_G`, and the activation with `rank` larger ones (0 if too few)."""
-    whole = len(group) == len(features.ids)
-    parts: list[npt.NDArray[np.uint64]] = []
+def ordinary_activations(features: FeatureSet) -> Iterator[Floats]:
+    """Activations of all features on the ordinary tokens of each chunk of the corpus, float32 [T, F]."""
     store = features.store
-    for start, z_TN in store.chunks(max(1, CHUNK_ACTIVATIONS // len(group))):
-        acts_TG = features.encode(z_TN[store.ordinary[start : start + len(z_TN)]], None if whole else group)
-        flat = np.flatnonzero(acts_TG > low_G)
-        # a number that sorts by feature, then by falling activation, whose bits are in the order of its values
-        bits = np.uint32(0xFFFFFFFF) - acts_TG.reshape(-1)[flat].view(np.uint32)
-        parts.append(((flat % len(group)).astype(np.uint64) << np.uint64(32)) | bits)
-    found = np.sort(np.concatenate(parts))
-    bounds = np.searchsorted(found, np.arange(len(group) + 1, dtype=np.uint64) << np.uint64(32))
-    counts_G = np.diff(bounds)
-    enough = counts_G > rank
-    values_G = np.zeros(len(group), np.float32)
-    chosen = found[bounds[:-1][enough] + rank].astype(np.uint32)  # the low half
-    values_G[enough] = (np.uint32(0xFFFFFFFF) - chosen).view(np.float32)
-    return counts_G, values_G
+    for start, z_TN in store.chunks(features.chunk_rows):
+        yield features.encode(z_TN[store.ordinary[start : start + len(z_TN)]], None)
+
+
+def level_bins(features: FeatureSet, rank: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """The bin of the activation with `rank` larger ones, and how many of these lie in that bin too, [F] each.
+
+    A feature that does not fire on more than `rank` tokens has the rank -1 there.
+    """
+    count = len(features.ids)
+    counts_FH = np.zeros((count, BINS), np.uint32)
+    low_F, seen, due = np.zeros(count, np.float32), 0, 2 * rank
+    for acts_TF in ordinary_activations(features):
+        flat = np.flatnonzero(acts_TF > low_F)
+        slots = flat % count * BINS + bins_of(acts_TF.reshape(-1)[flat])
+        np.add.at(counts_FH.reshape(-1), slots, 1)
+        seen += len(acts_TF)
+        if seen > due:
+            # More than `rank` activations reach this bin already, so the level is not below it, and what is need not be
+            # counted any more: of a long corpus a twentieth is.
+            low_F = below_bins(ranked_bins(counts_FH, rank)[0])
+            due = seen * 9 // 8
+    return ranked_bins(counts_FH, rank)
+
+
+def ranked_bins(counts_FH: npt.NDArray[np.uint32], rank: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """What `level_bins` gives, from histograms; the bin of a feature without that many activations is 0."""
+    from_top_FH = np.cumsum(counts_FH[:, ::-1], axis=1, dtype=np.uint32)
+    place_F = np.argmax(from_top_FH > rank, axis=1)
+    every_F = np.arange(len(counts_FH))
+    enough_F = from_top_FH[:, -1] > rank
+    bin_F = np.where(enough_F, BINS - 1 - place_F, 0)
+    above_F = from_top_FH[every_F, place_F].astype(np.int64) - counts_FH[every_F, bin_F]
+    return bin_F, np.where(enough_F, rank - above_F, -1)
+
+
+def values_in_bins(
+    features: FeatureSet, bin_F: npt.NDArray[np.int64], wanted_F: npt.NDArray[np.bool_]
+) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]:
+    """The different activations in one bin of each wanted feature, and how often each occurs.
+
+    An activation is given as a number that sorts by feature, then by falling activation: the feature, and the
+    activation's bits, which are in the order of the values, taken from all ones.
+    """
+    count = len(features.ids)
+    low_F = np.where(wanted_F, below_bins(bin_F), np.float32(np.inf))
+    high_F = np.where(bin_F < BINS - 1, below_bins(bin_F + 1), np.float32(np.inf))
+    values, counts = np.zeros(0, np.uint64), np.zeros(0, np.int64)
+    waiting: list[npt.NDArray[np.uint64]] = []
+    size = 0
+    for acts_TF in ordinary_activations(features):
+        flat = np.flatnonzero(acts_TF > low_F)
+        act_M, feature_M = acts_TF.reshape(-1)[flat], flat % count
+        inside = act_M <= high_F[feature_M]
+        bits_M = np.uint32(0xFFFFFFFF) - act_M[inside].view(np.uint32)
+        waiting.append((feature_M[inside].astype(np.uint64) << np.uint64(32)) | bits_M)
+        size += len(bits_M)
+        if size > max(MOST_WAITING, len(values)):
+            values, counts = counted(values, counts, waiting)
+            waiting, size = [], 0
+    return counted(values, counts, waiting)
+
+
+def counted(
+    values: npt.NDArray[np.uint64], counts: npt.NDArray[np.int64], more: list[npt.NDArray[np.uint64]]
+) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]:
+    """Different numbers in rising order and how often each occurs, from such and from others one by one."""
+    found, place, times = np.unique(np.concatenate([values, *more]), return_inverse=True, return_counts=True)
+    times[place[: len(values)]] += counts - 1  # each stood for so many
+    return found, times

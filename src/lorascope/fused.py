@@ -280,8 +280,8 @@ def fused_reading(attached: Attached) -> Iterator[int]:
     """Inside, forward passes without gradients are fast and still give every scalar; gives the number of parts.
 
     Adapted maps of an fp32 base run merged, in one GEMM; those of other bases add the directions' term in fp32. Scalars
-    of modules that share an input are computed together, with an fp32 base only where they are read. Edited maps, and
-    parts that are not recognised, run in the forms of `attach`.
+    of modules that share an input are computed together, with an fp32 base only where they are read. In
+    `attached.as_base` the maps run alone. Edited maps, and parts that are not recognised, run in the forms of `attach`.
     """
     model, adapter = attached.model, beside_weights(attached.model, attached.adapter)
     forms: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
@@ -327,8 +327,10 @@ def read_linear(
     """An adapted map; its scalars go to who reads them. `edited` is what runs where an edit touches it."""
     if any(active.local[index] is not None for active in attached.edits):
         return edited(x)
-    if attached.readings or not linear.merges:
+    if attached.readings or not (linear.merges or attached.base_run):
         z = attached._pass_scalars(index, shared.scalars(x, rows))
+    if attached.base_run:
+        return F.linear(x, linear.W_OI, linear.bias_O)
     if linear.merges:
         return F.linear(x, linear.merged(), linear.bias_O)
     assert linear.b_OR is not None

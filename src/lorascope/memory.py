@@ -22,21 +22,27 @@ def free_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def bytes_per_token(adapter: Adapter, itemsize: int) -> int:
+def bytes_per_token(adapter: Adapter, itemsize: int, beside: int = 0) -> int:
     """A rough upper bound of what one token of a forward pass without gradients holds at once.
 
-    Eight vectors as wide as the widest input or output of an adapted map, and the scalars in fp32 with a copy.
+    Eight vectors as wide as the widest input or output of an adapted map, one more in fp32 where the model is less
+    precise, and three times all scalars in fp32: as they were read, joined by source, and joined over all sources.
+
+    Args:
+        itemsize: bytes of one number of the model.
+        beside: how many columns of other sources are read in the same pass.
     """
     widest = max(max(part.a_RI.shape[1], part.b_OR.shape[0]) for part in adapter.modules)
-    return 8 * widest * itemsize + 2 * 4 * len(adapter.addresses)
+    wide = 4 * widest if itemsize < 4 else 0
+    return 8 * widest * itemsize + wide + 3 * 4 * (len(adapter.addresses) + beside)
 
 
-def choose_budget(adapter: Adapter, device: torch.device, dtype: torch.dtype) -> int:
-    """Padded tokens per forward pass that a share of the free memory holds, a power of two.
+def choose_budget(adapter: Adapter, device: torch.device, dtype: torch.dtype, beside: int = 0) -> int:
+    """Padded tokens per forward pass that a share of the free memory holds, a power of two; `beside` as above.
 
     A power of two, so that a little more or less of free memory plans the same batches.
     """
-    fit = free_memory(device) // SHARE // bytes_per_token(adapter, dtype.itemsize)
+    fit = free_memory(device) // SHARE // bytes_per_token(adapter, dtype.itemsize, beside)
     most = MOST_ON_CPU if device.type == "cpu" else MOST_ELSEWHERE
     return max(FEWEST, min(most, 1 << max(fit, 1).bit_length() - 1))
 

@@ -8,10 +8,10 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,6 @@ from lorascope.controls import (
     random_control,
     untrained_control,
 )
-from lorascope.edits import Edit
 from lorascope.errors import BadInput, RunFailed
 from lorascope.fused import fused_reading
 from lorascope.memory import choose_budget
@@ -39,12 +38,11 @@ from lorascope.models import load_model, load_tokenizer
 from lorascope.progress import progress
 from lorascope.sinks import SINK_RATIO, is_sink, middle_norms
 from lorascope.store import INDEX, PLAN, Store, read_json, store_folder
-from lorascope.store_writer import Shard, StorePlan, StoreWriter, plan_shards
+from lorascope.store_writer import Shard, StorePlan, StoreWriter, part_folder, plan_shards
 from lorascope.study import Study, whole_folder, write_json
 from lorascope.traces import Rendered, pad_ids, plan_batches, read_traces, write_traces
 
-SHARD_TOKENS = 1 << 16  # at most this much work is lost when a run is cut off
-MAX_SHARDS = 256  # each is an open file of every reader
+SHARD_TOKENS = 1 << 16  # whatever the corpus: two are in memory, and at most one is lost when a run is cut off
 OUTPUT_RMS = "output_rms.json"
 """Beside the adapter's store: how long the base's own outputs are, from `OUTPUT_TRACES` traces."""
 OUTPUT_TRACES = 16
@@ -103,13 +101,13 @@ def record(study: Study, config: RecordConfig, options: Options) -> dict[str, An
     study.require("adapter/adapter_config.json", "lorascope train STUDY")
     if config.traces is not None:
         add_corpus(study, config)
-    study.traces(config.corpus)  # an unknown corpus is named before a model is loaded
+    study.each_trace(config.corpus)  # an unknown corpus is named before a model is loaded
     load = cache(lambda: load_model(study.model_name, device=options.device, dtype=options.dtype))
     for name in sources:
         if name in MADE:
             make_control(study, name, options, load)
     # Chosen once, so that sources recorded together are planned in the same batches.
-    choose = cache(lambda: choose_budget(Adapter.load(study.path / "adapter"), load()[0].device, load()[0].dtype))
+    choose = cache(lambda: shared_budget(study, sources, load()[0]))
     results: dict[str, Any] = {}
     for source in sources:
         alone = replace(config, source=source, traces=None, response_template="")
@@ -131,6 +129,14 @@ def record(study: Study, config: RecordConfig, options: Options) -> dict[str, An
     return {"corpus": config.corpus, "sources": results}
 
 
+def shared_budget(study: Study, sources: Sequence[str], model: Any) -> int:
+    """Padded tokens per pass by free memory, if all sources but the base are read in one."""
+    adapter = Adapter.load(study.path / "adapter")
+    columns = {"random": len(random_addresses(adapter)), "untrained": len(adapter.addresses)}
+    columns["neurons"] = len(adapter.addresses)  # at most
+    return choose_budget(adapter, model.device, model.dtype, sum(columns.get(name, 0) for name in sources))
+
+
 def make_control(study: Study, name: str, options: Options, load: Callable[[], tuple[Any, Any]]) -> None:
     """Write the adapter of a control to `controls/NAME`, once for all corpora."""
 
@@ -140,7 +146,7 @@ def make_control(study: Study, name: str, options: Options, load: Callable[[], t
         if name == "untrained":
             made = untrained_control(study, model, adapter)
         else:
-            rendered, _ = study.renderer(tokenizer).render_all(study.traces("train"))
+            rendered, _ = study.renderer(tokenizer).render_all(study.each_trace("train"))
             with attach(model, adapter) as attached, fused_reading(attached):
                 made = random_control(attached, rendered, options.seed)
         with whole_folder(study.path / "controls" / name) as new:
@@ -199,7 +205,7 @@ def record_sources(
     renderer = study.renderer(tokenizer)
     changed: dict[str, Any] = {"max_tokens": config.max_tokens, "too_long": config.too_long}
     renderer = replace(renderer, **{key: value for key, value in changed.items() if value is not None})
-    rendered, length_rule = renderer.render_all(study.traces(config.corpus)[: config.limit])
+    rendered, length_rule = renderer.render_all(islice(study.each_trace(config.corpus), config.limit))
     if not rendered:
         raise BadInput(f"No trace of {config.corpus} is left to record; raise --max-tokens or give other traces.")
     adapter = Adapter.load(study.path / "adapter")
@@ -219,7 +225,7 @@ def record_sources(
     }
     folders = {source: store_folder(study.path, config.corpus, source) for source in sources}
     begun = {
-        source: config.token_budget or begun_budget(folder, text) or finished_budget(folder, about | {"source": source})
+        source: config.token_budget or finished_budget(folder, about | {"source": source}) or begun_budget(folder, text)
         for source, folder in folders.items()
     }
     fallback = next(filter(None, begun.values()), None) or choose()
@@ -269,15 +275,16 @@ def finished_budget(folder: Path, about: dict[str, Any]) -> int | None:
 def begun_budget(folder: Path, text: str) -> int | None:
     """The token budget of a recording of this text that was begun here: a run that continues plans the same batches.
 
-    None where nothing was begun, where it was finished, or where no shard of it is done (it may have lacked memory).
+    Also beside a finished store. None where nothing was begun, or it was finished, or no shard of it is done (it may
+    have lacked memory).
     """
-    if (folder / INDEX).exists() or not any(folder.glob("shard-*.safetensors")):
-        return None
-    try:
-        about = read_json(folder / PLAN)["about"]
-        return int(about["token_budget"]) if about["text"] == text else None
-    except (RunFailed, KeyError, TypeError, ValueError):
-        return None
+    places = [part_folder(folder), *([] if (folder / INDEX).exists() else [folder])]
+    for place in places:
+        with suppress(RunFailed, KeyError, TypeError, ValueError):
+            about = read_json(place / PLAN)["about"]
+            if about["text"] == text and any(place.glob("shard-*.safetensors")):
+                return int(about["token_budget"])
+    return None
 
 
 def text_fingerprint(rendered: list[Rendered]) -> str:
@@ -293,7 +300,7 @@ def plan_recording(
 ) -> StorePlan:
     """Which traces share a shard and a batch: shards in the corpus's order, batches by length within a shard."""
     lengths = [len(item.ids) for item in rendered]
-    ranges = plan_shards(lengths, max(SHARD_TOKENS, -(-sum(lengths) // MAX_SHARDS)))
+    ranges = plan_shards(lengths, SHARD_TOKENS)
     return StorePlan(
         addresses=columns.addresses,
         effect_per_scalar=[float(x) for x in columns.effect_per_scalar],
@@ -414,16 +421,6 @@ def scalars_beside(attached: Attached, ids_BT: Tensor, columns: Sequence[Adapter
 
 
 def base_scalars(attached: Attached, ids_BT: Tensor) -> Tensor:
-    """What the read vectors see in the base model's run, [B, T, N]: every scalar is read, then set to zero."""
-    seen: list[tuple[Tensor, Tensor]] = []
-
-    def read_and_stop(z_BTn: Tensor, columns: Tensor) -> Tensor:
-        seen.append((columns, z_BTn))
-        return torch.zeros_like(z_BTn)
-
-    with attached.edit(Edit("*", read_and_stop)):
-        stopped_BTN = attached.trunk(ids_BT).scalars
-    z_BTN = torch.empty_like(stopped_BTN)
-    for columns, z_BTn in seen:
-        z_BTN[..., columns.to(z_BTN.device)] = z_BTn.to(z_BTN.device)
-    return z_BTN
+    """What the read vectors see in the base model's run, [B, T, N]."""
+    with attached.as_base():
+        return adapter_scalars(attached, ids_BT)

@@ -84,7 +84,7 @@ def find_damage(study: Study) -> list[str]:
         why = damage_of(file)
         if why:
             found.append(f"{file.relative_to(study.path)}: {why}")
-    for index in sorted(study.path.glob("scalars/*/*/index.json")):
+    for index in sorted(study.path.glob("scalars/*/[!.]*/index.json")):
         try:
             Store.open(index.parent).verify()
         except (RunFailed, BadInput) as error:

@@ -8,6 +8,8 @@ A store is the folder `scalars/CORPUS/SOURCE/` of a study:
     tokens.safetensors  token ids, segments and sinks of the whole corpus
     index.json          written last: checksums of all files, counts; without it the recording is unfinished
 
+A new recording goes to `.SOURCE.part` beside a finished store until it is finished too, and then takes its place.
+
 Traces keep the order of the corpus, so a trace's store index is its index in `traces/CORPUS.jsonl` unless
 traces were dropped. Shape legend: T tokens, N directions.
 """
@@ -16,7 +18,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,8 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "U8": np.dtype("u1"),
 }
 CHUNK_SCALARS = 1 << 20  # a chunk of 4 MB in float32 stays in the cache while it is used
+OPEN_SHARDS = 16
+"""Shards that a store keeps mapped: each is an open file, of which a process may have 256, and a study ten stores."""
 
 
 def shard_name(number: int) -> str:
@@ -69,18 +73,31 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
     raise RunFailed(f"{path} is damaged; record this corpus again.")
 
 
-def map_tensors(path: Path) -> dict[str, Array]:
-    """Every tensor of a safetensors file as a read-only memory map."""
+def map_tensors(path: Path, only: str | None = None) -> dict[str, Array]:
+    """Every tensor of a safetensors file, or `only` the one of a name, as a read-only memory map.
+
+    Raises:
+        RunFailed: the file is missing or damaged.
+    """
     header, start = read_header(path)
     tensors: dict[str, Array] = {}
     for name, spec in header.items():
-        if name != "__metadata__":
+        if name != "__metadata__" and only in (None, name):
             dtype, shape = DTYPES[spec["dtype"]], tuple(spec["shape"])
             if 0 in shape:  # a memory map cannot be empty
                 tensors[name] = np.zeros(shape, dtype)
             else:
                 tensors[name] = np.memmap(path, dtype, "r", start + spec["data_offsets"][0], shape)
     return tensors
+
+
+def map_scalars(folder: Path, number: int) -> Array:
+    """The scalars of a shard as a memory map [T_shard, N] of float16.
+
+    Raises:
+        RunFailed: the file is missing or damaged.
+    """
+    return map_tensors(folder / shard_name(number), "z")["z"]
 
 
 def hash_file(path: Path, start: int = 0) -> str:
@@ -125,14 +142,12 @@ class Store:
     plan: dict[str, Any]
     index: dict[str, Any]
     scale_N: Floats
-    shards: tuple[Array, ...]
-    """One memory map [T_shard, N] of float16 per shard."""
     starts: npt.NDArray[np.int64]
     """First token of each shard, and the number of tokens at the end."""
 
     @staticmethod
     def open(folder: Path) -> "Store":
-        """Open a store; its shards are mapped, not read.
+        """Open a store; its shards are mapped when they are first read.
 
         Raises:
             MissingStage: nothing was recorded, or the recording was cut off.
@@ -153,10 +168,10 @@ class Store:
             file = folder / name
             if not file.is_file() or file.stat().st_size != entry["bytes"]:
                 raise RunFailed(f"{file} is missing or damaged; record this corpus again.")
-        shards = tuple(map_tensors(folder / shard_name(i))["z"] for i in range(len(plan["shards"])))
-        starts = np.cumsum([0] + [len(z) for z in shards], dtype=np.int64)
+        tokens = [sum(plan["lengths"][i] for batch in shard for i in batch) for shard in plan["shards"]]
+        starts = np.cumsum([0, *tokens], dtype=np.int64)
         scale = read_json(folder / CALIBRATION)["scale"]
-        return Store(folder, plan, index, np.array(scale, np.float32), shards, starts)
+        return Store(folder, plan, index, np.array(scale, np.float32), starts)
 
     @cached_property
     def addresses(self) -> list[str]:
@@ -218,9 +233,33 @@ class Store:
         """Tokens that are neither special nor a sink, bool [T]."""
         return np.asarray((self.segments != 0) & ~self.sink)
 
+    @cached_property
+    def shard(self) -> Callable[[int], Array]:
+        """From a shard's number to its memory map [T_shard, N] of float16; the last `OPEN_SHARDS` stay open.
+
+        Raises:
+            RunFailed: the file is damaged.
+        """
+        return lru_cache(OPEN_SHARDS)(partial(map_scalars, self.folder))  # not of self, which would never be freed
+
     def token_traces(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
         """Store index of the trace of each given token."""
         return (np.searchsorted(self.offsets, positions, side="right") - 1).astype(np.int32)
+
+    def assistant(self, first: int, stop: int) -> npt.NDArray[np.bool_]:
+        """Which of the tokens [first, stop) are the assistant's, from its first one in their trace on."""
+        positions = np.arange(first, stop)
+        trace_T = self.token_traces(positions)
+        return np.asarray(positions >= self.offsets[trace_T] + self.response_start[trace_T])
+
+    def assistant_mean(self) -> Floats:
+        """Mean scalars over the assistant's tokens, float32 [N]; 0 without such tokens."""
+        total, count = np.zeros(len(self.scale_N)), 0
+        for start, z_TN in self.chunks():
+            inside_T = self.assistant(start, start + len(z_TN))
+            total += z_TN[inside_T].sum(axis=0, dtype=np.float64)
+            count += int(inside_T.sum())
+        return (total / max(count, 1)).astype(np.float32)
 
     def decode(self, half_TN: Array) -> Floats:
         """Stored half-precision numbers as scalars in float32."""
@@ -235,17 +274,17 @@ class Store:
         rows = rows or max(1, CHUNK_SCALARS // len(self.scale_N))
         for number, start in enumerate(self.starts[:-1]):
             # a map of its own, dropped after its shard: pages that were read do not pile up in this process
-            half_TN = map_tensors(self.folder / shard_name(number))["z"]
+            half_TN = map_scalars(self.folder, number)
             for first in range(0, len(half_TN), rows):
                 yield int(start) + first, self.decode(half_TN[first : first + rows])
 
     def rows(self, index: npt.NDArray[np.integer[Any]]) -> Floats:
         """Scalars of any tokens in any order, float32 [len(index), N]."""
-        return self.gather(index, lambda number: self.shards[number])
+        return self.gather(index, self.shard)
 
     def visit(self, index: npt.NDArray[np.integer[Any]]) -> Floats:
         """`rows` through maps of its own, dropped at once: in a server, pages that were read would pile up."""
-        return self.gather(index, lambda number: map_tensors(self.folder / shard_name(number))["z"])
+        return self.gather(index, partial(map_scalars, self.folder))
 
     def gather(self, index: npt.NDArray[np.integer[Any]], open_shard: Callable[[int], Array]) -> Floats:
         """Scalars of tokens, float32 [len(index), N], from the shards that hold them."""
@@ -263,7 +302,7 @@ class Store:
         first, stop = int(self.offsets[number]), int(self.offsets[number + 1])
         shard = int(np.searchsorted(self.starts, first, side="right")) - 1  # a trace never spans two shards
         start = int(self.starts[shard])
-        return slice(first, stop), self.decode(self.shards[shard][first - start : stop - start])
+        return slice(first, stop), self.decode(self.shard(shard)[first - start : stop - start])
 
     def verify(self) -> None:
         """Read every file and compare its checksum.

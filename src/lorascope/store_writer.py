@@ -8,6 +8,7 @@ Shape legend: T tokens, N directions.
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -33,6 +34,7 @@ from lorascope.store import (
     read_json,
     shard_name,
 )
+from lorascope.study import put_folder
 
 HALF_MAX = 65504.0
 HEADROOM_BITS = 6
@@ -167,46 +169,63 @@ def write_json_file(path: Path, value: dict[str, Any]) -> None:
     replace_file(path, [(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n").encode()])
 
 
+def part_folder(folder: Path) -> Path:
+    """Where a recording goes as long as its folder holds a finished store of another plan."""
+    return folder.with_name(f".{folder.name}.part")
+
+
+def saved_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object, None where there is none that can be read."""
+    try:
+        return read_json(path)
+    except RunFailed:
+        return None
+
+
+def recording_place(folder: Path, plan: dict[str, Any]) -> Path:
+    """The folder to fill: the part folder, where this plan was begun there or another one is finished; else its own."""
+    part = part_folder(folder)
+    other = (folder / INDEX).is_file() and saved_json(folder / PLAN) != plan
+    return part if other or saved_json(part / PLAN) == plan else folder
+
+
 class StoreWriter:
-    """Begins or continues the recording of `plan` in `folder`; a store of another plan is removed first."""
+    """Begins or continues the recording of `plan` for `folder`.
+
+    A finished store of another plan is readable until `finish`: the new one grows in the hidden `part_folder` beside it
+    and then takes its place. What was begun with another plan is removed first.
+    """
 
     def __init__(self, folder: Path, plan: StorePlan) -> None:
         self.folder, self.plan = folder, plan
-        folder.mkdir(parents=True, exist_ok=True)
-        wanted = asdict(plan)
-        path = folder / PLAN
-        if not path.is_file() or json.loads(json.dumps(wanted)) != self._saved(path):
+        wanted = json.loads(json.dumps(asdict(plan)))
+        self.place = recording_place(folder, wanted)
+        self.place.mkdir(parents=True, exist_ok=True)
+        if saved_json(self.place / PLAN) != wanted:
             self._clear("*")
-            write_json_file(path, wanted)
-        saved = self._saved(folder / CALIBRATION)
+            write_json_file(self.place / PLAN, wanted)
+        saved = saved_json(self.place / CALIBRATION)
         if saved is None:  # shards cannot be read without their scale
             self._clear("shard-*")
         self.scale_N = None if saved is None else np.array(saved["scale"], np.float32)
 
-    @staticmethod
-    def _saved(path: Path) -> dict[str, Any] | None:
-        try:
-            return read_json(path)
-        except RunFailed:
-            return None
-
     def _clear(self, pattern: str) -> None:
         # the index first: a store without one is unfinished, whatever else is left
-        for path in sorted(self.folder.glob(pattern), key=lambda p: p.name != INDEX):
+        for path in sorted(self.place.glob(pattern), key=lambda p: p.name != INDEX):
             if path.is_file():
                 path.unlink()
 
     def missing(self) -> list[int]:
         """Numbers of the shards still to be written: absent or damaged."""
         numbers = range(len(self.plan.shards))
-        return [i for i in numbers if not is_whole(self.folder / shard_name(i))]
+        return [i for i in numbers if not is_whole(self.place / shard_name(i))]
 
     def calibrate(self, largest_N: Floats) -> None:
         """Fix the scale of each direction from the largest |scalar| of the first batch; saved once."""
         exponent = np.ceil(np.log2(np.where(largest_N > 0, largest_N, 1.0))) - HEADROOM_BITS
         exponent = np.clip(exponent, -100, 15)  # what the reader multiplies by stays a normal float32
         scale = np.where(largest_N > 0, np.exp2(exponent), 1.0)
-        write_json_file(self.folder / CALIBRATION, {"scale": scale.tolist()})
+        write_json_file(self.place / CALIBRATION, {"scale": scale.tolist()})
         self.scale_N = scale.astype(np.float32)
 
     def begin(self, number: int) -> Shard:
@@ -257,15 +276,15 @@ class StoreWriter:
             "sink": whole(shard.sink),
             "clipped": whole(shard.clipped_N),
         }
-        write_tensors(self.folder / shard_name(shard.number), tensors)
+        write_tensors(self.place / shard_name(shard.number), tensors)
 
     def finish(self) -> dict[str, Any]:
-        """Write the corpus-wide arrays and the index once all shards are there; returns the counts.
+        """Write the corpus-wide arrays and the index once all shards are there, in the place of an older store.
 
-        Counts: traces, tokens, ordinary, sinks, sinks_by_position (positions 0 to 19 and "later"), clipped
+        Returns the counts: traces, tokens, ordinary, sinks, sinks_by_position (positions 0 to 19 and "later"), clipped
         scalars, bytes.
         """
-        plan, folder = self.plan, self.folder
+        plan, folder = self.plan, self.place
         names = [shard_name(i) for i in range(len(plan.shards))]
         total = sum(plan.lengths)
         side = {
@@ -295,4 +314,8 @@ class StoreWriter:
         }
         index = {"format": FORMAT, "counts": counts, "about": plan.about, "files": files}
         write_json_file(folder / INDEX, index)
+        if folder != self.folder:
+            put_folder(folder, self.folder)
+            self.place = self.folder
+        shutil.rmtree(part_folder(self.folder), ignore_errors=True)  # begun with another plan and given up
         return counts

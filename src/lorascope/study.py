@@ -241,7 +241,11 @@ class Study:
         return self.path / "traces" / f"{name}.jsonl"
 
     def traces(self, name: str) -> list[Trace]:
-        """The traces of a corpus.
+        """The traces of a corpus, as `each_trace` gives them."""
+        return list(self.each_trace(name))
+
+    def each_trace(self, name: str) -> Iterator[Trace]:
+        """The traces of a corpus, read one by one as they are taken.
 
         Raises:
             BadInput: no corpus of that name.

@@ -50,7 +50,7 @@ def export_study(study: Study, config: ExportConfig, options: Options) -> Json:
     ours = study.manifest["stages"].get(stage_name(config), {}).get("outputs", ())
     if folder not in (own, *map(Path, ours)) and occupied(folder):
         raise BadInput(f"{folder} holds something already; name a new folder for --output, or remove it first.")
-    recordings = sorted(study.path.glob(f"scalars/{config.corpus}/*/index.json"))
+    recordings = sorted(study.path.glob(f"scalars/{config.corpus}/[!.]*/index.json"))
     inputs = [*INPUTS[config.to], *(path.relative_to(study.path).as_posix() for path in recordings)]
     output = f"export/{config.to}" if folder == own else str(folder)
 

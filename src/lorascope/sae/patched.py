@@ -153,7 +153,7 @@ def make_patches(study: Study, store: Store) -> dict[str, Patch]:
     unit = choose_unit(moments, metadata["unit"])
     read, write = map(torch.from_numpy, fold_components(principal_components(moments, unit, COMPONENTS), unit))
     mean = torch.from_numpy(moments.mean_N.astype(np.float32))
-    response_mean = torch.from_numpy(assistant_mean(store))
+    response_mean = torch.from_numpy(store.assistant_mean())
     size = torch.from_numpy(np.abs(store.effect_per_scalar))
 
     def largest(z_MN: Tensor) -> Tensor:
@@ -167,17 +167,6 @@ def make_patches(study: Study, store: Store) -> dict[str, Patch]:
         "components": lambda z_MN: mean + (z_MN - mean) @ read @ write,
         "largest": largest,
     }
-
-
-def assistant_mean(store: Store) -> npt.NDArray[np.float32]:
-    """Mean scalars over a corpus's assistant tokens, float32 [N]."""
-    inside = np.zeros(store.n_tokens, bool)
-    for first, stop, start in zip(store.offsets[:-1], store.offsets[1:], store.response_start, strict=True):
-        inside[first + start : stop] = True
-    total = np.zeros(len(store.addresses))
-    for first, z_TN in store.chunks():
-        total += z_TN[inside[first : first + len(z_TN)]].sum(0, dtype=np.float64)
-    return (total / max(int(inside.sum()), 1)).astype(np.float32)
 
 
 @torch.inference_mode()

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,13 +144,10 @@ def fit(rows: Rows, config: SAEConfig, options: Options, log: Path | None = None
     n_latents = config.expansion * len(rows.store.addresses)
     weights = initial_weights(len(rows.store.addresses), n_latents, generator)
     weights = Weights(*(tensor.to(device) for tensor in weights.parameters()))
-    lines = run_steps(weights, rows, config, rng, generator)
-    if log is None:
-        for _ in lines:
-            pass
-    else:
-        with log.open("w", encoding="utf-8") as file:
-            for line in lines:
+    with closing(run_steps(weights, rows, config, rng, generator)) as lines, ExitStack() as stack:
+        file = stack.enter_context(log.open("w", encoding="utf-8")) if log else None
+        for line in lines:
+            if file:
                 file.write(json.dumps(line) + "\n")
     sample = torch.from_numpy(rows.sample(CALIBRATION_ROWS, rng))
     return finish(weights, sample, config.k)
@@ -157,7 +155,7 @@ def fit(rows: Rows, config: SAEConfig, options: Options, log: Path | None = None
 
 def run_steps(
     weights: Weights, rows: Rows, config: SAEConfig, rng: np.random.Generator, generator: torch.Generator
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any], None, None]:
     """The training loop; yields the metrics of every step."""
     size = min(config.batch, len(rows))
     total = (config.epochs * len(rows) if config.epochs else max(config.tokens, len(rows))) // size
@@ -165,25 +163,25 @@ def run_steps(
     device, window = weights.b_dec_N.device, min(DEAD_WINDOW, len(rows))
     idle_F = torch.zeros(len(weights.b_enc_F), dtype=torch.int64, device=device)
     floor, started = 0.0, time.perf_counter()
-    batches = rows.batches(size, rng)
-    for step in progress(range(total), total=total, desc="sae", unit="step"):
-        x_BN = torch.from_numpy(next(batches)).to(device)
-        for group in optimiser.param_groups:
-            group["lr"] = config.lr * schedule(step, total)
-        dead_D = (idle_F >= window).nonzero()[:, 0]
-        tracked = config.selection == "tracked" and floor > 0
-        count = None if tracked else config.k * size
-        result = train_step(weights, x_BN, count, floor=floor, dead_D=dead_D, aux_coefficient=config.aux)
-        if not np.isfinite(result.loss):
-            raise RunFailed(f"The SAE's loss is not finite at step {step}; lower --lr.")
-        torch.nn.utils.clip_grad_norm_(weights.parameters(), CLIP_NORM)
-        optimiser.step()
-        idle_F += size
-        idle_F[result.fired] = 0
-        if step and step % REVIVE_EVERY == 0 and step < REVIVE_UNTIL * total:
-            idle_F[revive(weights, optimiser, x_BN, result.left_BN, idle_F >= window, generator)] = 0
-        floor = next_floor(config, floor if tracked else None, result, config.k * size)
-        yield step_metrics(step, size, result, x_BN, len(dead_D), optimiser.param_groups[0]["lr"], started)
+    with closing(rows.batches(size, rng)) as batches:  # its thread ends with the training, however that ends
+        for step in progress(range(total), total=total, desc="sae", unit="step"):
+            x_BN = torch.from_numpy(next(batches)).to(device)
+            for group in optimiser.param_groups:
+                group["lr"] = config.lr * schedule(step, total)
+            dead_D = (idle_F >= window).nonzero()[:, 0]
+            tracked = config.selection == "tracked" and floor > 0
+            count = None if tracked else config.k * size
+            result = train_step(weights, x_BN, count, floor=floor, dead_D=dead_D, aux_coefficient=config.aux)
+            if not np.isfinite(result.loss):
+                raise RunFailed(f"The SAE's loss is not finite at step {step}; lower --lr.")
+            torch.nn.utils.clip_grad_norm_(weights.parameters(), CLIP_NORM)
+            optimiser.step()
+            idle_F += size
+            idle_F[result.fired] = 0
+            if step and step % REVIVE_EVERY == 0 and step < REVIVE_UNTIL * total:
+                idle_F[revive(weights, optimiser, x_BN, result.left_BN, idle_F >= window, generator)] = 0
+            floor = next_floor(config, floor if tracked else None, result, config.k * size)
+            yield step_metrics(step, size, result, x_BN, len(dead_D), optimiser.param_groups[0]["lr"], started)
 
 
 def next_floor(config: SAEConfig, threshold: float | None, result: StepResult, wanted: int) -> float:

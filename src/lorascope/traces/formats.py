@@ -135,16 +135,14 @@ def write_traces(path: str | Path, traces: Iterable[Trace]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def load_traces(path: str | Path) -> list[Trace]:
-    """Read what `write_traces` wrote. Raises BadInput naming the line that is not a normalised trace."""
-    traces: list[Trace] = []
+def load_traces(path: str | Path) -> Iterator[Trace]:
+    """Read what `write_traces` wrote, one by one. Raises BadInput naming the line that is not a normalised trace."""
     for where, _, row in read_rows(path):
         try:
             trace = Trace(**row)
         except TypeError as error:
             raise BadInput(f"{where}: not a normalised trace; make the study's traces again.") from error
-        traces.append(replace(trace, turns=tuple(trace.turns)))
-    return traces
+        yield replace(trace, turns=tuple(trace.turns))
 
 
 # -- rows of each format ------------------------------------------------------------------------------------

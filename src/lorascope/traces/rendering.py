@@ -114,7 +114,8 @@ class Renderer:
         if self.too_long == "truncate" and self.max_tokens is not None:
             cut = max(0, len(ids) - self.max_tokens)
         kept = len(ids) - cut
-        return Rendered(trace.id, ids[:kept], segments[:kept], len(prompt_ids), cut)
+        # copies, since a view would keep what is cut off
+        return Rendered(trace.id, ids[:kept].copy(), segments[:kept].copy(), len(prompt_ids), cut)
 
     def render_all(self, traces: Iterable[Trace]) -> tuple[list[Rendered], dict[str, int]]:
         """Render traces and count what the length rule did.

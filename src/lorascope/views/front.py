@@ -60,7 +60,7 @@ def corpus_facts(study: Study, name: str) -> Json:
     entry = study.manifest["corpora"][name]
     facts: Json = {"name": name, "source": entry.get("source"), "traces": entry.get("traces"), "recorded": []}
     facts |= {"tokens": entry.get("tokens"), "ordinary": None, "sinks": None}
-    for index in sorted((study.path / "scalars" / name).glob("*/index.json")):
+    for index in sorted((study.path / "scalars" / name).glob("[!.]*/index.json")):
         counts: dict[str, Any] = (json_file(study, str(index.relative_to(study.path))) or {}).get("counts") or {}
         facts["recorded"].append(index.parent.name)
         facts |= {key: counts[key] for key in ("traces", "tokens", "ordinary", "sinks") if key in counts}

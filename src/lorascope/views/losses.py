@@ -50,7 +50,7 @@ def corpus_losses(study: Study) -> list[Json]:
 def recording_losses(study: Study) -> list[Json]:
     """Tokens that are stored but not ordinary, and numbers that did not fit."""
     rows: list[Json] = []
-    for index in sorted((study.path / "scalars").glob("*/*/index.json")):
+    for index in sorted((study.path / "scalars").glob("*/[!.]*/index.json")):
         stored = json_file(study, str(index.relative_to(study.path)))
         counts, about = stored.get("counts") or {}, stored.get("about") or {}
         stage = f"record {index.parent.parent.name}, {index.parent.name}"
