@@ -307,7 +307,47 @@ def test_latents_go_through_the_same_path(tmp_path: Path) -> None:
     assert (row["text"], row["scored"]["fuzzing"]["value"]) == ("the word is", 1.0)
     assert (result["latent"]["n"], result["all"]["n"]) == (5, 17)
     assert study.summary["judges"]["judge:m"]["explanations"]["latent"]["features"] == 5
+    spent = [result[kind]["spent"] for kind in ("direction", "latent")]  # each kind has what it cost itself
+    assert sum(one["calls"] for one in spent) == len(server.requests) > spent[0]["calls"] > spent[1]["calls"] > 0
+    assert sum(one["tokens_in"] for one in spent) == 100 * len(server.requests)
     assert study.summary["detection"] == result["all"]["detection"]  # there is no lexical one
+
+
+def test_a_larger_limit_asks_again_only_what_was_cut_off(tmp_path: Path) -> None:
+    study, _ = planted_study(tmp_path / "study", traces=60)
+
+    def script(request: dict[str, Any]) -> Said:
+        cut = prompt_of(request)[0] == "class" and request["max_tokens"] < 1000
+        return Said("<think>so", finish="length") if cut else knowing_judge(request)
+
+    with scripted_judge(script) as server:
+        config = replace(SMALL, judge_url=server.url)
+        first = explain_features(study, config, Options())["direction"]
+        assert first["classes"] == {"0": 0, "1": 0, "2": 0, "failed": 5}
+        asked = len(server.requests)
+        second = explain_features(study, replace(config, judge_max_tokens=1000), Options())["direction"]
+        assert [prompt_of(request)[0] for request in server.requests[asked:]] == ["class"] * 5
+        assert second["classes"]["failed"] == 0
+        assert second["detection"] == first["detection"]
+        assert len(rows_of(study)) == 12
+        explain_features(study, config, Options())
+        assert len(server.requests) == asked + 5
+
+
+def test_answers_of_the_same_name_from_elsewhere_are_used_and_said_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study, _ = planted_study(tmp_path / "study", traces=60)
+    add_latents(study)
+    with scripted_judge(knowing_judge) as one:
+        explain_features(study, replace(SMALL, judge_url=one.url), Options())
+        assert capsys.readouterr().err == ""
+    with scripted_judge(knowing_judge) as two:
+        explain_features(study, replace(SMALL, kinds="direction,latent", judge_url=two.url), Options())
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert f"Answers of 'm' from {one.url} are used again in this run at {two.url}" in said
+        assert "--judge-model" in said
 
 
 def test_long_explanations_are_kept_and_counted(tmp_path: Path) -> None:
