@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 import pytest
 
@@ -25,6 +26,7 @@ from lorascope.errors import BadInput, RunFailed
 from lorascope.explain import ExplainConfig, explain_features, explainers_of
 from lorascope.explain.rows import read_rows
 from lorascope.explain.scored import in_order
+from lorascope.report.build import make_environment
 from lorascope.study import Study
 from lorascope.views import explanation_scores, feature_page
 from planted_text import add_latents, planted_study
@@ -438,3 +440,26 @@ def test_an_interrupted_run_begins_nothing_more() -> None:
     assert stopped == [True]
     assert len(made) < 12
     assert list(in_order(str, range(50), 3, lambda: None)) == [(k, str(k)) for k in range(50)]
+
+
+def test_ranks_and_agreement_reach_the_reader(
+    judged: tuple[Study, dict[str, str], dict[str, Any], Scripted],
+) -> None:
+    study, _, result, _ = judged
+    view = explanation_scores(study)
+    rows = [row for row in view["agreement"] if row["explainer"] == "judge:m"]
+    assert [(row["what"], row["with"]) for row in rows] == [
+        (what, "its own second pass") for what in (*TASKS, "classes")
+    ]
+    assert all(row["equal"] == {"value": 1, "low": 1, "high": 1} for row in rows)
+    assert (rows[0]["label"], rows[0]["n"]) == ("directions", result["direction"]["detection_agreement"]["n"])
+    environment = make_environment(jinja2.PackageLoader("lorascope.report"))
+    page = environment.from_string('{% import "parts.html.j2" as parts %}{% include "scores.html.j2" %}')
+    html = page.render(scores=view)
+    auroc = view["rows"][2]["tasks"]["detection"]["auroc"]
+    assert f"{auroc['value']:.2f} ({auroc['low']:.2f} to {auroc['high']:.2f})" in html
+    assert "How far judges agree" in html
+    lexical = view | {"ranked": False, "agreement": []}
+    plain = page.render(scores=lexical)
+    assert "AUROC" not in plain
+    assert "agree" not in plain
