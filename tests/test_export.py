@@ -171,7 +171,7 @@ def test_neuronpedia_values_are_the_recorded_ones(study: Study) -> None:
         found = load_features(study, "train", kind)
         acts_TF = found.columns(np.arange(len(found.ids)))[found.store.ordinary]
         nonzero |= dict(zip(found.ids, (acts_TF > 0).mean(axis=0).tolist(), strict=True))
-    assert nonzero["L1.gate+"] > 10 * stats["L1.gate+"]["density"]  # of which only the strongest count as firing
+    assert nonzero["L1.gate+"] > 5 * stats["L1.gate+"]["density"]  # of which only the strongest count as firing
     labels = {}
     for row in rows_of(folder, "features"):
         labels[row["layer"], row["index"]] = row["vectorLabel"]

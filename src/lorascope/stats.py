@@ -65,7 +65,8 @@ def wilson_bounds(hits: float, n: int, level: float = 0.95) -> tuple[float, floa
     z = NormalDist().inv_cdf((1 + level) / 2)
     p, spare = hits / n, z * z / n
     half = z * math.sqrt(p * (1 - p) / n + spare / (4 * n))
-    return max(0.0, (p + spare / 2 - half) / (1 + spare)), min(1.0, (p + spare / 2 + half) / (1 + spare))
+    low, high = (p + spare / 2 - half) / (1 + spare), (p + spare / 2 + half) / (1 + spare)
+    return 0.0 if hits == 0 else low, 1.0 if hits == n else high  # exactly, whatever rounding says
 
 
 def bootstrap_mean(

@@ -13,8 +13,8 @@ def lens_view(study: Study) -> Json:
     """What the lens covers: `{"available", "features", "directions_elsewhere", "sides": {side: {"features",
     "beyond_random", "by_chance", "random_largest"}}}`.
 
-    `beyond_random` is not corrected for the number of vectors; `by_chance` is how many would be counted if none did more
-    than random ones.
+    `beyond_random` is not corrected for the number of vectors; `by_chance` is how many would be counted if none did
+    more than random ones.
     """
     record = study.manifest["stages"].get("lens")
     if record is None or not path_of(study, LENS):
