@@ -107,12 +107,12 @@ def compare(study: Study, config: CompareConfig, options: Options) -> Json:
     """Write `compare/compare.json` and return it.
 
     Returns:
-        `{"corpus", "explainers", "rows", "tests", "by": {"third", "type", "family": {"rows", "tests"}}, "missing",
-        "stale"}`. A row: `{"explainer", "kind", "group", "n", "clusters", "features", "training_tokens",
-        "explained", "scored", "failures": {reason: n}, "score": {"value", "low", "high"}, "wrong", "shuffled", "gain",
-        "auroc", "fuzzing", "fuzzing_wrong", "fuzzing_shuffled", "fuzzing_gain", "fuzzing_auroc", "score_all",
-        "scored_share", "classes": {"0", "1", "2", "none"} or None,
-        "density", "segments": {"prompt", "think", "answer"}, "reasoning"}`; None where nothing is known. A test:
+        `{"corpus", "explainers", "corrected_over", "rows", "tests", "by": {"third", "type", "family": {"rows",
+        "tests"}}, "missing", "stale"}`. A row: `{"explainer", "kind", "group", "n", "clusters", "features",
+        "training_tokens", "explained", "scored", "failures": {reason: n}, "score": {"value", "low", "high"}, "wrong",
+        "shuffled", "gain", "auroc", "fuzzing", "fuzzing_wrong", "fuzzing_shuffled", "fuzzing_gain", "fuzzing_auroc",
+        "score_all", "scored_share", "classes": {"0", "1", "2", "none"} or None, "density",
+        "segments": {"prompt", "think", "answer"}, "reasoning"}`; None where nothing is known. A test:
         `{"explainer", "group", "measure", "first", "second", "n", "difference": {"value", "low", "high"}, "p",
         "p_pooled_uncorrected", "detectable", "paired": {"addresses", "difference", "p_uncorrected"} or None, "p_holm",
         "q"}`: first - second. The two last are corrected over all tests of one table and one explainer, so the error
@@ -178,6 +178,7 @@ def comparison_of(study: Study, config: CompareConfig, seed: int) -> Json:
     return {
         "corpus": config.corpus,
         "explainers": explainers,
+        "corrected_over": "the tests of one table and one explainer",
         **whole,
         "by": tables,
         "missing": missing,
