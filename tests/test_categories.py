@@ -13,9 +13,9 @@ import pytest
 
 from lorascope.cli import main
 from lorascope.config import Options
-from lorascope.errors import BadInput, MissingStage, RunFailed
+from lorascope.errors import BadInput, MissingStage
 from lorascope.explain.categories import CategorizeConfig, categorize
-from lorascope.explain.categories.assign import ASSIGNED, CHANCE, NONE_FITS, REASON_WITHOUT, assign_by_words
+from lorascope.explain.categories.assign import ASSIGNED, CHANCE, assign_by_words
 from lorascope.explain.categories.shares import bootstrap_shares, make_groups, tally_traces
 from lorascope.explain.categories.spaces import layer_thirds
 from lorascope.explain.categories.taxonomy import load_taxonomy, membership, parse_taxonomy
@@ -23,7 +23,6 @@ from lorascope.explain.categories.words import explanation_words, make_bags
 from lorascope.features import load_features
 from lorascope.study import Study, read_json
 from planted_categories import DECODER, PLANTED, planted_categories
-from scripted_judge import Said, scripted_judge
 
 CONFIG = CategorizeConfig()
 Planted = tuple[Study, dict[str, tuple[str, str]], dict[str, Any]]
@@ -174,49 +173,6 @@ def test_a_second_run_is_up_to_date_and_gives_the_same(planted: Planted) -> None
         path.unlink()
     assert categorize(study, CONFIG, Options()) == result
     assert {p.name: p.read_bytes() for p in (study.path / "categories").iterdir()} == before
-
-
-def test_a_judge_that_fails_a_third_of_the_time_loses_nothing(tmp_path: Path) -> None:
-    study, where = planted_categories(tmp_path / "study", traces=20)
-    told: list[str] = []
-
-    def ask(text: str) -> str | None:
-        told.append(text)
-        feature = text.split("\n")[0].removeprefix("Feature ").rstrip(".")
-        if feature.startswith("L2.down"):
-            return NONE_FITS.title()
-        if len(told) % 3 == 0:
-            return None
-        category, subcategory = where.get(feature, ("astrology", ""))
-        return category if len(told) % 3 == 1 else f"{category.upper()} / {subcategory}"
-
-    result = categorize(study, replace(CONFIG, by="judge"), Options(), ask)
-    for kind, features in (("latent", 9), ("direction", 18)):
-        rows = rows_of(study, kind)
-        assert len(rows) == features == result["kinds"][kind]["features"]
-        assert all(row["by"] == "judge" and row["reason"] for row in rows.values())
-        for feature, row in rows.items():
-            if row["category"]:
-                assert row["category"] == where[feature][0]
-                assert row["subcategory"] in (None, where[feature][1])
-        reasons = Counter(row["reason"] for row in rows.values() if row["category"] is None)
-        counts = result["kinds"][kind]
-        assert reasons["no answer from the judge"] >= 2
-        assert sum(row["outcome"] == "no answer" for row in rows.values()) == counts["no_answer"]
-        assert counts["no_answer"] == reasons["no answer from the judge"] + sum(
-            n for reason, n in reasons.items() if "'astrology" in reason.lower()
-        )
-        assert reasons["none fits, says the judge"] == counts["none_fits"] == (kind == "direction")
-        assert reasons[REASON_WITHOUT] == counts["without"] == features - 9
-        assert counts["assigned"] + sum(reasons.values()) == features
-    assert len(told) == 18
-    assert all(
-        "\nExplanation: fires on " in text and "\nStrongest on: " in text for text in told if "L2.down" not in text
-    )
-    shares = read_json(study.path / "categories" / "shares.json")
-    assert shares["by"] == "judge"
-    whole = sum(row["n"] for row in shares["kinds"]["latent"]["rows"] if row["subcategory"] is None)
-    assert whole == 9
 
 
 def test_features_of_shuffled_words_are_assigned_at_the_stated_chance() -> None:
@@ -405,60 +361,3 @@ def test_groups_of_a_judge_that_names_only_the_category() -> None:
         [*assigned, replace(assigned[0], category="result formulation", outcome=ASSIGNED)], taxonomy
     )
     assert [groups[g] for g in group_F] == [("nothing to go by", None), ("result formulation", None)]
-
-
-def test_a_judge_behind_a_url_is_asked_once_and_continues_after_its_budget(tmp_path: Path) -> None:
-    study, where = planted_categories(tmp_path / "study", traces=20)
-
-    def script(request: dict[str, Any]) -> Said:
-        told, shown = (message["content"] for message in request["messages"])
-        feature = shown.split("\n")[0].removeprefix("Feature ").rstrip(".")
-        if feature not in where:
-            return Said(json.dumps({"category": "none fits"}))
-        category, subcategory = where[feature]
-        assert f"- {category} / {subcategory}: " in told
-        return Said(json.dumps({"category": f"{category} / {subcategory}"}))
-
-    with scripted_judge(script) as judge:
-        config = replace(CONFIG, by="judge", judge_model="m", judge_url=judge.url, judge_concurrency=2, budget_calls=5)
-        with pytest.raises(RunFailed, match="the same command continues"):
-            categorize(study, config, Options())
-        assert len(judge.requests) == 5
-        result = categorize(study, replace(config, budget_calls=100), Options())
-        assert len(judge.requests) == len({json.dumps(request, sort_keys=True) for request in judge.requests}) == 18
-    for kind in ("latent", "direction"):
-        for feature, row in rows_of(study, kind).items():
-            assert (row["category"], row["subcategory"]) == where.get(feature, (None, None))
-    assert result["kinds"]["latent"]["assigned"] == sum(name.startswith("sae.") for name in where)
-
-
-def test_a_passing_failure_of_the_judge_has_its_reason_and_is_asked_again(tmp_path: Path) -> None:
-    study, _ = planted_categories(tmp_path / "study", traces=20)
-    down = {"now": True}
-
-    def script(request: dict[str, Any]) -> Said:
-        busy = down["now"] and "Feature sae.1." in request["messages"][1]["content"]
-        return Said(status=503, body="busy") if busy else Said(json.dumps({"category": "none fits"}))
-
-    with scripted_judge(script) as judge:
-        config = replace(CONFIG, by="judge", judge_model="m", judge_url=judge.url)
-        first = categorize(study, config, Options())
-        assert rows_of(study, "latent")["sae.1"]["reason"] == "no answer from the judge: HTTP 503"
-        down["now"], asked = False, len(judge.requests)
-        second = categorize(study, config, Options())
-        assert len(judge.requests) == asked + 1
-    assert (first["kinds"]["latent"]["no_answer"], second["kinds"]["latent"]["no_answer"]) == (1, 0)
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({}, "--judge-model"),
-        ({"judge_model": "m", "judge_url": "nowhere"}, "must be like http"),
-        ({"judge_model": "m", "judge_url": "http://localhost:1/v1", "judge_concurrency": 0}, "at least 1"),
-    ],
-)
-def test_a_judge_that_makes_no_sense_is_refused(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
-    study = Study.create(tmp_path / "study", model="m", system=None)
-    with pytest.raises(BadInput, match=said):
-        categorize(study, replace(CONFIG, by="judge", **changes), Options())

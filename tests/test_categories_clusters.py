@@ -5,6 +5,7 @@ import pytest
 
 from lorascope.explain.categories.clusters import (
     adjusted_rand,
+    equal_blocks,
     find_clusters,
     k_means,
     leading_components,
@@ -81,13 +82,43 @@ def test_adjusted_rand_of_known_tables() -> None:
 
 def test_agreement_has_a_null() -> None:
     rng = np.random.default_rng(0)
-    one = rng.integers(0, 4, 300)
-    same = measure_agreement(one, (one + 1) % 4, rng)
+    one, alone = rng.integers(0, 4, 300), [str(k) for k in range(300)]
+    same = measure_agreement(one, (one + 1) % 4, alone, rng)
     assert same["value"] == 1.0
     assert same["p"] < 0.002
     assert abs(same["null_95"]) < 0.02
-    chance = [measure_agreement(one, rng.integers(0, 4, 300), rng)["p"] for _ in range(20)]
+    chance = [measure_agreement(one, rng.integers(0, 4, 300), alone, rng)["p"] for _ in range(20)]
     assert 0.25 < np.mean(chance) < 0.75  # p is uniform where nothing agrees
+
+
+def test_agreement_deals_out_whole_directions() -> None:
+    """Three directions whose polarities always share a label: one of three places for the lone one gives the groups.
+
+    Dealt out point by point there are 6 · 5 / 2 = 15 ways to place its two.
+    """
+    rng = np.random.default_rng(0)
+    one, two = np.array([0, 0, 1, 1, 1, 1]), np.array([1, 1, 0, 0, 0, 0])
+    pairs = ["a", "a", "b", "b", "c", "c"]
+    found = measure_agreement(one, two, pairs, rng)
+    assert (found["value"], found["n"]) == (1.0, 6)
+    assert found["p"] == pytest.approx(1 / 3, abs=0.05)
+    assert measure_agreement(one, two, list("abcdef"), rng)["p"] == pytest.approx(1 / 15, abs=0.03)
+    # a direction of which one polarity is there changes places with others of that kind only
+    blocks = equal_blocks(["a", "b", "a", "c", "d", "d"])
+    assert [block.tolist() for block in blocks] == [[[1], [3]], [[0, 2], [4, 5]]]
+
+
+def test_dependent_polarities_are_no_evidence_of_agreement() -> None:
+    """Labels by direction, equal on both polarities, and nothing in common: p is uniform, one by one it is not."""
+    rng = np.random.default_rng(1)
+    names = [f"L{k}" for k in range(40) for _ in "+-"]
+    whole, single = [], []
+    for _ in range(40):
+        one, two = (np.repeat(rng.integers(0, 3, 40), 2) for _ in range(2))
+        whole.append(measure_agreement(one, two, names, rng)["p"])
+        single.append(measure_agreement(one, two, [str(k) for k in range(80)], rng)["p"])
+    assert np.mean(np.array(whole) < 0.1) < 0.25
+    assert np.mean(np.array(single) < 0.1) > np.mean(np.array(whole) < 0.1)
 
 
 def test_components_are_those_of_the_singular_value_decomposition() -> None:

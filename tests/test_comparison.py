@@ -86,7 +86,7 @@ def test_a_planted_difference_is_found_and_none_is_not(compared: tuple[Study, di
     assert the_test(result, "neuron", "score", first="latent")["difference"]["low"] > 0
     for test in result["tests"]:
         assert test["p"] <= test["q"] <= test["p_holm"] <= 1
-        assert (test["p_pooled"] is None) == (test["measure"] != "scored_share")
+        assert (test["p_pooled_uncorrected"] is None) == (test["measure"] != "scored_share")
 
 
 def test_groups_partition_the_features(compared: tuple[Study, dict[str, Any]]) -> None:
@@ -116,9 +116,9 @@ def test_the_authors_classes(tmp_path: Path) -> None:
     assert row["classes"]["0"]["value"] == pytest.approx(59 / 367, rel=1e-5)
     assert row["classes"]["none"]["value"] == 0
     first, last = (the_test(result, "neuron", f"class_{c}") for c in (0, 2))
-    assert first["p_pooled"] == pytest.approx(0.24, abs=0.005)
+    assert first["p_pooled_uncorrected"] == pytest.approx(0.24, abs=0.005)
     assert first["p"] == pytest.approx(0.24, abs=0.03)
-    assert last["p_pooled"] == pytest.approx(1e-5, abs=1e-5)
+    assert last["p_pooled_uncorrected"] == pytest.approx(1e-5, abs=1e-5)
     assert last["p"] < 5e-4
 
 
@@ -199,6 +199,41 @@ def say_what_from(study: Study, kind: str, said: str) -> None:
     path = study.path / "explanations" / f"{kind}.jsonl"
     rows = [json.loads(line) | {"made_from": said} for line in path.read_text(encoding="utf-8").splitlines()]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def test_shuffled_features_and_ranks_are_measures_where_rows_have_them(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "study")
+    rows = [explained_row(f"L{i}.q+", 0.7) for i in range(4)]
+    for row, shuffled, auroc in zip(rows, (0.4, 0.5, 0.6, None), (0.7, 0.8, None, None), strict=True):
+        row["scored"] |= {"detection_shuffled": {"value": shuffled}} if shuffled else {}
+        row["scored"]["fuzzing"] |= {"auroc": {"value": auroc, "low": 0.1, "high": 0.9}} if auroc else {}
+    add_kind(study, "direction", rows)
+    found = row_of(compare(study, CONFIG, Options()), "direction")
+    assert (found["shuffled"]["value"], found["fuzzing_auroc"]["value"]) == (0.5, 0.75)
+    assert found["shuffled"]["low"] < 0.5 < found["shuffled"]["high"]
+    assert (found["auroc"], found["fuzzing_shuffled"]) == (None, None)
+
+
+def test_kinds_at_the_same_addresses_are_paired_by_address(tmp_path: Path) -> None:
+    """Ten addresses, each 0.05 better than its partner: of 2¹⁰ choices of signs 2 are as far from 0."""
+    study = make_study(tmp_path / "study")
+    scores = np.random.default_rng(0).normal(0.7, 0.1, 10)
+    for kind, prefix, ends, shift in (
+        ("direction", "", ("+", "-"), 0.0),
+        ("random", "random.", ("+", "#difference+"), 0.05),
+        ("base", "base.", ("+", "-"), 0.05),
+        ("neuron", "neuron.", ("+",), 0.05),
+    ):
+        names = [(f"{prefix}L{i}.{7 if kind == 'neuron' else 'q'}{end}", i) for i in range(10) for end in ends]
+        add_kind(study, kind, [explained_row(name, float(scores[i] - shift)) for name, i in names])
+    result = compare(study, CompareConfig(draws=20_000), Options())
+    for second in ("random", "base"):
+        paired = the_test(result, second, "score")["paired"]
+        assert paired["addresses"] == 10
+        assert [round(paired["difference"][name], 6) for name in ("value", "low", "high")] == [0.05] * 3
+        assert paired["p_uncorrected"] == pytest.approx(2 / 2**10, abs=1e-3)
+        assert the_test(result, second, "score")["p"] > 0.02  # taken as independent
+    assert the_test(result, "neuron", "score")["paired"] is None
 
 
 def test_stale_explanations_are_left_out_by_name(tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ import torch
 from lorascope.cli import COMMANDS, main
 from lorascope.config import Options, field_docs, parse_arguments
 from lorascope.errors import BadInput, RunFailed
+from lorascope.explain.categories import CategorizeConfig
+from lorascope.explain.settings import ExplainConfig, JudgeConfig
 from lorascope.study import Study
 
 
@@ -208,3 +210,40 @@ def test_threads_of_a_yaml_file_hold_before_anything_is_loaded(tmp_path: Path) -
     command = [sys.executable, "-m", "lorascope", "doctor", str(study.path), "--json", "--config"]
     done = subprocess.run([*command, str(tmp_path / "c.yaml")], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["threads"] == 2  # the tests themselves run with 1
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Options that several commands have."""
+
+    url: str = "here"
+    """Where it is."""
+    k: int = 1
+    """A number that a command may set anew."""
+
+
+@dataclass(frozen=True)
+class Longer(Shared):
+    """A command with options of its own."""
+
+    name: str = ""
+    """A name."""
+    k: int = 2
+    """A number of its own."""
+
+
+def test_inherited_options_keep_their_help_and_come_last(capsys: pytest.CaptureFixture[str]) -> None:
+    assert field_docs(Longer) == {"name": "A name.", "k": "A number of its own.", "url": "Where it is."}
+    assert parse_arguments("longer", Longer, ["s", "--url", "there"])[1] == Longer("there", 2, "")
+    with pytest.raises(SystemExit):
+        parse_arguments("longer", Longer, ["--help"])
+    text = capsys.readouterr().out
+    assert text.index("--name") < text.index("--k ") < text.index("--url")
+    assert "Where it is. (default: here)" in text
+
+
+def test_commands_that_ask_judges_share_their_options() -> None:
+    shared = {field.name for field in fields(JudgeConfig)}
+    assert {"judge_model", "judge_max_tokens", "judge_timeout", "budget_money", "price_out"} < shared
+    for cls in (ExplainConfig, CategorizeConfig):
+        assert shared < {field.name for field in fields(cls)}

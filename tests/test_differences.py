@@ -10,6 +10,7 @@ from lorascope.differences import (
     bootstrap_means,
     cluster_values,
     compare_means,
+    compare_pairs,
     holm,
     proportions_p,
     smallest_difference,
@@ -141,3 +142,32 @@ def test_groups_too_small_or_without_spread() -> None:
     assert compare_means(same, same, np.random.default_rng(0), 100)[0].p == 1
     apart = compare_means(same, cluster_values(np.zeros((9, 1)), range(9)), np.random.default_rng(0), 1000)[0]
     assert apart.p < 0.01
+
+
+def test_the_sign_flip_test_is_that_over_all_flips() -> None:
+    """Few enough pairs for every choice of signs to be tried; a missing one is left out."""
+    from itertools import product
+
+    values = np.array([0.3, -0.1, 0.4, 0.2, np.nan, 0.5, 0.1, -0.05])
+    kept = values[np.isfinite(values)]
+    sums = [abs(np.dot(signs, kept)) for signs in product((-1, 1), repeat=len(kept))]
+    exact = np.mean(np.array(sums) >= abs(kept.sum()) * (1 - 1e-9))
+    one, two = compare_pairs(np.stack([values, np.full(8, np.nan)], axis=1), np.random.default_rng(0), 40_000)
+    assert (one.pairs, two.pairs) == (7, 0)
+    assert one.p == pytest.approx(exact, abs=0.01)
+    assert one.difference == pytest.approx(kept.mean())
+    assert math.isnan(two.p)
+    assert math.isnan(two.difference)
+    ten = compare_pairs(np.ones((10, 1)), np.random.default_rng(0), 100_000)[0]
+    assert ten.p == pytest.approx(2 / 2**10, abs=5e-4)
+    assert compare_pairs(np.empty((0, 1)), np.random.default_rng(0), 100)[0].pairs == 0
+
+
+def test_pairs_find_what_their_common_part_hides() -> None:
+    """Two kinds that share much of each address, one 0.1 above: paired it is found, as if independent it is not."""
+    rng = np.random.default_rng(0)
+    shared = rng.normal(0, 1, 30)
+    first, second = (shared + shift + rng.normal(0, 0.05, 30) for shift in (0.1, 0.0))
+    groups = [cluster_values(values[:, None], range(30)) for values in (first, second)]
+    assert compare_means(groups[0], groups[1], rng, 1000)[0].p > 0.2
+    assert compare_pairs((first - second)[:, None], rng, 1000)[0].p < 0.01

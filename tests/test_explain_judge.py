@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 import pytest
 
@@ -25,6 +26,7 @@ from lorascope.errors import BadInput, RunFailed
 from lorascope.explain import ExplainConfig, explain_features, explainers_of
 from lorascope.explain.rows import read_rows
 from lorascope.explain.scored import in_order
+from lorascope.report.build import make_environment
 from lorascope.study import Study
 from lorascope.views import explanation_scores, feature_page
 from planted_text import add_latents, planted_study
@@ -307,7 +309,47 @@ def test_latents_go_through_the_same_path(tmp_path: Path) -> None:
     assert (row["text"], row["scored"]["fuzzing"]["value"]) == ("the word is", 1.0)
     assert (result["latent"]["n"], result["all"]["n"]) == (5, 17)
     assert study.summary["judges"]["judge:m"]["explanations"]["latent"]["features"] == 5
+    spent = [result[kind]["spent"] for kind in ("direction", "latent")]  # each kind has what it cost itself
+    assert sum(one["calls"] for one in spent) == len(server.requests) > spent[0]["calls"] > spent[1]["calls"] > 0
+    assert sum(one["tokens_in"] for one in spent) == 100 * len(server.requests)
     assert study.summary["detection"] == result["all"]["detection"]  # there is no lexical one
+
+
+def test_a_larger_limit_asks_again_only_what_was_cut_off(tmp_path: Path) -> None:
+    study, _ = planted_study(tmp_path / "study", traces=60)
+
+    def script(request: dict[str, Any]) -> Said:
+        cut = prompt_of(request)[0] == "class" and request["max_tokens"] < 1000
+        return Said("<think>so", finish="length") if cut else knowing_judge(request)
+
+    with scripted_judge(script) as server:
+        config = replace(SMALL, judge_url=server.url)
+        first = explain_features(study, config, Options())["direction"]
+        assert first["classes"] == {"0": 0, "1": 0, "2": 0, "failed": 5}
+        asked = len(server.requests)
+        second = explain_features(study, replace(config, judge_max_tokens=1000), Options())["direction"]
+        assert [prompt_of(request)[0] for request in server.requests[asked:]] == ["class"] * 5
+        assert second["classes"]["failed"] == 0
+        assert second["detection"] == first["detection"]
+        assert len(rows_of(study)) == 12
+        explain_features(study, config, Options())
+        assert len(server.requests) == asked + 5
+
+
+def test_answers_of_the_same_name_from_elsewhere_are_used_and_said_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study, _ = planted_study(tmp_path / "study", traces=60)
+    add_latents(study)
+    with scripted_judge(knowing_judge) as one:
+        explain_features(study, replace(SMALL, judge_url=one.url), Options())
+        assert capsys.readouterr().err == ""
+    with scripted_judge(knowing_judge) as two:
+        explain_features(study, replace(SMALL, kinds="direction,latent", judge_url=two.url), Options())
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert f"Answers of 'm' from {one.url} are used again in this run at {two.url}" in said
+        assert "--judge-model" in said
 
 
 def test_long_explanations_are_kept_and_counted(tmp_path: Path) -> None:
@@ -398,3 +440,26 @@ def test_an_interrupted_run_begins_nothing_more() -> None:
     assert stopped == [True]
     assert len(made) < 12
     assert list(in_order(str, range(50), 3, lambda: None)) == [(k, str(k)) for k in range(50)]
+
+
+def test_ranks_and_agreement_reach_the_reader(
+    judged: tuple[Study, dict[str, str], dict[str, Any], Scripted],
+) -> None:
+    study, _, result, _ = judged
+    view = explanation_scores(study)
+    rows = [row for row in view["agreement"] if row["explainer"] == "judge:m"]
+    assert [(row["what"], row["with"]) for row in rows] == [
+        (what, "its own second pass") for what in (*TASKS, "classes")
+    ]
+    assert all(row["equal"] == {"value": 1, "low": 1, "high": 1} for row in rows)
+    assert (rows[0]["label"], rows[0]["n"]) == ("directions", result["direction"]["detection_agreement"]["n"])
+    environment = make_environment(jinja2.PackageLoader("lorascope.report"))
+    page = environment.from_string('{% import "parts.html.j2" as parts %}{% include "scores.html.j2" %}')
+    html = page.render(scores=view)
+    auroc = view["rows"][2]["tasks"]["detection"]["auroc"]
+    assert f"{auroc['value']:.2f} ({auroc['low']:.2f} to {auroc['high']:.2f})" in html
+    assert "How far judges agree" in html
+    lexical = view | {"ranked": False, "agreement": []}
+    plain = page.render(scores=lexical)
+    assert "AUROC" not in plain
+    assert "agree" not in plain

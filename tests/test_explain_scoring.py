@@ -20,6 +20,7 @@ from lorascope.explain.scoring import (
     rank_answers,
     score_answers,
 )
+from lorascope.explain.summary import pool_agreement
 from lorascope.explain.windows import draw_windows, show_windows
 from planted_text import make_words, planted_firings, random_corpus
 
@@ -101,6 +102,31 @@ def test_interval_is_the_bootstraps() -> None:
     assert abs(score.high - np.quantile(own, 0.975)) < 0.01
 
 
+def test_perfect_scores_have_an_interval() -> None:
+    """Of 40 and 40 right ones: 1 - √2/2 · z²/(40 + z²), and for ranks as many pairs of Wilson's, 40/(40 + z²)."""
+    quiz = small_quiz([True] * 40 + [False] * 40)
+    rng = np.random.default_rng(0)
+    score = score_answers(quiz, [True] * 40 + [False] * 40, rng)
+    assert (score.value, round(score.low, 4), score.high) == (1, 0.938, 1)
+    worst = score_answers(quiz, [False] * 40 + [True] * 40, rng)
+    assert (worst.value, worst.low, round(worst.high, 4)) == (0, 0, 0.062)
+    ranks = rank_answers(quiz, [0.9] * 40 + [0.1] * 40, rng)
+    assert (ranks.value, round(ranks.low, 4), ranks.high) == (1, 0.9124, 1)
+    one_sided = score_answers(quiz, [True] * 80, rng)
+    assert 0.45 < one_sided.low < one_sided.value == 0.5 < one_sided.high < 0.55
+
+
+def test_intervals_near_one_cover_the_truth() -> None:
+    """Answers right with probability 0.98, 40 on each side: most samples have a side without a wrong one."""
+    rng = np.random.default_rng(0)
+    quiz = small_quiz([True] * 40 + [False] * 40)
+    covered = 0
+    for _ in range(400):
+        score = score_answers(quiz, ((rng.random(80) < 0.98) == quiz.truth_W).tolist(), rng, draws=400)
+        covered += score.low <= 0.98 <= score.high
+    assert covered / 400 >= 0.93
+
+
 @pytest.mark.parametrize("n", [2, 3, 5, 40])
 def test_wrong_explanations_never_come_from_the_same_direction(n: int) -> None:
     features = [f"L{k}.gate{sign}" for k in range(n) for sign in "+-"]
@@ -174,6 +200,18 @@ def test_kappa_of_a_known_table() -> None:
     assert found == {"n": 50, "equal": 0.7, "kappa": 0.4, "table": [[15, 10], [5, 20]]}
     assert compare_passes([1.0], [1.0])["kappa"] is None
     assert compare_passes([None], [1.0]) == {"n": 0, "equal": None, "kappa": None, "table": [[0, 0], [0, 0]]}
+
+
+def test_agreement_has_intervals_over_directions() -> None:
+    """Ten directions, both polarities of five agree throughout and of five nowhere: a binomial of 10 by hand."""
+    alike, unlike = np.array([[25, 0], [0, 25]]), np.array([[0, 25], [25, 0]])
+    tables = [(alike if k % 2 else unlike, f"L{k}.q") for k in range(10) for _ in "+-"]
+    found = pool_agreement(tables, np.random.default_rng(0))
+    assert (found["n"], found["equal"], found["kappa"]) == (1000, 0.5, 0)
+    assert found["equal_interval"] == [0.2, 0.8]
+    assert found["kappa_interval"] == [-0.6, 0.6]
+    one = pool_agreement([(np.array([[0, 0], [0, 5]]), "a")], np.random.default_rng(0))
+    assert (one["equal"], one["equal_interval"], one["kappa"], one["kappa_interval"]) == (1, [1, 1], None, None)
 
 
 def test_shuffled_firings_keep_their_number_and_leave_their_windows() -> None:

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from lorascope.explain.windows import draw_windows, make_corpus, show_windows, spread_over_quantiles, window_index
+from lorascope.explain.windows import (
+    choose_peaks,
+    draw_windows,
+    make_corpus,
+    show_windows,
+    spread_over_quantiles,
+    window_index,
+)
 from planted_text import planted_firings, random_corpus
 
 CORPUS = random_corpus(0, 200)
@@ -23,9 +30,45 @@ def test_windows_end_with_their_trace() -> None:
 def test_positives_come_from_every_quantile() -> None:
     values = np.arange(1000, dtype=np.float32)
     picks = spread_over_quantiles(values, 50, np.random.default_rng(0))
-    assert np.histogram(values[picks], bins=5, range=(0, 1000))[0].tolist() == [10] * 5
+    assert np.histogram(values[picks], bins=10, range=(0, 1000))[0].tolist() == [5] * 10
     assert len(set(picks.tolist())) == 50
     assert spread_over_quantiles(values[:3], 50, np.random.default_rng(0)).tolist() == [2, 1, 0]
+
+
+def peaks_of(fires: list[int], values: np.ndarray, wanted: int, seed: int = 0) -> np.ndarray:
+    """Peaks among firings at the same places of every trace, in ten traces of 200 tokens: [traces, places]."""
+    n = 10 * 200
+    offsets = np.arange(0, n + 1, 200)
+    corpus = make_corpus(np.arange(n, dtype=np.int32), np.full(n, 2, np.uint8), np.ones(n, dtype=np.bool_), offsets)
+    at = (np.array(fires) + offsets[:-1, None]).ravel()
+    rng = np.random.default_rng(seed)
+    return at[choose_peaks(corpus, at, values, wanted=wanted, radius=8, rng=rng)]
+
+
+def test_peaks_are_spread_over_traces_and_apart_as_long_as_there_are_enough() -> None:
+    """Each of ten traces has a run of 41 firings, in which there is room for two windows of 17 wherever one is."""
+    fires = list(range(50, 91))
+    values = np.random.default_rng(0).random(410).astype(np.float32)
+    for seed in range(20):
+        ten, twenty, sixty = (peaks_of(fires, values, wanted, seed) for wanted in (10, 20, 60))
+        assert sorted(ten // 200) == list(range(10))
+        assert np.bincount(twenty // 200).tolist() == [2] * 10
+        gaps = np.diff(np.sort(twenty))[::2]  # between the two of a trace
+        assert (gaps >= 17).all()
+        assert len(set(sixty.tolist())) == 60  # there is no room, and still as many as are wanted
+    every = peaks_of(fires, values, 1000)
+    assert sorted(every.tolist()) == [200 * trace + place for trace in range(10) for place in fires]
+
+
+def test_peaks_are_as_many_of_every_quantile_where_nothing_is_near() -> None:
+    fires = list(range(0, 200, 20))
+    values = np.random.default_rng(1).permutation(100).astype(np.float32)
+    assert np.array_equal(peaks_of(fires, values, 100) % 20, np.zeros(100))
+    of_value = dict(zip((np.array(fires) + 200 * np.arange(10)[:, None]).ravel().tolist(), values, strict=True))
+    picked = [of_value[at] for at in peaks_of(fires, values, 100).tolist()]
+    assert np.histogram(picked, bins=10, range=(0, 100))[0].tolist() == [10] * 10
+    rounds = [of_value[at] // 10 for at in peaks_of(fires, values, 5, seed=3).tolist()]
+    assert len(set(rounds)) == 5  # five of five different quantiles
 
 
 def test_negatives_are_quiet_matched_and_half_share_the_peak() -> None:

@@ -141,6 +141,7 @@ def test_neuronpedia_rows_fit_the_schema_and_name_what_belongs_together(study: S
     (model,) = {row["id"] for row in rows["model"]}
     assert model == result["model"] == "tiny"
     layers = range(4)
+    assert {row["layers"] for row in rows["model"]} == {4}  # also where latents are, under layer 0
     sources = {f"{n}-my-study-direction" for n in layers} | {"0-my-study-latent"}
     assert {row["id"] for row in rows["source"]} == sources == {path.name for path in (folder / model).iterdir()}
     assert {row["name"] for row in rows["sourceset"]} == {row["setName"] for row in rows["source"]}
@@ -165,12 +166,18 @@ def test_neuronpedia_values_are_the_recorded_ones(study: Study) -> None:
     for kind in ("direction", "latent"):
         table = pq.read_table(study.path / "examples" / "train" / f"{kind}-stats.parquet").to_pylist()
         stats |= {row["feature"]: row for row in table}
+    nonzero: dict[str, float] = {}
+    for kind in ("direction", "latent"):
+        found = load_features(study, "train", kind)
+        acts_TF = found.columns(np.arange(len(found.ids)))[found.store.ordinary]
+        nonzero |= dict(zip(found.ids, (acts_TF > 0).mean(axis=0).tolist(), strict=True))
+    assert nonzero["L1.gate+"] > 5 * stats["L1.gate+"]["density"]  # of which only the strongest count as firing
     labels = {}
     for row in rows_of(folder, "features"):
         labels[row["layer"], row["index"]] = row["vectorLabel"]
         stat = stats[row["vectorLabel"]]
         assert row["maxActApprox"] == pytest.approx(stat["max"])
-        assert row["frac_nonzero"] == stat["density"]
+        assert row["frac_nonzero"] == pytest.approx(nonzero[row["vectorLabel"]])
         assert row["freq_hist_data_bar_heights"] == stat["hist_counts"]
         assert len(row["freq_hist_data_bar_values"]) == len(stat["hist_counts"])
     sets = {kind: load_features(study, "train", kind) for kind in ("direction", "latent")}
@@ -333,6 +340,62 @@ def test_tables_hold_what_the_views_show(study: Study) -> None:
     for address, trigger in PLANTED.items():
         shown_trigger = trigger.replace("\n", "\\n")
         assert all(shown_trigger in part for part in tokens[f"{address}+"].split("' '"))
+
+
+def test_tables_of_features_hold_categories_and_reasoning_scores(study: Study) -> None:
+    folder = Path(export(study, "csv")["folder"])
+    for kind in ("direction", "latent"):
+        lines = (study.path / "categories" / f"{kind}.jsonl").read_text(encoding="utf-8").splitlines()
+        sorted_ = {row["feature"]: row for row in map(json.loads, lines)}
+        scored = pq.read_table(study.path / "reasoning" / "heldout" / f"{kind}.parquet").to_pylist()
+        scores = {row["feature"]: row for row in scored if math.isfinite(row["score"])}
+        assert scores
+        for row in read_csv(folder / f"features-{kind}.csv"):
+            own = sorted_[row["id"]]
+            assert (row["category"], row["category_by"]) == (own["category"] or own["outcome"], "lexical")
+            assert row["subcategory"] == (own["subcategory"] or "")
+            if row["id"] in scores:
+                assert float(row["reasoning_score"]) == pytest.approx(scores[row["id"]]["score"])
+                assert float(row["reasoning_q"]) == pytest.approx(scores[row["id"]]["q"])
+                assert row["reasoning_corpus"] == "heldout"
+            else:
+                assert row["reasoning_score"] == ""
+    for gone in ("categories", "reasoning"):
+        shutil.rmtree(study.path / gone)
+    again = export(study, "csv")
+    commands = " ".join(part["run"] for part in again["left_out"])
+    assert "lorascope categorize" in commands
+    assert "lorascope reasoning" in commands
+    assert {row["category"] for row in read_csv(folder / "features-latent.csv")} == {""}
+
+
+def test_tables_of_explanations_hold_every_explainer(study: Study) -> None:
+    path = study.path / "explanations" / "direction.jsonl"
+    lexical = list(map(json.loads, path.read_text(encoding="utf-8").splitlines()))
+    own = next(row for row in lexical if row["scored"])
+    ranks = {"value": 0.8, "low": 0.7, "high": 0.9}
+    judged = own | {
+        "explainer": "judge:m",
+        "text": "said\nby, m",
+        "class": {"class": 1, "reason": "why", "failure": None},
+    }
+    judged["scored"] = own["scored"] | {"detection": own["scored"]["detection"] | {"auroc": ranks}}
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*lexical, judged]), encoding="utf-8")
+    result = export(study, "csv")
+    rows = read_csv(Path(result["folder"]) / "explanations-direction.csv")
+    assert len(rows) == result["explanations"]["direction"] == len(lexical) + 1
+    found = {(row["feature"], row["explainer"]): row for row in rows}
+    for row in lexical:
+        shown = found[row["feature"], "lexical"]
+        assert (shown["text"], shown["reason"]) == (row["text"] or "", row["reason"] or "")
+        for score in ("detection", "fuzzing_wrong", "detection_shuffled"):
+            part = (row["scored"] or {}).get(score) or {}
+            for column, name in ((score, "value"), (f"{score}_low", "low"), (f"{score}_high", "high")):
+                assert shown[column] == ("" if part.get(name) is None else str(part[name]))
+    last = found[own["feature"], "judge:m"]
+    assert (last["text"], last["class"], last["class_reason"]) == ("said\nby, m", "1", "why")
+    assert [last[f"detection_auroc{end}"] for end in ("", "_low", "_high")] == ["0.8", "0.7", "0.9"]
+    assert found[own["feature"], "lexical"]["detection_auroc"] == ""
 
 
 def test_tables_of_ablation_hold_every_segment_and_the_floor(study: Study) -> None:

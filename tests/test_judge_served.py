@@ -1,7 +1,8 @@
-"""A real server as judge, `transformers serve` with the built-in model: that its answers arrive, not what they say."""
+"""A real server as judge, `transformers serve` with the built-in model: its answers arrive, and one is read."""
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -19,8 +20,8 @@ from lorascope.config import Options
 from lorascope.explain import ExplainConfig, explain_features
 from lorascope.explain.budget import Budget, Limits
 from lorascope.explain.judge_log import is_passing
-from lorascope.explain.judges import Endpoint, Judge, open_log
-from lorascope.explain.prompts import ask_confidence
+from lorascope.explain.judges import Endpoint, Judge, Question, open_log
+from lorascope.explain.prompts import ask_confidence, read_confidence
 from lorascope.explain.rows import read_rows
 from lorascope.models import load_tokenizer
 from planted_text import planted_study
@@ -80,13 +81,29 @@ def test_a_served_model_explains_and_scores(tmp_path: Path, served: tuple[str, s
     assert (again["spent"]["calls"], again["reasons"]) == (0, result["reasons"])
 
 
-def test_a_served_model_is_asked_about_windows(tmp_path: Path, served: tuple[str, str]) -> None:
+def test_a_served_model_is_asked_for_a_number_and_it_is_read(tmp_path: Path, served: tuple[str, str]) -> None:
+    """One window, shown how by three others, for a model of 135M knows no other way: a number comes back.
+
+    The server may keep to the schema, refuse it (then the concession is on record) or pass over it, as this one does;
+    the text is read in any case.
+    """
     url, model = served
-    endpoint = Endpoint(model, url, max_tokens=12)
-    question = ask_confidence("the word is", ['(think) "it is so"', '(answer) "日本 🙂 so"'], None, 0)
-    log = open_log(tmp_path, endpoint)
-    with Judge(endpoint, log, Budget(Limits()), 1) as judge:
-        reply = judge.ask_all([question])[0]
+    told = 'Does the text have the word "is"? Answer with JSON: {"confidence": [0 to 10]}'
+    messages = [{"role": "system", "content": told}]
+    for text, number in (("two plus two is four", 9), ("Then we stop here", 1), ("the answer is seven", 9)):
+        messages += [{"role": "user", "content": text}]
+        messages += [{"role": "assistant", "content": json.dumps({"confidence": [number]})}]
+    messages += [{"role": "user", "content": "日本 🙂 it is so"}]
+    schema = ask_confidence("the word is", ["(think) it is so"], None, 0).schema
+    question = Question(messages, "confidence", schema, lambda value: read_confidence(value, 1))
+    log = open_log(tmp_path, Endpoint(model, url))
+    with Judge(Endpoint(model, url, max_tokens=40), log, Budget(Limits()), 1) as judge:
+        (reply,) = judge.ask_all([question])
     log.close()
-    assert reply.failure is None or not is_passing(reply.failure)
-    assert reply.failure is not None or len(reply.value) == 2
+    (row,) = read_rows(next(tmp_path.glob("*.jsonl")))
+    assert (reply.failure, row["finish"]) == (None, "stop")
+    assert set(row["left_out"]) <= {"response_format"}
+    assert row["attempts"] == 1 + len(row["left_out"])
+    assert reply.value == [number / 10 for number in json.loads(row["text"])["confidence"]]
+    assert len(reply.value) == 1
+    assert row["served_model"]

@@ -377,16 +377,16 @@ def test_the_file_is_keyed_by_content(tmp_path: Path) -> None:
             assert len(server.requests) == 2
             judge.ask_all([replace(question(), schema={"type": "object"})])
             assert len(server.requests) == 3
-        for change in ({"temperature": 0.5}, {"max_tokens": 7}):
+        for change in ({"temperature": 0.5}, {"max_tokens": 7}, {"max_tokens": 7000}):
             with judging(tmp_path, server, **change) as judge:
                 judge.ask_all([question()])
-        assert len(server.requests) == 5
-        assert server.requests[-1]["max_tokens"] == 7
+        assert len(server.requests) == 4  # how long an answer may be is not what is asked
         with judging(tmp_path, server, temperature=-1.0) as judge:
             judge.ask_all([question()])
         assert "temperature" not in server.requests[-1]
     row = rows_in(tmp_path)[0]
     assert (row["tokens_in"], row["tokens_out"], row["url"], row["model"]) == (100, 10, server.url, "m")
+    assert (row["max_tokens"], row["served_model"]) == (400, "m")
     assert row["messages"] == question().messages
 
 
@@ -448,3 +448,38 @@ def test_a_forbidden_prompt_ends_no_run_that_was_answered(tmp_path: Path) -> Non
     with scripted_judge(script) as server, judging(tmp_path, server) as judge:
         replies = [judge.ask_all([question(str(i))])[0] for i in range(3)]
     assert replies == [Reply("yes"), Reply(failure="HTTP 403"), Reply("yes")]
+
+
+def test_a_larger_limit_asks_again_only_what_was_cut_off(tmp_path: Path) -> None:
+    """5 of 20 answers do not fit: they alone are asked again, and a smaller limit afterwards asks nothing."""
+
+    def script(request: dict[str, Any]) -> Said:
+        long = int(request["messages"][0]["content"]) % 4 == 0
+        return Said('{"word": "y', finish="length") if long and request["max_tokens"] < 100 else GOOD
+
+    questions = [question(str(k)) for k in range(20)]
+    whole = [Reply("yes")] * 20
+    cut = [Reply(failure="truncated") if k % 4 == 0 else Reply("yes") for k in range(20)]
+    with scripted_judge(script) as server:
+        for limit, asked, replies in ((50, 20, cut), (50, 0, cut), (99, 5, cut), (60, 0, cut), (100, 5, whole)):
+            before = len(server.requests)
+            with judging(tmp_path, server, max_tokens=limit) as judge:
+                assert judge.ask_all(questions) == replies
+                assert judge.ask_all(questions) == replies
+            assert len(server.requests) - before == asked
+        with judging(tmp_path, server, max_tokens=50) as judge:
+            assert judge.ask_all(questions) == whole
+        assert len(server.requests) == 30
+
+
+def test_a_time_out_counts_what_it_may_have_read(tmp_path: Path) -> None:
+    log, budget = open_log(tmp_path, Endpoint("m", "")), Budget(Limits())
+    slow = replace(GOOD, delay=0.6)
+    with (
+        scripted_judge(lambda _: slow) as server,
+        Judge(Endpoint("m", server.url, timeout=0.2, retries=1), log, budget, 1) as judge,
+    ):
+        assert judge.ask_all([question()]) == [Reply(failure="time-out")]
+    log.close()
+    # Two attempts of "Say yes." (8 bytes) and 16 for what is around a message; what was written is not known.
+    assert (budget.spent.calls, budget.spent.tokens_in, budget.spent.tokens_out) == (2, 48, 0)

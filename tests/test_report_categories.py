@@ -54,8 +54,16 @@ def test_view_of_planted_categories(study: Study) -> None:
         ]
     page = feature_page(study, "sae.3", "heldout")
     assert (page["category"]["category"], page["category"]["subcategory"]) == list(PLANTED)[3]
-    none = latents["members"][-2]
-    assert (none["category"], none["number"], none["n"]) == ("none fits", 0, 2)
+    outcomes = [(group["category"], group["number"], group["anchor"], group["n"]) for group in latents["members"][-3:]]
+    assert outcomes[0] == ("none fits", 0, "none-fits", 2)
+    assert [one[2:] for one in outcomes[1:]] == [("no-answer", 0), ("nothing-to-go-by", 0)]
+    directions = view["kinds"][1]
+    assert directions["members"][-1]["n"] == 9  # polarities that never fire
+    anchors = [row["anchor"] for row in latents["rows"]]
+    assert len(set(anchors)) == len(anchors)
+    listed = {sub["anchor"] for group in latents["members"] for sub in group["subcategories"] if sub["name"]}
+    assert {row["anchor"] for row in latents["rows"] if row["subcategory"] and row["n"]} == listed
+    assert (view["listed"], view["drawn"]) == (8, 500)
     points = {(one["kind"], one["space"]): one["points"] for one in view["maps"]}
     assert {point["id"] for point in points["latent", "decoder"]} == {f"sae.{i}" for i in range(9)}
     assert all(0 <= point[axis] <= 1 for one in points.values() for point in one for axis in "xy")
@@ -108,16 +116,18 @@ def test_rings_are_shares_of_a_circle() -> None:
         return {"value": value, "low": value - 0.01, "high": value + 0.01}
 
     rows = [
-        {"category": "<b>", "subcategory": None, "number": 1, "n": 3, "rate": share(0.75)},
-        {"category": "<b>", "subcategory": "x", "number": 1, "n": 2, "rate": share(0.5)},
-        {"category": "<b>", "subcategory": "y", "number": 1, "n": 1, "rate": share(0.25)},
-        {"category": "none fits", "subcategory": None, "number": 0, "n": 1, "rate": share(0.25)},
+        {"category": "<b>", "subcategory": None, "number": 1, "anchor": "1", "n": 3, "rate": share(0.75)},
+        {"category": "<b>", "subcategory": "x", "number": 1, "anchor": "1-1", "n": 2, "rate": share(0.5)},
+        {"category": "<b>", "subcategory": "y", "number": 1, "anchor": "1-2", "n": 1, "rate": share(0.25)},
+        {"category": "none fits", "subcategory": None, "number": 0, "anchor": "none-fits", "n": 1, "rate": share(0.15)},
+        {"category": "no answer", "subcategory": None, "number": 0, "anchor": "no-answer", "n": 1, "rate": share(0.1)},
     ]
     svg = str(share_rings({"kind": "latent", "label": "latents", "features": 4, "rows": rows}))
     assert "<b>" not in svg
     assert 'aria-label="&lt;b&gt;: 75% (74% to 76%), 3 latents"' in svg
     assert svg.count('class="outer k1"') == 2
-    assert re.findall(r'href="#([^"]+)"', svg) == ["cat-latent-1"] * 3 + ["cat-latent-0"]
+    ends = ("1", "1-1", "1-2", "none-fits", "no-answer")  # an outer arc's is its subcategory's
+    assert re.findall(r'href="#([^"]+)"', svg) == [f"cat-latent-{end}" for end in ends]
     empty = {"kind": "latent", "label": "latents", "features": 0, "rows": [{**rows[0], "rate": None}]}
     assert "Nothing fires" in share_rings(empty)
 
@@ -126,15 +136,20 @@ def test_points_have_a_shape_of_their_own_and_a_target() -> None:
     assert len(set(SHAPES)) == len(SHAPES) == 10
     assert [shape_of(n) for n in (0, 1, 9, 10)] == [0, 1, 9, 1]
     assert [colour_class(n) for n in (0, 1, 9, 10)] == ["k0", "k1", "k9", "k1"]
-    assert link_target("L1.gate-", 2, "direction", ["L1.gate"], []) == "card-L1.gate"
-    assert link_target("sae.3", 2, "latent", ["sae.3"], ["sae.3"]) == "card-sae.3"
-    assert link_target("sae.4", 2, "latent", ["sae.3"], ["sae.4"]) == "m-sae.4"
-    assert link_target("sae.5", 2, "latent", [], []) == "cat-latent-2"
-    point = {"id": "sae.4", "x": 0.5, "y": 1.0, "number": 2, "segment": None, "cluster": 0, "said": "<i>"}
-    html = str(point_map({"label": "L", "kind": "latent", "points": [point]}, [], []))
+    assert link_target("L1.gate-", "2", "direction", ["L1.gate"], []) == "card-L1.gate"
+    assert link_target("sae.3", "2", "latent", ["sae.3"], ["sae.3"]) == "card-sae.3"
+    assert link_target("sae.4", "2", "latent", ["sae.3"], ["sae.4"]) == "m-sae.4"
+    assert link_target("sae.5", "no-answer", "latent", [], []) == "cat-latent-no-answer"
+    point: dict[str, Any] = {"id": "sae.4", "x": 0.5, "y": 1.0, "number": 2, "anchor": "2", "segment": None}
+    point |= {"cluster": 0, "said": "<i>"}
+    html = str(point_map({"label": "L", "kind": "latent", "corpus": "heldout", "points": [point]}, [], []))
     assert "&lt;i&gt;" in html
     assert "<i>" not in html
     assert 'class="point k2" x="50.0%" y="12"' in html
+    token = point | {"id": None, "number": None, "anchor": None, "segment": "think", "trace": 7, "position": 31}
+    one = {"label": "L", "kind": "token", "corpus": "my set", "points": [token]}
+    assert '<a href="/trace/my%20set/7#t31" tabindex="-1">' in point_map(one, [], [], "/trace/{corpus}")
+    assert 'href="/' not in point_map(one, [], [])  # the report has no page of a trace
 
 
 def test_figures_lead_to_the_features(study: Study, browser: Browser) -> None:
@@ -145,6 +160,15 @@ def test_figures_lead_to_the_features(study: Study, browser: Browser) -> None:
     assert fold.evaluate("e => e.open")
     assert "sae.0" in fold.inner_text()
     assert "adding and subtracting" in fold.inner_text()
+    arc_ = page.locator(".rings a:has(path.outer)").first
+    heading = str(arc_.get_attribute("href"))[1:]
+    fold.evaluate("e => { e.open = false; }")
+    arc_.dispatch_event("click")
+    assert page.evaluate("id => document.getElementById(id).tagName", heading) == "H4"
+    assert "adding and subtracting" in page.locator(f"#{heading}").inner_text()
+    assert fold.evaluate("e => e.open")
+    assert page.get_by_text("at most 8 of each subcategory").count() == 2
+    assert page.get_by_text("draws at most 500 points").count() == 1
     page.locator('.flow a[href="#cat-latent-7"]').last.click()
     assert page.locator("#cat-latent-7").evaluate("e => e.open")
     for name in ("#card-sae.", "#m-sae."):

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -427,3 +428,9 @@ def test_importing_the_studio_loads_no_model_and_no_web_framework() -> None:
 def test_the_command_names_a_missing_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["studio", str(tmp_path / "none"), "--no-open"]) == 2
     assert "is not a study" in capsys.readouterr().err
+
+
+def test_tokens_of_a_map_lead_to_their_traces(client: TestClient) -> None:
+    links = re.findall(r'href="(/trace/heldout/\d+)#t\d+"', client.get("/categories").text)
+    assert len(links) > 50
+    assert client.get(links[0]).status_code == 200

@@ -46,6 +46,17 @@ def test_no_difference_says_what_would_have_been_found() -> None:
     assert "too few to test (n = 400 and 1)" in verdict(TEST | {"p": None, "p_holm": None, "n": [400, 1]})
 
 
+def test_what_is_paired_is_said_after_the_test() -> None:
+    gap = {"value": 0.05, "low": 0.01, "high": 0.09}
+    paired = TEST | {"paired": {"addresses": 24, "difference": gap, "p_uncorrected": 0.021}}
+    assert verdict(paired) == (
+        "Directions above MLP neurons (+0.120, +0.100 to +0.140; corrected p < 0.001). Paired at 24 addresses: "
+        "+0.050, +0.010 to +0.090; uncorrected p = 0.021."
+    )
+    none = {"addresses": 1, "difference": gap, "p_uncorrected": None}
+    assert verdict(TEST | {"paired": none}) == verdict(TEST) == verdict(TEST | {"paired": None})
+
+
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     study = make_compared_study(tmp_path_factory.mktemp("view") / "study")

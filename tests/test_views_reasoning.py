@@ -55,7 +55,11 @@ def test_lens_of_a_feature(study: Study) -> None:
     assert not feature_lens(study, "L1.gate-")[0]["beyond_random"]
     assert feature_lens(study, "L0.q+") == []
     assert feature_page(study, "L2.down+")["lens"][0]["side"] == "write"
-    assert lens_view(study)["available"]
+    view = lens_view(study)
+    assert view["available"]
+    # not corrected for how many there are, so what 5% of them would be stands beside
+    assert view["sides"]["write"]["by_chance"] == pytest.approx(2.9)
+    assert view["sides"]["read"] == {"features": 2, "beyond_random": 1, "by_chance": 0.1, "random_largest": 1.0}
 
 
 def test_what_was_not_run_names_its_command(tmp_path: Path) -> None:

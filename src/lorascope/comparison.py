@@ -24,8 +24,10 @@ from lorascope.differences import (
     bootstrap_means,
     cluster_values,
     compare_means,
+    compare_pairs,
     holm,
     proportions_p,
+    ratio,
     smallest_difference,
 )
 from lorascope.errors import BadInput, MissingStage, RunFailed
@@ -45,15 +47,22 @@ CLASSES = ("0", "1", "2", "none")
 SCORES = {
     "score": "detection",
     "wrong": "detection_wrong",
+    "shuffled": "detection_shuffled",
     "gain": "detection_gain",
+    "auroc": "detection_auroc",
     "fuzzing": "fuzzing",
     "fuzzing_wrong": "fuzzing_wrong",
+    "fuzzing_shuffled": "fuzzing_shuffled",
     "fuzzing_gain": "fuzzing_gain",
+    "fuzzing_auroc": "fuzzing_auroc",
 }
-"""A row's mean scores, and where a feature's score is in its explanation's row (a gain: less the wrong one's)."""
+"""A row's mean scores, and where a feature's score is in its explanation's row (a gain: less the wrong one's; AUROCs,
+which only judges have, are inside the score)."""
 MEASURES = (*SCORES, "score_all", "scored_share", *(f"class_{c}" for c in CLASSES), "density", *SEGMENTS, "reasoning")
 TESTED = ("score", "score_all", "fuzzing", "scored_share", "class_0", "class_1", "class_2", "reasoning")
 PROPORTIONS = ("scored_share", "class_0", "class_1", "class_2")
+PAIRED = ("random", "untrained", "base")
+"""Kinds that have a feature, or several, at each direction's address."""
 THIRDS = ("early", "middle", "late")
 
 
@@ -98,13 +107,17 @@ def compare(study: Study, config: CompareConfig, options: Options) -> Json:
     """Write `compare/compare.json` and return it.
 
     Returns:
-        `{"corpus", "explainers", "rows", "tests", "by": {"third", "type", "family": {"rows", "tests"}}, "missing",
-        "stale"}`. A row: `{"explainer", "kind", "group", "n", "clusters", "features", "training_tokens",
-        "explained", "scored", "failures": {reason: n}, "score": {"value", "low", "high"}, "wrong", "gain", "fuzzing",
-        "fuzzing_wrong", "fuzzing_gain", "score_all", "scored_share", "classes": {"0", "1", "2", "none"} or None,
-        "density", "segments": {"prompt", "think", "answer"}, "reasoning"}`; None where nothing is known. A test:
+        `{"corpus", "explainers", "corrected_over", "rows", "tests", "by": {"third", "type", "family": {"rows",
+        "tests"}}, "missing", "stale"}`. A row: `{"explainer", "kind", "group", "n", "clusters", "features",
+        "training_tokens", "explained", "scored", "failures": {reason: n}, "score": {"value", "low", "high"}, "wrong",
+        "shuffled", "gain", "auroc", "fuzzing", "fuzzing_wrong", "fuzzing_shuffled", "fuzzing_gain", "fuzzing_auroc",
+        "score_all", "scored_share", "classes": {"0", "1", "2", "none"} or None, "density",
+        "segments": {"prompt", "think", "answer"}, "reasoning"}`; None where nothing is known. A test:
         `{"explainer", "group", "measure", "first", "second", "n", "difference": {"value", "low", "high"}, "p",
-        "p_pooled", "detectable", "p_holm", "q"}`: first - second, corrected over all tests of its table and explainer.
+        "p_pooled_uncorrected", "detectable", "paired": {"addresses", "difference", "p_uncorrected"} or None, "p_holm",
+        "q"}`: first - second. The two last are corrected over all tests of one table and one explainer, so the error
+        rate is controlled in each table and not over all of them together; what is called uncorrected is as it is
+        called, and the pooled one takes the polarities of a direction as independent too.
 
     Raises:
         BadInput: too few draws.
@@ -165,6 +178,7 @@ def comparison_of(study: Study, config: CompareConfig, seed: int) -> Json:
     return {
         "corpus": config.corpus,
         "explainers": explainers,
+        "corrected_over": "the tests of one table and one explainer",
         **whole,
         "by": tables,
         "missing": missing,
@@ -248,6 +262,7 @@ def measure(row: Json, stat: Json, reasoning: float | None, classed: bool) -> li
     scored = row["scored"] or {}
     found = {name: (scored.get(name) or {}).get("value", np.nan) for name in SCORES.values()}
     for task in ("detection", "fuzzing"):
+        found[f"{task}_auroc"] = ((scored.get(task) or {}).get("auroc") or {}).get("value", np.nan)
         found[f"{task}_gain"] = found[task] - found[f"{task}_wrong"]
     known = bool(np.isfinite(found["detection"]))
     given = class_of(row) or "none"
@@ -399,6 +414,32 @@ def known_number(value: float) -> float | None:
     return float(f"{value:.6g}") if np.isfinite(value) else None
 
 
+def address_means(cell: Cell) -> dict[str, FloatArray]:
+    """The mean [M] of a cell's features at each address of a direction: both polarities, both random families."""
+    addresses = [cluster_of(name).removeprefix(f"{cell.kind}.").removesuffix(DIFFERENCE) for name in cell.ids]
+    found = cluster_values(cell.values_nM, addresses)
+    return dict(zip(dict.fromkeys(addresses), ratio(found.sums_CM, found.counts_CM), strict=True))
+
+
+def paired_comparisons(first: Cell, second: Cell, config: CompareConfig, seed: int) -> list[Json] | None:
+    """For each measure, directions against what stands at the same addresses; None for a kind without such."""
+    if (first.kind, second.kind) not in [("direction", kind) for kind in PAIRED]:
+        return None
+    one, two = address_means(first), address_means(second)
+    difference_PM = np.array([one[address] - two[address] for address in one if address in two])
+    name = f"paired {first.explainer} {first.kind} {second.kind} {first.group}".encode()
+    rng = np.random.default_rng([seed, *name])
+    found = compare_pairs(difference_PM.reshape(-1, len(MEASURES)), rng, config.draws)
+    return [
+        {
+            "addresses": pair.pairs,
+            "difference": interval_of(pair.difference, pair.draws_D),
+            "p_uncorrected": known_number(pair.p),
+        }
+        for pair in found
+    ]
+
+
 def tests_of(
     first: Cell, second: Cell, draws_DM: FloatArray, other_DM: FloatArray, config: CompareConfig, seed: int
 ) -> list[Json]:
@@ -406,6 +447,7 @@ def tests_of(
     name = f"{first.explainer} {first.kind} {second.kind} {first.group}".encode()
     rng = np.random.default_rng([seed, *name])
     found = compare_means(first.clustered, second.clustered, rng, config.draws)
+    pairs = paired_comparisons(first, second, config, seed)
     counts = [[int(n) for n in cell.clustered.counts_CM.sum(0)] for cell in (first, second)]
     hits = [[round(float(s)) for s in cell.clustered.sums_CM.sum(0)] for cell in (first, second)]
     tests = []
@@ -424,8 +466,9 @@ def tests_of(
                 "n": [n, other_n],
                 "difference": interval_of(found[k].difference, draws_DM[:, k] - other_DM[:, k]),
                 "p": known_number(found[k].p),
-                "p_pooled": known_number(pooled),
+                "p_pooled_uncorrected": known_number(pooled),
                 "detectable": known_number(smallest_difference(found[k].standard_error)),
+                "paired": pairs and pairs[k],
             }
         )
     return tests

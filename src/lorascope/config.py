@@ -1,7 +1,7 @@
 """One frozen dataclass per command is its options, its `--help`, its docs and its saved JSON.
 
-A field's help is the string literal below it; a tuple is an option that may be given several times. Flags stand over
-the YAML file, the file over the defaults.
+A field's help is the string literal below it, where it is inherited that of the class that names it; a tuple is an
+option that may be given several times. Flags stand over the YAML file, the file over the defaults.
 """
 
 import argparse
@@ -49,7 +49,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """The string literal below each field of a dataclass, by field name."""
+    """The string literal below each field of a dataclass, by field name: its own fields first, then inherited ones."""
+    docs = own_docs(cls)
+    for base in filter(dataclasses.is_dataclass, cls.__mro__[1:]):
+        docs = docs | {name: text for name, text in own_docs(base).items() if name not in docs}
+    return docs
+
+
+def own_docs(cls: type) -> dict[str, str]:
+    """The string literal below each field that the class itself names."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
     body = typing.cast(ast.ClassDef, tree.body[0]).body
     docs: dict[str, str] = {}
@@ -70,7 +78,8 @@ def add_fields(parser: argparse.ArgumentParser, cls: type, title: str) -> None:
     """Add one option per field of the dataclass; unset options are left out of the result."""
     group = parser.add_argument_group(title)
     docs, hints = field_docs(cls), typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
+    order = list(docs)  # a command's own options before those that it shares
+    for field in sorted(dataclasses.fields(cls), key=lambda field: order.index(field.name)):
         flag = "--" + field.name.replace("_", "-")
         kind = plain_type(hints[field.name])
         hidden = (dataclasses.MISSING, None, "", False, ())

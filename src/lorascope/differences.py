@@ -110,6 +110,39 @@ def compare_means(first: Clustered, second: Clustered, rng: np.random.Generator,
     return [Comparison(float(d), float(e), float(p)) for d, e, p in zip(difference_M, error_M, p_M, strict=True)]
 
 
+@dataclass(frozen=True)
+class PairedComparison:
+    """Mean difference of pairs in one measure, its bootstrap draws [D], and the p-value of the sign-flip test."""
+
+    pairs: int
+    difference: float
+    draws_D: FloatArray
+    p: float
+
+
+def compare_pairs(difference_PM: FloatArray, rng: np.random.Generator, draws: int) -> list[PairedComparison]:
+    """Differences of pairs (NaN: one of the two is missing), each measure tested two-sided by flipping their signs.
+
+    Without a difference each pair's is as likely to be of either sign (Fisher, The Design of Experiments, 1935,
+    section 21). p is (1 + draws at least as far from 0) / (1 + draws); NaN for fewer than two pairs.
+    """
+    known_PM = np.isfinite(difference_PM)
+    plain_PM = np.where(known_PM, difference_PM, 0.0)
+    total_M, n_M = plain_PM.sum(0), known_PM.sum(0)
+    larger_M = np.zeros(len(total_M))
+    many = len(plain_PM)
+    rows = max(1, SLICE // max(1, many))
+    for start in range(0, draws, rows):
+        signs_DP = rng.integers(0, 2, (min(rows, draws - start), many)) * 2.0 - 1.0
+        larger_M += (np.abs(signs_DP @ plain_PM) >= np.abs(total_M) * (1 - 1e-9)).sum(0)
+    resampled_DM = bootstrap_means(Clustered(plain_PM, known_PM.astype(np.float64)), rng, draws) if many else plain_PM
+    p_M = np.where(n_M > 1, (1 + larger_M) / (1 + draws), np.nan)
+    return [
+        PairedComparison(int(n_M[k]), float(mean), resampled_DM[:, k], float(p_M[k]))
+        for k, mean in enumerate(ratio(total_M, n_M.astype(np.float64)))
+    ]
+
+
 def studentised(own: FloatArray, total_K: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
     """Difference of means, its standard error and their ratio, [..., M], of a group and of all others.
 

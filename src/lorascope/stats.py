@@ -1,10 +1,12 @@
-"""Intervals by bootstrap. Every random draw takes an explicit generator.
+"""Intervals, mostly by bootstrap. Every random draw takes an explicit generator.
 
 Names: n = samples, D = draws, S = seeds, M = what is measured on the same samples and seeds.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,6 +53,20 @@ def percentile_bounds(samples_D: FloatArray, level: float = 0.95) -> tuple[float
     tail = (1 - level) / 2
     low, high = np.quantile(samples_D, [tail, 1 - tail])
     return float(low), float(high)
+
+
+def wilson_bounds(hits: float, n: int, level: float = 0.95) -> tuple[float, float]:
+    """The score interval of a share, hits of n (Wilson, 1927, JASA 22, 209-212): of some width also at 0 and at 1.
+
+    (p + z²/2n ± z √(p(1 - p)/n + z²/4n²)) / (1 + z²/n). ValueError without values.
+    """
+    if n < 1:
+        raise ValueError("A share needs at least one value.")
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    p, spare = hits / n, z * z / n
+    half = z * math.sqrt(p * (1 - p) / n + spare / (4 * n))
+    low, high = (p + spare / 2 - half) / (1 + spare), (p + spare / 2 + half) / (1 + spare)
+    return 0.0 if hits == 0 else low, 1.0 if hits == n else high  # exactly, whatever rounding says
 
 
 def bootstrap_mean(

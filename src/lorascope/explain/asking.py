@@ -5,10 +5,12 @@ Shapes: W = windows, S = tokens of a window, n = firings of one feature.
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -16,17 +18,19 @@ from numpy.typing import NDArray
 
 from lorascope.explain.budget import Budget
 from lorascope.explain.job import Explainer, Job, feature_rng, too_rare, without_text
-from lorascope.explain.judge_log import is_passing
-from lorascope.explain.judges import Endpoint, Judge, Reply, open_log
+from lorascope.explain.judge_log import TRUNCATED, JudgeLog, is_passing
+from lorascope.explain.judges import Endpoint, Judge, Reply, endpoint_of, open_log
 from lorascope.explain.pieces import centre_segment, choose_marks, mark_texts, show_pieces, window_texts
 from lorascope.explain.prompts import TOP, VERSION, ask_class, ask_confidence, ask_explanation, show_piece
 from lorascope.explain.rows import Row
 from lorascope.explain.scoring import Explanation, Quiz, compare_passes, rank_answers, score_answers
 from lorascope.explain.settings import JUDGE, ExplainConfig
-from lorascope.explain.windows import Windows, show_windows, spread_over_quantiles, window_index
+from lorascope.explain.windows import Windows, show_windows, spread_apart, spread_over_quantiles, window_index
 from lorascope.study import Study
 from lorascope.token_text import TokenTable, open_tokenizer, token_table
 
+QUANTILES = 5
+"""Parts, by activation, over which half of the examples that a judge is shown are drawn."""
 PER_TRACE = 4
 """Most examples of one trace that are shown, as long as others are left."""
 
@@ -74,50 +78,60 @@ def judge_explainer(study: Study, job: Job, budget: Budget) -> Iterator[Explaine
             agree if second else None,
             lambda: account(budget),
             stop,
+            main.max_tokens,
         )
 
 
 def endpoints(config: ExplainConfig) -> tuple[Endpoint, Endpoint | None, Endpoint]:
     """The judge, that of the second pass (None for one pass) and that of the classes."""
+    main = endpoint_of(config)
 
     def endpoint(model: str | None, url: str | None, key_env: str | None) -> Endpoint:
-        own = url is None or url == config.judge_url
-        return Endpoint(
-            model or str(config.judge_model),
-            url or str(config.judge_url),
-            # A key goes to no other address than its own unless it is named for that one.
-            key_env if key_env is not None else config.judge_key_env if own else "",
-            config.judge_temperature,
-            config.judge_max_tokens,
-            config.judge_timeout,
-            config.judge_retries,
-        )
+        # A key goes to no other address than its own unless it is named for that one.
+        inherited = main.key_env if url in (None, main.url) else ""
+        key_env = inherited if key_env is None else key_env
+        return replace(main, model=model or main.model, url=url or main.url, key_env=key_env)
 
-    main = endpoint(None, None, None)
     second = endpoint(config.second_judge_model, config.second_judge_url, config.second_judge_key_env)
     of_classes = endpoint(config.class_judge_model, config.class_judge_url, config.class_judge_key_env)
     return main, second if config.passes == 2 or config.second_judge_model else None, of_classes
 
 
 def identity(endpoint: Endpoint) -> list[Any]:
-    """What of an endpoint changes its answers; where it is and how it is reached does not."""
-    return [endpoint.model, endpoint.temperature, endpoint.max_tokens]
+    """What of an endpoint changes its answers; where it is and how it is reached does not, nor how long they may be."""
+    return [endpoint.model, endpoint.temperature]
 
 
 def open_judges(
     study: Study, wanted: Sequence[Endpoint], workers: int, budget: Budget, stack: ExitStack
 ) -> dict[Endpoint | None, Judge]:
-    """One judge per endpoint and one file per model, closed with the stack."""
+    """One judge per endpoint and one file per model, closed with the stack.
+
+    Answers that came from another address under the same name are used all the same, which is said once.
+    """
     folder = study.path / "explanations" / "judges"
-    logs = {}
+    logs: dict[str, JudgeLog] = {}
     for endpoint in wanted:
         if endpoint.model not in logs:
-            logs[endpoint.model] = open_log(folder, endpoint)
-            stack.callback(logs[endpoint.model].close)
+            log = logs[endpoint.model] = open_log(folder, endpoint)
+            stack.callback(log.close)
+            here = {other.url for other in wanted if other.model == endpoint.model}
+            if elsewhere := sorted(log.urls - here):
+                say_once(
+                    f"Answers of {endpoint.model!r} from {', '.join(elsewhere)} are used again in this run at "
+                    f"{', '.join(sorted(here))}, for they are kept by the model's name; should another model answer "
+                    "there (llama.cpp ignores names), give it a --judge-model of its own."
+                )
     return {
         endpoint: stack.enter_context(Judge(endpoint, logs[endpoint.model], budget, workers))
         for endpoint in dict.fromkeys(wanted)
     }
+
+
+@cache
+def say_once(text: str) -> None:
+    """Tell whoever runs this, the first time only: each kind of features opens the files anew."""
+    print(f"lorascope: {text}", file=sys.stderr)
 
 
 def account(budget: Budget) -> dict[str, Any]:
@@ -143,6 +157,8 @@ def explain_feature(
         row["class_again"] = class_of(replies[-1])
     if any(reply.failure and is_passing(reply.failure) for reply in replies):
         row["retry"] = True
+    if any(reply.failure == TRUNCATED for reply in replies):
+        row["truncated_under"] = judge.endpoint.max_tokens
     return row
 
 
@@ -188,30 +204,11 @@ def choose_examples(
     At most 4 of a trace and none within `apart` tokens of another, as long as there are enough without.
     """
     order = np.argsort(-activation_n, kind="stable")
-    top = _spread_apart(order, at_n, trace_n, [], (wanted + 1) // 2, apart)
+    spread = partial(spread_apart, at_n=at_n, trace_n=trace_n, apart=apart, caps=(PER_TRACE,))
+    top = spread(order, wanted=(wanted + 1) // 2)
     others = order[~np.isin(order, top)]
-    drawn = others[spread_over_quantiles(activation_n[others], min(len(others), 5 * wanted), rng)]
-    return np.array(_spread_apart(rng.permutation(drawn), at_n, trace_n, top, wanted, apart), dtype=np.int64)
-
-
-def _spread_apart(
-    candidates: NDArray[np.int64],
-    at_n: NDArray[np.int64],
-    trace_n: NDArray[np.int64],
-    chosen: list[int],
-    wanted: int,
-    apart: int,
-) -> list[int]:
-    """`chosen` and further candidates in their order, up to `wanted`; crowded ones only where others run out."""
-    chosen = list(chosen)
-    crowded: list[int] = []
-    for k in candidates.tolist():
-        if len(chosen) == wanted:
-            return chosen
-        near = any(abs(int(at_n[k] - at_n[c])) <= apart and trace_n[k] == trace_n[c] for c in chosen)
-        full = sum(trace_n[k] == trace_n[c] for c in chosen) >= PER_TRACE
-        (crowded if near or full else chosen).append(k)
-    return chosen + crowded[: wanted - len(chosen)]
+    drawn = others[spread_over_quantiles(activation_n[others], min(len(others), 5 * wanted), rng, QUANTILES)]
+    return spread(rng.permutation(drawn), wanted=wanted, chosen=top.tolist())
 
 
 def windows_asker(judge: Judge, table: TokenTable, together: int, seed: int) -> Asked:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 
+from lorascope.explain.settings import JudgeConfig
+
 MILLION = 1_000_000
 
 
@@ -21,6 +23,11 @@ class Limits:
     money: float | None = None
     price_in: float = 0.0
     price_out: float = 0.0
+
+
+def limits_of(config: JudgeConfig) -> Limits:
+    """The limits and prices that a command's options name."""
+    return Limits(config.budget_calls, config.budget_tokens, config.budget_money, config.price_in, config.price_out)
 
 
 @dataclass

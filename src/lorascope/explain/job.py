@@ -74,6 +74,8 @@ class Explainer:
     """What the run has spent, for its record."""
     stop: Callable[[], None] = lambda: None
     """Begin nothing more: the run is ending, and only waits for what is in flight."""
+    most_tokens: int | None = None
+    """Of one answer of a judge. A row with an answer that was cut off says under how many, and is redone under more."""
 
 
 def prepare_job(

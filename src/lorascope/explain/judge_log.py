@@ -15,6 +15,8 @@ from lorascope.explain.rows import Row, row_line
 
 PASSING = ("HTTP 408", "HTTP 409", "HTTP 429", "HTTP 5", "time-out", "no connection", "no chat completion")
 """How the reasons of failures begin that may be gone on the next run; all others are final."""
+TRUNCATED = "truncated"
+"""The reason of an answer that ended at the most tokens of one, before it could be read."""
 
 
 def is_passing(reason: str) -> bool:
@@ -32,6 +34,8 @@ class JudgeLog:
             RunFailed: a finished line is not JSON.
         """
         self.path = path
+        self.urls: set[str] = set()
+        """Where the rows that were in the file came from."""
         self._at: dict[int, int] = {}
         self._lock = threading.Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,6 +60,7 @@ class JudgeLog:
                     raise RunFailed(
                         f"{self.path}, line {number} is damaged; remove the line and explain again."
                     ) from error
+                self.urls.add(row.get("url", ""))
                 if failure is None or not is_passing(failure):
                     self._at[key] = place
                 place += len(line)

@@ -2,8 +2,8 @@
 
 A question carries its messages, the JSON schema of its answer and a function that reads such an answer. Every
 question ends in a value or in a failure with a reason; both are kept in a `JudgeLog`, and what is there is not asked
-again. What an endpoint refuses (a schema, a temperature, a seed) is left out from then on: the prompt asks for the same
-JSON in words, and it is looked for in whatever comes back.
+again, unless it was cut off and may be longer now. What an endpoint refuses (a schema, a temperature, a seed) is left
+out from then on: the prompt asks for the same JSON in words, and it is looked for in whatever comes back.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from typing import Any
 
 from lorascope.errors import BadInput, RunFailed
 from lorascope.explain.budget import Budget
-from lorascope.explain.judge_log import JudgeLog, is_passing
+from lorascope.explain.judge_log import TRUNCATED, JudgeLog, is_passing
 from lorascope.explain.rows import Row
-from lorascope.explain.settings import check_url
+from lorascope.explain.settings import JudgeConfig, check_url
 from lorascope.study import digest
 
 LONGEST_WAIT = 120.0
@@ -55,6 +55,19 @@ class Endpoint:
     retries: int = 4
 
 
+def endpoint_of(config: JudgeConfig) -> Endpoint:
+    """The judge that a command's options name; they have been checked."""
+    return Endpoint(
+        str(config.judge_model),
+        str(config.judge_url),
+        config.judge_key_env,
+        config.judge_temperature,
+        config.judge_max_tokens,
+        config.judge_timeout,
+        config.judge_retries,
+    )
+
+
 @dataclass(frozen=True)
 class Question:
     """One request. `read` turns the answer's JSON into a value; ValueError when it is not as the schema says."""
@@ -76,13 +89,17 @@ class Reply:
 
 @dataclass
 class Received:
-    """What came back for one question, after all retries: `failure` is None when an answer arrived."""
+    """What came back for one question, after all retries: `failure` is None when an answer arrived.
+
+    `served_model` is the name that the server gives to the model that answered.
+    """
 
     text: str | None = None
     finish: str | None = None
     refusal: str | None = None
     failure: str | None = None
     detail: str | None = None
+    served_model: str | None = None
     tokens_in: int | None = None
     tokens_out: int | None = None
     attempts: int = 0
@@ -132,9 +149,10 @@ class Judge:
         return [future.result() for future in [self._pool.submit(self._ask, question) for question in questions]]
 
     def _ask(self, question: Question) -> Reply:
-        key = digest(self._content(question))[:32]
+        content = self._content(question)
+        key = digest(content)[:32]
         row = self._log.find(key)
-        if row is not None:
+        if row is not None and not self._cut_short(row):
             self._budget.count_replayed()
             return read_reply(question, row)
         if self.stopped.is_set():
@@ -143,24 +161,24 @@ class Judge:
         received = self._send(question)
         reply = read_reply(question, asdict(received))
         row = {"key": key, "at": datetime.now(UTC).isoformat(timespec="seconds"), "url": self.endpoint.url}
-        row |= self._content(question) | asdict(received)
+        row |= content | {"max_tokens": self.endpoint.max_tokens} | asdict(received)
         row |= {"failure": reply.failure, "seconds": round(time.monotonic() - started, 3)}
         self._log.append(row)
         self._watch(reply)
         return reply
 
     def _content(self, question: Question) -> dict[str, Any]:
-        """What an answer depends on, and so what it is kept under."""
+        """What an answer depends on, and so what it is kept under; not how long it may be (see `_cut_short`)."""
         return {
             "model": self.endpoint.model,
             "messages": question.messages,
             "schema": question.schema,
-            "sampling": {
-                "temperature": self.endpoint.temperature,
-                "max_tokens": self.endpoint.max_tokens,
-                "seed": question.seed,
-            },
+            "sampling": {"temperature": self.endpoint.temperature, "seed": question.seed},
         }
+
+    def _cut_short(self, row: Row) -> bool:
+        """Whether an answer ended at a smaller limit than it would have now, and so is none yet."""
+        return row["failure"] == TRUNCATED and int(row["max_tokens"]) < self.endpoint.max_tokens
 
     def _watch(self, reply: Reply) -> None:
         """End the run when nothing arrives any more."""
@@ -228,6 +246,7 @@ class Judge:
             )
             return None, 0.0, ""
         except openai.APITimeoutError:
+            used = (reserved[0], 0)  # it may have been read, and then it is billed
             return "time-out", 0.0, ""
         except openai.APIStatusError as error:
             body = self._redact(error.response.text)[:500]
@@ -330,7 +349,7 @@ def read_reply(question: Question, row: Row) -> Reply:
         return Reply(failure="refused")
     text = (row["text"] or "").strip()
     if not text:
-        return Reply(failure="truncated" if row["finish"] == "length" else "empty")
+        return Reply(failure=TRUNCATED if row["finish"] == "length" else "empty")
     found = json_objects(text)
     for value in reversed(found):  # what comes before the last one is a draft, or the question's own example
         try:
@@ -338,7 +357,7 @@ def read_reply(question: Question, row: Row) -> Reply:
         except (ValueError, KeyError, TypeError):
             continue
     if row["finish"] == "length":
-        return Reply(failure="truncated")
+        return Reply(failure=TRUNCATED)
     return Reply(failure="wrong schema" if found else "not JSON")
 
 
@@ -375,6 +394,8 @@ def _unpack(answer: Any, received: Received) -> None:
     received.text = clean(said if isinstance(said, str) else "")
     received.refusal = clean(str(refusal)) if refusal else None
     received.finish = choice.get("finish_reason")
+    served = answer.get("model")
+    received.served_model = clean(served) if isinstance(served, str) else None
 
 
 def _most_tokens(question: Question) -> int:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from lorascope.explain.firings import shift_firings
 from lorascope.explain.job import Explainer, Job, feature_rng
-from lorascope.explain.judge_log import is_passing
+from lorascope.explain.judge_log import TRUNCATED, is_passing
 from lorascope.explain.rows import Row
 from lorascope.explain.rules import rule_from_json
 from lorascope.explain.scoring import Explanation, Quiz, pose_detection, pose_fuzzing
@@ -53,7 +53,12 @@ def score_feature(job: Job, explainer: Explainer, row: Row, lender: Row | None) 
     if explainer.agree:
         kept = {name: quiz for name, quiz in quizzes.items() if scored[name]}
         scored["agreement"] = {name: explainer.agree(quiz, own) for name, quiz in kept.items()}
-    return {"scored": scored} | ({"retry": True} if _failed_in_passing(scored) else {})
+    failures = _failures_in(scored)
+    return (
+        {"scored": scored}
+        | ({"retry": True} if any(map(is_passing, failures)) else {})
+        | ({"truncated_under": explainer.most_tokens} if TRUNCATED in failures else {})
+    )
 
 
 def _pose(
@@ -86,10 +91,11 @@ def _explanation(feature: str, row: Row) -> Explanation:
     return Explanation(feature, row["text"], None if row["rule"] is None else rule_from_json(row["rule"]))
 
 
-def _failed_in_passing(scored: dict[str, Any]) -> bool:
+def _failures_in(scored: dict[str, Any]) -> set[str]:
+    """Why answers could not be read."""
     parts = [part for part in scored.values() if isinstance(part, dict)]
     parts += list(scored.get("agreement", {}).values())
-    return any(is_passing(reason) for part in parts for reason in part.get("failures", ()))
+    return {reason for part in parts for reason in part.get("failures", ())}
 
 
 def in_order(

@@ -11,6 +11,7 @@ Shapes: W = windows, S = tokens of a window.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from lorascope.explain.rules import Rule, Vocabulary, execute_rule
 from lorascope.explain.windows import Corpus, Sample, Windows, show_windows, window_index
-from lorascope.stats import Interval, percentile_bounds
+from lorascope.stats import Interval, percentile_bounds, wilson_bounds
 from lorascope.study import digest
 
 BoolArray = NDArray[np.bool_]
@@ -50,7 +51,7 @@ class Quiz:
 
 @dataclass(frozen=True)
 class Score:
-    """Balanced accuracy with its bootstrap interval (positives and negatives resampled apart) and what it rests on."""
+    """Balanced accuracy with its interval (positives and negatives resampled apart) and what it rests on."""
 
     value: float
     low: float
@@ -117,18 +118,34 @@ def score_answers(
     right = np.array([given is not None and (given > 0.5) == true for given, true in zip(answers, truth, strict=True)])
     sides = [right[quiz.truth_W], right[~quiz.truth_W]]
     value = float(np.mean([side.mean() if len(side) else np.nan for side in sides]))
-    # Resampling n zeros and ones with replacement is a binomial draw: the bootstrap without its loop.
-    sampled = [rng.binomial(len(side), side.mean(), draws) / len(side) for side in sides if len(side)]
-    tail = (1 - level) / 2
-    low, high = np.quantile(np.mean(sampled, axis=0), [tail, 1 - tail])
+    low, high = _bounds([side for side in sides if len(side)], value, rng, draws, level)
     unparsed = sum(given is None for given in answers)
-    return Score(value, float(low), float(high), len(sides[0]), len(sides[1]), unparsed)
+    return Score(value, low, high, len(sides[0]), len(sides[1]), unparsed)
+
+
+def _bounds(
+    sides: Sequence[BoolArray], value: float, rng: np.random.Generator, draws: int, level: float
+) -> tuple[float, float]:
+    """Interval of the mean of the shares of right answers on each side.
+
+    By bootstrap, which would have no width where all answers of a side are right, or all wrong: there the shares'
+    Wilson intervals are put together (Newcombe, 1998, Statistics in Medicine 17, 873-890, method 10).
+    """
+    if all(0 < side.mean() < 1 for side in sides):
+        # Resampling n zeros and ones with replacement is a binomial draw: the bootstrap without its loop.
+        sampled = [rng.binomial(len(side), side.mean(), draws) / len(side) for side in sides]
+        return percentile_bounds(np.mean(sampled, axis=0), level)
+    wilson = [wilson_bounds(int(side.sum()), len(side), level) for side in sides]
+    shares = [float(side.mean()) for side in sides]
+    below = math.hypot(*(share - low for share, (low, _) in zip(shares, wilson, strict=True))) / len(sides)
+    above = math.hypot(*(high - share for share, (_, high) in zip(shares, wilson, strict=True))) / len(sides)
+    return value - below, value + above
 
 
 def rank_answers(
     quiz: Quiz, answers: Sequence[float | None], rng: np.random.Generator, *, draws: int = DRAWS, level: float = 0.95
 ) -> Interval:
-    """AUROC of confidences with its bootstrap interval (positives and negatives resampled apart).
+    """AUROC of confidences with its bootstrap interval (positives and negatives resampled apart; Wilson's at 0 and 1).
 
     The share of pairs of a positive and a negative in which the positive has the larger confidence, ties half. An
     answer that could not be read loses against every other one, and two of them lose too.
@@ -139,10 +156,15 @@ def rank_answers(
     win_PN = (positive[:, None] > negative[None]) + 0.5 * (positive[:, None] == negative[None])
     if win_PN.size == 0:
         return Interval(float("nan"), float("nan"), float("nan"))
+    value = float(win_PN.mean())
+    if value in (0.0, 1.0):
+        # A bootstrap would have no width; this is of pairs without a common window, all of them in (or out of) order.
+        pairs = min(win_PN.shape)
+        return Interval(value, *wilson_bounds(value * pairs, pairs, level))
     weight_DP = rng.multinomial(len(positive), np.full(len(positive), 1 / len(positive)), draws)
     weight_DN = rng.multinomial(len(negative), np.full(len(negative), 1 / len(negative)), draws)
     sampled_D = ((weight_DP @ win_PN) * weight_DN).sum(axis=1) / win_PN.size
-    return Interval(float(win_PN.mean()), *percentile_bounds(sampled_D, level))
+    return Interval(value, *percentile_bounds(sampled_D, level))
 
 
 def compare_passes(once: Sequence[float | None], twice: Sequence[float | None]) -> dict[str, Any]:
@@ -159,18 +181,23 @@ def compare_passes(once: Sequence[float | None], twice: Sequence[float | None]) 
 
 
 def agreement_of(table: NDArray[np.int64]) -> dict[str, Any]:
-    """`{"n", "equal", "kappa", "table"}` of a square table of counts, first pass by second.
+    """`{"n", "equal", "kappa", "table"}` of a square table of counts, first pass by second; None where not known."""
+    equal, kappa = (None if np.isnan(found) else round(float(found), 4) for found in equal_and_kappa(table))
+    return {"n": int(table.sum()), "equal": equal, "kappa": kappa, "table": table.tolist()}
 
-    Cohen's kappa is (equal - chance) / (1 - chance), chance being what the margins alone give; None where that is
-    everything (both passes gave one and the same answer throughout) or there is nothing.
+
+def equal_and_kappa(table_XKK: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Share of equal answers [X] and Cohen's kappa [X] of square tables of counts, first pass by second.
+
+    Kappa is (equal - chance) / (1 - chance), chance being what the margins alone give; NaN where that is everything
+    (both passes gave one and the same answer throughout), and both are NaN where there is nothing.
     """
-    n = int(table.sum())
-    if n == 0:
-        return {"n": 0, "equal": None, "kappa": None, "table": table.tolist()}
-    equal = float(np.trace(table) / n)
-    chance = float(table.sum(axis=0) @ table.sum(axis=1) / n**2)
-    kappa = None if chance > 1 - 1e-12 else round((equal - chance) / (1 - chance), 4)
-    return {"n": n, "equal": round(equal, 4), "kappa": kappa, "table": table.tolist()}
+    n_X = table_XKK.sum(axis=(-2, -1))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        equal_X = np.trace(table_XKK, axis1=-2, axis2=-1) / n_X
+        chance_X = (table_XKK.sum(axis=-2) * table_XKK.sum(axis=-1)).sum(axis=-1) / n_X**2
+        kappa_X = np.where(chance_X > 1 - 1e-12, np.nan, (equal_X - chance_X) / (1 - chance_X))
+    return np.asarray(equal_X, np.float64), kappa_X
 
 
 def execute_answers(vocabulary: Vocabulary) -> Answer:

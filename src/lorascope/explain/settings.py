@@ -1,4 +1,4 @@
-"""The options of `lorascope explain`."""
+"""The options of `lorascope explain`, and those of judges, which `lorascope categorize` has too."""
 
 from __future__ import annotations
 
@@ -13,25 +13,9 @@ JUDGE = "judge"
 
 
 @dataclass(frozen=True)
-class ExplainConfig:
-    """Explain each feature by a rule or a judge on the training corpus and score it on text that was not shown."""
+class JudgeConfig:
+    """How a judge is reached and asked, and what a run may spend: options of every command that asks one."""
 
-    kinds: str = "direction,latent"
-    """Kinds of features to explain, separated by commas: direction, latent, base, random, untrained, neuron."""
-    corpus: str = "heldout"
-    """Corpus to score on; traces that are also in the training corpus are left out."""
-    explainer: str = LEXICAL
-    """What explains: lexical (executable rules, no model, no network) or judge (a language model behind a URL)."""
-    examples: int = 40
-    """Scoring windows of each feature around its firings, and as many in which it does not fire."""
-    learn: int = 256
-    """Training windows from which a rule is learned, around firings, and as many others."""
-    window: int = 8
-    """Tokens on either side of a window's centre."""
-    max_tokens: int = 500_000
-    """Most tokens read of a corpus; of a longer one, whole traces are drawn by seed."""
-    limit: int | None = None
-    """Explain only this many features of each kind, drawn by seed."""
     judge_model: str | None = None
     """Name of the judge's model, as its server knows it."""
     judge_url: str | None = None
@@ -41,13 +25,45 @@ class ExplainConfig:
     judge_temperature: float = 0.0
     """Sampling temperature of judges, 0 unless given; below 0 leaves it to the server."""
     judge_max_tokens: int = 400
-    """Most tokens of one answer; thinking judges need more."""
+    """Most tokens of one answer; thinking judges need more. Raised, only answers that were cut off are asked again."""
     judge_concurrency: int = 8
     """Most requests in flight to one judge."""
     judge_timeout: float = 120.0
     """Seconds to wait for an answer."""
     judge_retries: int = 4
     """Further attempts after a passing failure (429, 5xx, time-out), with doubling pauses or as Retry-After says."""
+    budget_calls: int | None = None
+    """Most requests that this run may send to judges; it stops before one more, and the same command continues."""
+    budget_tokens: int | None = None
+    """Most tokens that this run may use, in and out."""
+    budget_money: float | None = None
+    """Most money that this run may spend, in the currency of the prices."""
+    price_in: float = 0.0
+    """Price of a million tokens read by judges."""
+    price_out: float = 0.0
+    """Price of a million tokens written by judges."""
+
+
+@dataclass(frozen=True)
+class ExplainConfig(JudgeConfig):
+    """Explain each feature by a rule or a judge on the training corpus and score it on text that was not shown."""
+
+    kinds: str = "direction,latent"
+    """Kinds of features to explain, separated by commas: direction, latent, base, random, untrained, neuron."""
+    corpus: str = "heldout"
+    """Corpus to score on; traces that are also in the training corpus are left out."""
+    explainer: str = LEXICAL
+    """What explains: lexical (executable rules, no model, no network) or judge (a language model behind a URL)."""
+    examples: int = 50
+    """Scoring windows of each feature around its firings, and as many in which it does not fire."""
+    learn: int = 256
+    """Training windows from which a rule is learned, around firings, and as many others."""
+    window: int = 8
+    """Tokens on either side of a window's centre."""
+    max_tokens: int = 500_000
+    """Most tokens read of a corpus; of a longer one, whole traces are drawn by seed."""
+    limit: int | None = None
+    """Explain only this many features of each kind, drawn by seed."""
     shown: int = 10
     """Examples from which a judge explains and classifies: half the strongest, half over the quantiles of the rest."""
     asked: int = 5
@@ -66,16 +82,6 @@ class ExplainConfig:
     """Base URL of the classes' judge (default: the judge's)."""
     class_judge_key_env: str | None = None
     """Variable that holds its key (default: the judge's where the URL is the same, else none)."""
-    budget_calls: int | None = None
-    """Most requests that this run may send to judges; it stops before one more, and the same command continues."""
-    budget_tokens: int | None = None
-    """Most tokens that this run may use, in and out."""
-    budget_money: float | None = None
-    """Most money that this run may spend, in the currency of the prices."""
-    price_in: float = 0.0
-    """Price of a million tokens read by judges."""
-    price_out: float = 0.0
-    """Price of a million tokens written by judges."""
 
 
 def check_config(config: ExplainConfig) -> list[str]:
@@ -93,19 +99,20 @@ def check_config(config: ExplainConfig) -> list[str]:
     if not kinds or least < 1 or (config.limit is not None and config.limit < 1):
         raise BadInput("Name at least one kind, and give numbers of at least 1 to the options of explain.")
     if config.explainer == JUDGE:
-        check_judge(config)
+        check_judge(config, "--explainer judge")
+        for url in (config.second_judge_url, config.class_judge_url):
+            if url is not None:
+                check_url(url)
+        if config.passes not in (1, 2):
+            raise BadInput("--passes is 1 or 2.")
     return kinds
 
 
-def check_judge(config: ExplainConfig) -> None:
-    """Raise BadInput unless the options of judges make sense."""
+def check_judge(config: JudgeConfig, wanted_by: str) -> None:
+    """Raise BadInput unless the options of judges make sense; `wanted_by` is the option that asks for one."""
     if not config.judge_model or not config.judge_url:
-        raise BadInput("--explainer judge needs --judge-model and --judge-url; see docs/judges.md.")
-    for url in (config.judge_url, config.second_judge_url, config.class_judge_url):
-        if url is not None:
-            check_url(url)
-    if config.passes not in (1, 2):
-        raise BadInput("--passes is 1 or 2.")
+        raise BadInput(f"{wanted_by} needs --judge-model and --judge-url; see docs/judges.md.")
+    check_url(config.judge_url)
     if min(config.judge_concurrency, config.judge_max_tokens) < 1 or config.judge_retries < 0:
         raise BadInput("Give --judge-concurrency and --judge-max-tokens at least 1, and --judge-retries at least 0.")
     if config.judge_timeout <= 0:

@@ -9,7 +9,7 @@ import numpy as np
 
 from lorascope.config import Options
 from lorascope.errors import RunFailed
-from lorascope.explain.budget import Budget, BudgetSpent, Limits
+from lorascope.explain.budget import Budget, BudgetSpent, limits_of
 from lorascope.explain.explainers import EXPLAINERS
 from lorascope.explain.job import Explainer, Job, prepare_job
 from lorascope.explain.judges import file_name
@@ -23,7 +23,7 @@ from lorascope.features import FeatureSet, cluster_of, load_features
 from lorascope.progress import progress
 from lorascope.study import Study, digest, read_json, read_rows
 
-METHOD = 2
+METHOD = 3
 """Goes into the rows' keys: raise it when the search or the scores change."""
 
 
@@ -44,8 +44,7 @@ def explain_features(study: Study, config: ExplainConfig, options: Options) -> d
     study.require("tokenizer/tokenizer.json", "lorascope record STUDY")
     sides = {kind: (load_features(study, TRAIN, kind), load_features(study, config.corpus, kind)) for kind in kinds}
     label = label_of(config)
-    limits = (config.budget_calls, config.budget_tokens, config.budget_money, config.price_in, config.price_out)
-    budget = Budget(Limits(*limits))
+    budget = Budget(limits_of(config))
     results: dict[str, Any] = {}
     for kind, pair in sides.items():
 
@@ -83,11 +82,13 @@ def unscored_file(kind: str, label: str) -> str:
 def _explain_one(study: Study, job: Job, budget: Budget) -> dict[str, Any]:
     """Explain and score one kind; its mean scores, of how many of its features, and the traces left out."""
     with EXPLAINERS[job.config.explainer](study, job, budget) as explainer:
+        before = explainer.account()
         try:
             rows = _score_all(study, job, explainer, _explain_kind(study, job, explainer))
         except BudgetSpent:
             raise RunFailed(_how_far(study, job, explainer)) from None
-        spent = explainer.account()
+        # One budget is for all kinds of a run, a record for one of them.
+        spent = {name: round(count - before[name], 6) for name, count in explainer.account().items()}
     return (
         summarise_rows(rows, np.random.default_rng(job.seed))
         | {
@@ -146,7 +147,7 @@ def _explain_kind(study: Study, job: Job, explainer: Explainer) -> dict[str, Row
         feature: digest([feature, explainer.label, settings, job.training.hash_of(number)])[:32]
         for feature, number in job.numbers.items()
     }
-    done = keep_rows(path, set(keys.values()), explainer.label)
+    done = keep_rows(path, set(keys.values()), explainer.label, most_tokens=explainer.most_tokens)
 
     def explain(feature: str) -> Row:
         return done.get(keys[feature]) or explainer.explain(feature, job.numbers[feature])
@@ -175,7 +176,7 @@ def _score_all(study: Study, job: Job, explainer: Explainer, explained: dict[str
         parts = [row["key"], row["text"], settings, job.scoring.hash_of(job.numbers[feature]), lender, wrong]
         keys[feature] = digest(parts)[:32]
     said = {"made_from": made_from(study, job.config.corpus, job.kind)}
-    done = keep_rows(path, set(keys.values()), explainer.label, said)
+    done = keep_rows(path, set(keys.values()), explainer.label, said, explainer.most_tokens)
 
     def score(feature: str) -> Row:
         if keys[feature] in done:

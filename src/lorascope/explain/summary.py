@@ -10,11 +10,13 @@ from numpy.typing import NDArray
 
 from lorascope.explain.prompts import WORDS
 from lorascope.explain.rows import Row
-from lorascope.explain.scoring import agreement_of
+from lorascope.explain.scoring import agreement_of, equal_and_kappa
 from lorascope.explained import LEXICAL, current_rows
 from lorascope.features import CONTROLS, cluster_of
-from lorascope.stats import bootstrap_mean
+from lorascope.stats import bootstrap_mean, percentile_bounds
 from lorascope.study import Study, read_rows
+
+DRAWS = 2_000
 
 
 def record_name(corpus: str, kind: str, label: str) -> str:
@@ -64,7 +66,7 @@ def summarise_rows(rows: Sequence[Row], rng: np.random.Generator) -> dict[str, A
             reasons[plain] = reasons.get(plain, 0) + 1
     out["reasons"] = reasons
     if any("class" in row for row in rows):
-        out |= count_classes(rows)
+        out |= count_classes(rows, rng)
     for task in ("detection", "fuzzing"):
         pairs = [
             (row["scored"][task]["value"], row["scored"][f"{task}_wrong"]["value"], cluster_of(row["feature"]))
@@ -88,7 +90,7 @@ def _further_scores(rows: Sequence[Row], task: str, rng: np.random.Generator) ->
     """Means that not every explainer or row has: the shuffled feature's, AUROCs, agreement of two passes, failures."""
     scored = [(row["scored"], cluster_of(row["feature"])) for row in rows if row["scored"]]
     found: dict[str, list[tuple[float, str]]] = {}
-    tables: list[NDArray[np.int64]] = []
+    tables: list[tuple[NDArray[np.int64], str]] = []
     failures: dict[str, int] = {}
     for scores, cluster in scored:
         for ending in ("", "_wrong", "_shuffled"):
@@ -102,30 +104,56 @@ def _further_scores(rows: Sequence[Row], task: str, rng: np.random.Generator) ->
             for reason, count in part.get("failures", {}).items():
                 failures[reason] = failures.get(reason, 0) + count
         if agreement := scores.get("agreement", {}).get(task):
-            tables.append(np.array(agreement["table"]))
+            tables.append((np.array(agreement["table"]), cluster))
     out: dict[str, Any] = {
         name: _mean(np.array([value for value, _ in pairs]), [cluster for _, cluster in pairs], rng)
         for name, pairs in found.items()
     }
     if tables:
-        out[f"{task}_agreement"] = agreement_of(np.sum(tables, axis=0))
+        out[f"{task}_agreement"] = pool_agreement(tables, rng)
     return out | ({f"{task}_failures": failures} if failures else {})
 
 
-def count_classes(rows: Sequence[Row]) -> dict[str, Any]:
+def pool_agreement(tables: Sequence[tuple[NDArray[np.int64], str]], rng: np.random.Generator) -> dict[str, Any]:
+    """`agreement_of` all features' tables together, with `equal_interval` and `kappa_interval`, `[low, high]` or None.
+
+    Args:
+        tables: each feature's table and cluster; clusters are resampled whole, for answers about one feature depend
+            on each other.
+    """
+    total = np.sum([table for table, _ in tables], axis=0)
+    numbers = {cluster: i for i, cluster in enumerate(dict.fromkeys(cluster for _, cluster in tables))}
+    table_CKK = np.zeros((len(numbers), *total.shape), dtype=np.int64)
+    for table, cluster in tables:
+        table_CKK[numbers[cluster]] += table
+    many = len(numbers)
+    drawn = [rng.multinomial(many, np.full(many, 1 / many)) @ table_CKK.reshape(many, -1) for _ in range(DRAWS)]
+    found = agreement_of(total)
+    for name, values_D in zip(
+        ("equal", "kappa"), equal_and_kappa(np.reshape(drawn, (DRAWS, *total.shape))), strict=True
+    ):
+        bounds = percentile_bounds(values_D)
+        known = found[name] is not None and np.isfinite(bounds).all()
+        found[f"{name}_interval"] = [round(bound, 4) for bound in bounds] if known else None
+    return found
+
+
+def count_classes(rows: Sequence[Row], rng: np.random.Generator) -> dict[str, Any]:
     """How many features a judge put into each class or failed on, explanations of more words than it was asked for, and
     the agreement of two passes."""
     classes = dict.fromkeys(("0", "1", "2", "failed"), 0)
-    table = np.zeros((3, 3), dtype=np.int64)
+    tables: list[tuple[NDArray[np.int64], str]] = []
     for row in rows:
         if not row.get("class"):
             continue
         first, second = row["class"]["class"], (row.get("class_again") or {}).get("class")
         classes["failed" if first is None else str(first)] += 1
         if first is not None and second is not None:
-            table[first, second] += 1
+            table = np.zeros((3, 3), dtype=np.int64)
+            table[first, second] = 1
+            tables.append((table, cluster_of(row["feature"])))
     counts = {"classes": classes, "longer_than_asked": sum(len((row["text"] or "").split()) > WORDS for row in rows)}
-    return counts | ({"classes_agreement": agreement_of(table)} if table.any() else {})
+    return counts | ({"classes_agreement": pool_agreement(tables, rng)} if tables else {})
 
 
 def _mean(values: NDArray[np.float64], clusters: Sequence[str], rng: np.random.Generator) -> dict[str, float] | None:

@@ -6,6 +6,7 @@ trace ends), n = number of firings.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,12 @@ from lorascope.explain.rules import PADDING
 
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
-QUANTILES = 5
+QUANTILES = 10
+"""Parts of equal size, by activation, from which firings are drawn."""
+CAPS = (1, 2, 4)
+"""Most firings of one trace that are drawn; the next number, and at last any, only where others run out."""
+CONSIDERED = 40
+"""Times as many firings as are wanted are looked at, of more those drawn over the quantiles."""
 
 
 @dataclass(frozen=True)
@@ -108,18 +114,86 @@ def show_windows(corpus: Corpus, index_WS: IntArray, marked_WS: BoolArray | None
     return Windows(ids_WS, segments_WS, marked_WS)
 
 
-def spread_over_quantiles(values_n: NDArray[np.float32], wanted: int, rng: np.random.Generator) -> IntArray:
-    """Numbers of up to `wanted` values, as many from each fifth of their order; sorted from large to small."""
+def spread_over_quantiles(
+    values_n: NDArray[np.float32], wanted: int, rng: np.random.Generator, quantiles: int = QUANTILES
+) -> IntArray:
+    """Numbers of up to `wanted` values, as many from each quantile of their order; sorted from large to small."""
     if len(values_n) <= wanted:
         return np.argsort(-values_n, kind="stable")
     order = np.argsort(-values_n, kind="stable")
-    bounds = np.linspace(0, len(order), QUANTILES + 1).astype(np.int64)
-    share = np.linspace(0, wanted, QUANTILES + 1).astype(np.int64)
+    bounds = np.linspace(0, len(order), quantiles + 1).astype(np.int64)
+    share = np.linspace(0, wanted, quantiles + 1).astype(np.int64)
     picks = [
         np.sort(rng.choice(np.arange(bounds[q], bounds[q + 1]), share[q + 1] - share[q], replace=False))
-        for q in range(QUANTILES)
+        for q in range(quantiles)
     ]
     return order[np.concatenate(picks)]
+
+
+def spread_apart(
+    candidates: IntArray,
+    at_n: IntArray,
+    trace_n: IntArray,
+    *,
+    wanted: int,
+    apart: int,
+    caps: Sequence[int],
+    chosen: Sequence[int] = (),
+) -> IntArray:
+    """`chosen` and further candidates, up to `wanted`, in their order; as many as that whenever there are so many.
+
+    First those are taken that lie more than `apart` tokens from all others of their trace, of one trace no more than
+    the first of `caps`, then no more than the second, and so on; what is nearer only where these run out.
+
+    Args:
+        candidates: numbers of firings, none of them in `chosen`.
+        at_n: flat token number of each firing.
+        trace_n: something that tells its trace.
+    """
+    taken = list(chosen)
+    places: dict[int, list[int]] = {}
+    for number in taken:
+        places.setdefault(int(trace_n[number]), []).append(int(at_n[number]))
+    left = list(zip(candidates.tolist(), at_n[candidates].tolist(), trace_n[candidates].tolist(), strict=True))
+    for cap in caps:
+        passed = []
+        for number, at, trace in left:
+            if len(taken) == wanted:
+                return np.array(taken, dtype=np.int64)
+            here = places.setdefault(trace, [])
+            if len(here) < cap and all(abs(at - place) > apart for place in here):
+                taken.append(number)
+                here.append(at)
+            else:
+                passed.append((number, at, trace))
+        left = passed
+    return np.array([*taken, *(number for number, _, _ in left)][:wanted], dtype=np.int64)
+
+
+def choose_peaks(
+    corpus: Corpus,
+    at_n: IntArray,
+    activation_n: NDArray[np.float32],
+    *,
+    wanted: int,
+    radius: int,
+    rng: np.random.Generator,
+) -> IntArray:
+    """Numbers of up to `wanted` firings, about as many from each activation quantile, whose windows do not overlap.
+
+    Windows that overlap or are of one trace are hardly several pieces of evidence. So a trace gives one, two where
+    there are too few traces, and so on (`CAPS`); overlapping windows are taken only where all others are used.
+    """
+    drawn = spread_over_quantiles(activation_n, min(len(at_n), CONSIDERED * wanted), rng)
+    # Every quantile has its turn, in an order of its own each time, and within a quantile chance decides.
+    mixed = rng.permutation(len(drawn))
+    quantile = mixed * QUANTILES // max(1, len(drawn))
+    turn = np.empty(len(drawn), dtype=np.int64)
+    for q in range(QUANTILES):
+        turn[quantile == q] = np.arange((quantile == q).sum())
+    order = drawn[mixed[np.argsort(turn, kind="stable")]]
+    caps = (*CAPS, len(order))
+    return spread_apart(order, at_n, corpus.first_T[at_n], wanted=wanted, apart=2 * radius, caps=caps)
 
 
 def draw_windows(
@@ -131,12 +205,12 @@ def draw_windows(
     radius: int,
     rng: np.random.Generator,
 ) -> Sample:
-    """Up to `wanted` windows around firings, over activation quantiles, and as many in which nothing fires.
+    """Up to `wanted` windows around firings (`choose_peaks`), and as many in which nothing fires.
 
     Negatives have the segments of the positives' peaks, and every second one also the token of its positive's peak.
     `at_n` are the flat numbers of the firing tokens (all of them ordinary) and `activation_n` their activations.
     """
-    peaks = at_n[spread_over_quantiles(activation_n, wanted, rng)]
+    peaks = at_n[choose_peaks(corpus, at_n, activation_n, wanted=wanted, radius=radius, rng=rng)]
     fires_T = np.zeros(corpus.n_tokens, dtype=np.bool_)
     fires_T[at_n] = True
     quiet_T = _quiet_tokens(corpus, fires_T, radius)

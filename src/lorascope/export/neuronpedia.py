@@ -14,14 +14,16 @@ import gzip
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 
+from lorascope.adapter import direction_layer
 from lorascope.errors import MissingStage, RunFailed
 from lorascope.export.gaps import missing_features
 from lorascope.export.neuronpedia_schema import row_faults
@@ -75,25 +77,27 @@ def write_neuronpedia(study: Study, config: ExportConfig, folder: Path) -> Json:
             f"run first: lorascope examples {study.path} --corpus {config.corpus}."
         )
     table = token_table(tokenizer_of(study))
+    sets = {kind: load_features(study, config.corpus, kind) for kind in kinds}
+    layers = 1 + max(direction_layer(name) or 0 for features in sets.values() for name in features.store.addresses)
     counts = dict.fromkeys(("sources", "features", "activations", "explanations", "without_explanation"), 0)
     places: list[Json] = []
-    for kind in kinds:
-        features = load_features(study, config.corpus, kind)
-        layers = by_layer(features)
-        for layer, columns in layers.items():
+    for kind, features in sets.items():
+        columns_of = by_layer(features)
+        for layer, columns in columns_of.items():
             source = named_source(study, config, kind, layer)
-            write_metadata(folder / source.model / source.id, study, source, features)
+            write_metadata(folder / source.model / source.id, study, source, features, layers)
             places += [{"source": source.id, "index": i, "feature": features.ids[c]} for i, c in enumerate(columns)]
-        jobs = [(layer, start) for layer, columns in layers.items() for start in range(0, len(columns), BATCH)]
+        nonzero = {} if features.latent else nonzero_shares(features)
+        jobs = [(layer, start) for layer, columns in columns_of.items() for start in range(0, len(columns), BATCH)]
         for layer, start in progress(jobs, len(jobs), f"export {kind}", "file"):
-            source, columns = named_source(study, config, kind, layer), layers[layer][start : start + BATCH]
-            rows = batch_rows(study, config, features, table, source, columns, start)
+            source, columns = named_source(study, config, kind, layer), columns_of[layer][start : start + BATCH]
+            rows = batch_rows(study, config, features, table, source, columns, start, nonzero)
             for name in ("features", "activations", "explanations"):
                 path = folder / source.model / source.id / name / f"batch-{start // BATCH}.jsonl.gz"
                 write_batch(path, name, rows[name])
                 counts[name] += len(rows[name])
             counts["without_explanation"] += len(columns) - len({row["index"] for row in rows["explanations"]})
-        counts["sources"] += len(layers)
+        counts["sources"] += len(columns_of)
     left_out = missing_features(study, config.corpus, kinds)
     if not path_of(study, LENS):
         left_out.append(missing(study, "top tokens of what features write", "lorascope lens STUDY")["missing"])
@@ -112,6 +116,19 @@ def by_layer(features: FeatureSet) -> dict[int, list[int]]:
     for column, feature in enumerate(features.ids):
         groups.setdefault(feature_place(feature)["layer"] or 0, []).append(column)
     return dict(sorted(groups.items()))
+
+
+def nonzero_shares(features: FeatureSet) -> dict[str, float]:
+    """The share of ordinary tokens on which each feature is above 0, in one reading of the store.
+
+    A polarity of a direction is so on about half of them: what is counted elsewhere as firing is above a level.
+    """
+    store = features.store
+    counts_F = np.zeros(len(features.ids), np.int64)
+    for start, acts_TF in features.chunks():
+        counts_F += (acts_TF[store.ordinary[start : start + len(acts_TF)]] > 0).sum(axis=0)
+    shares_F = counts_F / max(1, int(store.ordinary.sum()))
+    return dict(zip(features.ids, shares_F.tolist(), strict=True))
 
 
 def slug(text: str) -> str:
@@ -135,12 +152,11 @@ def named_source(study: Study, config: ExportConfig, kind: str, layer: int) -> S
     return Source(named_model(study, config), name, layer, config.creator, config.corpus)
 
 
-def write_metadata(place: Path, study: Study, source: Source, features: FeatureSet) -> None:
-    """The four files that say what a source is."""
+def write_metadata(place: Path, study: Study, source: Source, features: FeatureSet, layers: int) -> None:
+    """The four files that say what a source is; `layers`, up to the last recorded one, is the same in all."""
     release = source.set.removesuffix(f"-{features.kind}")
     common = {"creatorId": source.creator, "visibility": "PUBLIC"}
     about = WORDS.get(features.kind, f"features of kind {features.kind}")
-    layers = [feature_place(feature)["layer"] for feature in features.ids]
     description = f"lorascope: {release}, an adapter of {study.model_name}"
     rows: dict[str, Json] = {
         "release": common
@@ -148,7 +164,7 @@ def write_metadata(place: Path, study: Study, source: Source, features: FeatureS
         | {"defaultSourceSetName": source.set, "defaultSourceId": source.id},
         "model": common
         | {"id": source.model, "displayName": source.model, "displayNameShort": source.model, "owner": "lorascope"}
-        | {"instruct": True, "neuronsPerLayer": 0, "layers": 1 + max((n for n in layers if n is not None), default=0)},
+        | {"instruct": True, "neuronsPerLayer": 0, "layers": layers},
         "sourceset": common
         | {"modelId": source.model, "name": source.set, "description": about, "type": features.kind}
         | {"creatorName": "lorascope", "releaseName": release, "allowInferenceSearch": False},
@@ -170,8 +186,13 @@ def batch_rows(
     source: Source,
     columns: Sequence[int],
     start: int,
+    nonzero: Mapping[str, float],
 ) -> dict[str, list[Json]]:
-    """The rows of three tables for some columns of a kind, the first of which has index `start`."""
+    """The rows of three tables for some columns of a kind, the first of which has index `start`.
+
+    Args:
+        nonzero: as `nonzero_shares`; not needed of latents, which fire wherever they are not zero.
+    """
     examples_file = f"examples/{config.corpus}/{features.kind}-examples.parquet"
     quantiles = quantile_count(study, examples_file)
     kind, rows = features.kind, dict[str, list[Json]](features=[], activations=[], explanations=[])
@@ -183,7 +204,9 @@ def batch_rows(
         feature = features.ids[column]
         (stats,) = feature_rows(study, stats_path(config, kind), feature) or [{}]
         key = {"modelId": source.model, "layer": source.id, "index": str(index)}
-        rows["features"].append(feature_row(study, source, feature, stats) | key)
+        rows["features"].append(
+            feature_row(study, source, feature, stats, nonzero.get(feature, stats["density"])) | key
+        )
         found = feature_rows(study, examples_file, feature) or []
         examples = shown_examples(found, config)
         windows = feature_windows(features, table, column, examples, config.window)
@@ -203,8 +226,8 @@ def batch_rows(
     return rows
 
 
-def feature_row(study: Study, source: Source, feature: str, stats: Json) -> Json:
-    """One feature; the lens's tokens where they have been made."""
+def feature_row(study: Study, source: Source, feature: str, stats: Json, nonzero: float) -> Json:
+    """One feature, above 0 on a share of tokens of `nonzero`; the lens's tokens where they have been made."""
     edges, counts = stats["hist_edges"], stats["hist_counts"]
     lens = [row for row in feature_rows(study, LENS, feature) or [] if row["side"] == "write"]
     ends = lens[0] if lens else {}
@@ -214,7 +237,7 @@ def feature_row(study: Study, source: Source, feature: str, stats: Json) -> Json
         "vectorLabel": feature,
         "hookName": feature_place(feature)["address"],
         "maxActApprox": stats["max"],
-        "frac_nonzero": stats["density"],
+        "frac_nonzero": nonzero,
         "pos_str": ends.get("tokens", []),
         "pos_values": ends.get("values", []),
         "neg_str": ends.get("bottom_tokens", []),

@@ -26,7 +26,10 @@ INPUTS: dict[str, tuple[str, ...]] = {
     "peft": ("adapter",),
     "saelens": ("sae/cfg.json", "sae/sae_weights.safetensors"),
     "neuronpedia": ("examples", "explanations", "sae/sae_weights.safetensors", "lens", "tokenizer"),
-    "csv": ("examples", "explanations", "ablation", "sae/sae_weights.safetensors", "tokenizer"),
+    "csv": (
+        *("examples", "explanations", "categories", "reasoning", "ablation"),
+        *("sae/sae_weights.safetensors", "tokenizer"),
+    ),
 }
 """What each format is made from, beside the recordings of its corpus."""
 

@@ -112,7 +112,7 @@ def flow_chart(flow: Json, kind: str = "latent") -> Markup:
 def node_mark(node: Node, top: float, height: float, share: float, kind: str) -> str:
     """A node's bar as a link, and its name beside it where there is room: in the last column to its left."""
     target, colour = (
-        ("map", "node") if node.number is None else (f"cat-{kind}-{node.number}", colour_class(node.number))
+        ("map", "node") if node.number is None else (f"cat-{kind}-{anchor_of(node)}", colour_class(node.number))
     )
     said = escape(f"{node.name}: {percent(share)} of what latents write")
     x = COLUMNS[node.column]
@@ -124,6 +124,11 @@ def node_mark(node: Node, top: float, height: float, share: float, kind: str) ->
     at, anchor = (x - 8, "end") if node.column == len(COLUMNS) - 1 else (x + WIDTH + 8, "start")
     place = f'x="{at / 10}%" y="{top + height / 2 + 4:.1f}" text-anchor="{anchor}"'
     return f"{mark}<text {place}>{escape(node.name)}</text>"
+
+
+def anchor_of(node: Node) -> str:
+    """The list of a node's category: by its number, of features without one by their outcome, which is its name."""
+    return str(node.number) if node.number else node.name.replace(" ", "-")
 
 
 def ribbons_after(paths: Sequence[Path], placed: Mapping[Node, tuple[float, float]], scale: float, column: int) -> str:

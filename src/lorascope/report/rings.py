@@ -70,12 +70,12 @@ def share_rings(kind: Json, measure: str = "rate") -> Markup:
 
 
 def slice_of(kind: Json, row: Json, start: float, stop: float, radii: tuple[int, int], measure: str) -> str:
-    """One arc with its words, as a link to the list of its category."""
+    """One arc with its words, as a link to the list of its category, or to its subcategory's heading there."""
     name = row["subcategory"] or row["category"]
     said = f"{name}: {interval_words(row[measure], True)}, {row['n']:,} {kind['label']}"
     ring = "outer " if row["subcategory"] else ""
     path = f'<path class="{ring}{colour_class(row["number"])}" d="{arc(start, stop, radii)}"/>'
-    target = f"cat-{kind['kind']}-{row['number']}"
+    target = f"cat-{kind['kind']}-{row['anchor']}"
     return f'<a href="#{target}" aria-label="{escape(said)}"><title>{escape(said)}</title>{path}</a>'
 
 

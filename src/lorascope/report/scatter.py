@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
+from urllib.parse import quote
 
 from markupsafe import Markup, escape
 
@@ -43,36 +44,43 @@ def shape_mark(number: int) -> Markup:
     )
 
 
-def point_map(one: Json, cards: Collection[str], listed: Collection[str]) -> Markup:
-    """One map; a feature's point links to its card, else to its line in the lists, else to its category's list."""
+def point_map(one: Json, cards: Collection[str], listed: Collection[str], traces: str = "") -> Markup:
+    """One map; a feature's point links to its card, else to its line in the lists, else to its category's list.
+
+    Args:
+        traces: where a corpus's traces are, with `{corpus}` in it, for tokens' points to link to; "" where nowhere.
+    """
     if not one["points"]:
         return Markup('<p class="empty">No points to draw.</p>')
-    marks = "".join(point_mark(point, one["kind"], cards, listed) for point in reversed(one["points"]))
+    place = traces.replace("{corpus}", quote(one["corpus"]))
+    marks = "".join(point_mark(point, one["kind"], cards, listed, place) for point in reversed(one["points"]))
     label = f"Map of {one['label'].lower()}: {len(one['points'])} points in two dimensions"
     return Markup(
         f'<svg class="points" width="100%" height="{HEIGHT}" role="group" aria-label="{escape(label)}">{marks}</svg>'
     )
 
 
-def point_mark(point: Json, kind: str, cards: Collection[str], listed: Collection[str]) -> str:
-    """One point with what it says."""
+def point_mark(point: Json, kind: str, cards: Collection[str], listed: Collection[str], traces: str) -> str:
+    """One point with what it says; a token links to its place under `traces`, unless that is ""."""
     place = f'x="{3 + 94 * point["x"]:.1f}%" y="{MARGIN + (HEIGHT - 2 * MARGIN) * (1 - point["y"]):.0f}"'
     title = f"<title>{escape(point['said'])}</title>"
     if point["id"] is None:
         segment = point["segment"]
-        return f'<use href="#s{SEGMENT_SHAPES.get(segment, 1)}" class="point seg-{segment}" {place}>{title}</use>'
+        mark = f'<use href="#s{SEGMENT_SHAPES.get(segment, 1)}" class="point seg-{segment}" {place}>{title}</use>'
+        address = f"{traces}/{point['trace']}#t{point['position']}"
+        return f'<a href="{escape(address)}" tabindex="-1">{mark}</a>' if traces else mark
     mark = f'<use href="#s{shape_of(point["number"])}" class="point {colour_class(point["number"])}" {place}/>'
-    target = link_target(point["id"], point["number"], kind, cards, listed)
+    target = link_target(point["id"], point["anchor"], kind, cards, listed)
     # the lists below are the way by keyboard: hundreds of stops would be none
     return f'<a href="#{escape(target)}" tabindex="-1">{title}{mark}</a>'
 
 
-def link_target(feature: str, number: int, kind: str, cards: Collection[str], listed: Collection[str]) -> str:
-    """Where a feature is to be found on the page."""
+def link_target(feature: str, anchor: str, kind: str, cards: Collection[str], listed: Collection[str]) -> str:
+    """Where a feature is to be found on the page; `anchor` is that of its category's list."""
     for name in (feature, feature.rstrip("+-")):
         if name in cards:
             return f"card-{name}"
-    return f"m-{feature}" if feature in listed else f"cat-{kind}-{number}"
+    return f"m-{feature}" if feature in listed else f"cat-{kind}-{anchor}"
 
 
 def listed_features(kinds: Sequence[Json]) -> set[str]:

@@ -4,7 +4,7 @@ import contextlib
 import json
 import traceback
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from importlib import resources
 from typing import Any
 from urllib.parse import quote
@@ -15,6 +15,7 @@ from lorascope import __version__
 from lorascope.config import Options
 from lorascope.errors import BadInput, RunFailed
 from lorascope.report.build import make_environment
+from lorascope.report.scatter import point_map
 from lorascope.studio.live import Live
 from lorascope.studio.live_routes import add_live
 from lorascope.studio.notes import FILE, add_note, merge_notes
@@ -63,6 +64,7 @@ def environment() -> jinja2.Environment:
     loaders = [jinja2.PackageLoader("lorascope.studio"), jinja2.PackageLoader("lorascope.report")]
     made = make_environment(jinja2.ChoiceLoader(loaders))
     made.globals["feature_url"] = feature_url
+    made.globals["point_map"] = partial(point_map, traces="/trace/{corpus}")
     return made
 
 

@@ -1,9 +1,8 @@
 """What kinds of things features encode: shares of categories, where their weight comes from, maps and clusters."""
 
 from collections import Counter
-from typing import Any
 
-from lorascope.explain.categories.assign import NO_ANSWER, NONE_FITS
+from lorascope.explain.categories.assign import NO_ANSWER, NONE_FITS, WITHOUT
 from lorascope.study import Study
 from lorascope.views.feature_list import kind_rows
 from lorascope.views.reading import Json, json_file, json_lines, missing, ready, table_rows
@@ -28,11 +27,13 @@ def category_view(study: Study) -> Json:
     Returns:
         `{"available", "corpus", "by", "taxonomy", "categories": [{"name", "number", "description"}], "kinds": [{"kind",
         "label", "features", "firings", "traces", "rows": [share], "members": [group]}], "flow": {"rows", "unit",
-        "latents"} or None, "maps": [map], "agreement": [{"kind", "one", "two", "value", "null_95", "p", "n"}]}`.
-        A share is a row of `categories/shares.json` with its category's number; a group is `{"category", "number", "n",
-        "subcategories": [{"name", "n", "features": [{"id", "text", "reason", "score"}]}]}`; a map is `{"kind", "space",
-        "label", "total", "k", "silhouette", "clusters", "points": [{"id", "x", "y", "number", "segment", "cluster",
-        "said"}]}` with x and y from 0 to 1. Number 0 is for features without a category.
+        "latents"} or None, "maps": [map], "agreement": [{"kind", "one", "two", "value", "null_95", "p", "n"}],
+        "listed", "drawn"}`. A share is a row of `categories/shares.json` with its category's number and `anchor`, which
+        tells where on a page its features are listed; a group is `{"category", "number", "anchor", "n",
+        "subcategories": [{"name", "anchor", "n", "features": [{"id", "text", "reason", "score"}]}]}`; a map is
+        `{"kind", "space", "label", "corpus", "total", "k", "silhouette", "clusters", "points": [{"id", "x", "y",
+        "number", "anchor", "segment", "cluster", "trace", "position", "said"}]}` with x and y from 0 to 1. Number 0 is
+        for features without a category; `listed` and `drawn` are the most features in a list and points in a map.
     """
     shares = json_file(study, "categories/shares.json")
     if shares is None:
@@ -45,7 +46,12 @@ def category_view(study: Study) -> Json:
         "categories": [entry | {"number": numbers[entry["name"]]} for entry in shares["categories"]],
         "kinds": [one_kind(study, kind, shares["kinds"][kind], numbers, known[kind]) for kind in shares["kinds"]],
         "flow": numbered_flow(study, numbers),
-        "maps": [one_map(study, space, numbers, known.get(space["kind"], {})) for space in found["spaces"]],
+        "maps": [
+            one_map(study, space, numbers, known.get(space["kind"], {})) | {"corpus": shares["corpus"]}
+            for space in found["spaces"]
+        ],
+        "listed": MEMBERS,
+        "drawn": POINTS,
         "agreement": [agreement_row(row) for row in found["agreement"]],
         "map_by": found.get("map"),
         "embed": found.get("embed"),
@@ -61,15 +67,34 @@ def feature_category(study: Study, kind: str, feature: str) -> Json | None:
 
 def one_kind(study: Study, kind: str, table: Json, numbers: dict[str, int], known: dict[str, Json]) -> Json:
     """Shares and members of one kind."""
-    rows = [row | {"number": numbers.get(row["category"], 0)} for row in table["rows"]]
+    places = {(row["category"], row["subcategory"]): place for place, row in enumerate(table["rows"])}
+    rows = [
+        row
+        | {"number": numbers.get(row["category"], 0)}
+        | {"anchor": anchor_of(numbers, row["category"], row["subcategory"] and place)}
+        for place, row in enumerate(table["rows"])
+    ]
     assigned = json_lines(study, f"categories/{kind}.jsonl")
     kept = {key: table[key] for key in ("features", "firings", "traces")}
-    groups = numbers | {NONE_FITS: 0, NO_ANSWER: 0}
-    members = [group_of(name, number, assigned, known) for name, number in groups.items()]
+    names = [*numbers, NONE_FITS, NO_ANSWER, WITHOUT]
+    members = [group_of(name, numbers, assigned, known, places) for name in names]
     return {"kind": kind, "label": LABELS.get(kind, kind), "rows": rows, "members": members} | kept
 
 
-def group_of(name: str, number: int, assigned: tuple[Json, ...], known: dict[str, Json]) -> Json:
+def anchor_of(numbers: dict[str, int], category: str, place: int | None = None) -> str:
+    """The end of the address of a category's list: its number, for what has none its outcome, and for a subcategory its
+    place among the rows of shares."""
+    name = str(numbers[category]) if category in numbers else category.replace(" ", "-")
+    return name if place is None else f"{name}-{place}"
+
+
+def group_of(
+    name: str,
+    numbers: dict[str, int],
+    assigned: tuple[Json, ...],
+    known: dict[str, Json],
+    places: dict[tuple[str, str | None], int],
+) -> Json:
     """The features of one category (or of an outcome without one) by subcategory, the strongest of each."""
     inside = [row for row in assigned if name in (row["category"], row["outcome"])]
     strength = {row["feature"]: known.get(row["feature"], {}).get("strength") or 0.0 for row in inside}
@@ -85,8 +110,10 @@ def group_of(name: str, number: int, assigned: tuple[Json, ...], known: dict[str
             }
             for row in own[:MEMBERS]
         ]
-        subcategories.append({"name": sub, "n": count, "features": listed})
-    return {"category": name, "number": number, "n": len(inside), "subcategories": subcategories}
+        anchor = anchor_of(numbers, name, places[name, sub] if sub else None)
+        subcategories.append({"name": sub, "anchor": anchor, "n": count, "features": listed})
+    about = {"category": name, "number": numbers.get(name, 0), "anchor": anchor_of(numbers, name)}
+    return about | {"n": len(inside), "subcategories": subcategories}
 
 
 def numbered_flow(study: Study, numbers: dict[str, int]) -> Json | None:
@@ -109,7 +136,8 @@ def one_map(study: Study, space: Json, numbers: dict[str, int], known: dict[str,
     high = {axis: max((row[axis] for row in rows), default=1.0) for axis in "xy"}
     rows = sorted(rows, key=lambda row: -(known.get(row["feature"], {}).get("strength") or 0.0))
     rows = rows[:POINTS] if known else rows[:: max(1, -(-len(rows) // POINTS))]
-    points = [point_of(row, numbers, known) for row in rows]
+    outcomes = {row["feature"]: row["outcome"] for row in json_lines(study, f"categories/{space['kind']}.jsonl")}
+    points = [point_of(row, numbers, known, outcomes) for row in rows]
     for point, row in zip(points, rows, strict=True):
         point |= {axis: (row[axis] - low[axis]) / (high[axis] - low[axis] or 1.0) for axis in "xy"}
     values = space["silhouettes"]
@@ -126,17 +154,19 @@ def one_map(study: Study, space: Json, numbers: dict[str, int], known: dict[str,
     }
 
 
-def point_of(row: Json, numbers: dict[str, int], known: dict[str, Json]) -> Json:
+def point_of(row: Json, numbers: dict[str, int], known: dict[str, Json], outcomes: dict[str, str]) -> Json:
     """What a point is and says."""
     if row["feature"] is None:
         where = f"token {row['position']} of trace {row['trace']}"
-        return {"id": None, "number": None, "segment": row["segment"], "cluster": row["cluster"]} | {
-            "said": f"{row['text']!r}, {row['segment']}, {where}, cluster {row['cluster'] + 1}"
-        }
+        kept = {key: row[key] for key in ("segment", "cluster", "trace", "position")}
+        said = f"{row['text']!r}, {row['segment']}, {where}, cluster {row['cluster'] + 1}"
+        return {"id": None, "number": None, "anchor": None, "said": said} | kept
     text = known.get(row["feature"], {}).get("text") or "not explained"
     said = f"{row['feature']}: {row['category'] or 'no category'}, cluster {row['cluster'] + 1}; {text}"
-    kept: dict[str, Any] = {"id": row["feature"], "number": numbers.get(row["category"] or "", 0), "segment": None}
-    return kept | {"cluster": row["cluster"], "said": said}
+    place: Json = {"anchor": anchor_of(numbers, row["category"] or outcomes.get(row["feature"], NONE_FITS))}
+    place |= dict.fromkeys(("segment", "trace", "position"))
+    number = numbers.get(row["category"] or "", 0)
+    return {"id": row["feature"], "number": number, "cluster": row["cluster"], "said": said} | place
 
 
 def agreement_row(row: Json) -> Json:

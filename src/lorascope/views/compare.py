@@ -109,7 +109,7 @@ def verdict(test: Json) -> str:
         found = "no difference found" + (" after correction" if gap["low"] > 0 or gap["high"] < 0 else "")
         text = f"{sentence(first)} and {second}: {found} ({size}); a single test of this size finds one of "
         text += f"{test['detectable']:.3f} or more four times in five."
-    return text.replace("-", "−")
+    return (text + paired_words(test)).replace("-", "−")
 
 
 def sentence(words: str) -> str:
@@ -117,6 +117,16 @@ def sentence(words: str) -> str:
     return words[0].upper() + words[1:]
 
 
-def p_words(p: float) -> str:
-    """A corrected p-value in words."""
-    return "corrected p < 0.001" if p < 0.001 else f"corrected p = {p:.2g}"
+def paired_words(test: Json) -> str:
+    """The same difference between what stands at the same addresses; nothing for kinds without them."""
+    paired = test.get("paired")
+    if not paired or paired["p_uncorrected"] is None or paired["difference"]["low"] is None:
+        return ""
+    gap = paired["difference"]
+    size = f"{gap['value']:+.3f}, {gap['low']:+.3f} to {gap['high']:+.3f}"
+    return f" Paired at {paired['addresses']} addresses: {size}; {p_words(paired['p_uncorrected'], 'uncorrected')}."
+
+
+def p_words(p: float, kind: str = "corrected") -> str:
+    """A p-value in words."""
+    return f"{kind} p < 0.001" if p < 0.001 else f"{kind} p = {p:.2g}"

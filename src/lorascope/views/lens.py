@@ -11,11 +11,17 @@ BEYOND = 0.05
 
 def lens_view(study: Study) -> Json:
     """What the lens covers: `{"available", "features", "directions_elsewhere", "sides": {side: {"features",
-    "beyond_random", "random_largest"}}}`."""
+    "beyond_random", "by_chance", "random_largest"}}}`.
+
+    `beyond_random` is not corrected for the number of vectors; `by_chance` is how many would be counted if none did
+    more than random ones.
+    """
     record = study.manifest["stages"].get("lens")
     if record is None or not path_of(study, LENS):
         return missing(study, "the lens", "lorascope lens STUDY")
-    return dict(ready({"available": True} | record["result"]))
+    found = record["result"]
+    sides = {name: side | {"by_chance": BEYOND * side["features"]} for name, side in found["sides"].items()}
+    return dict(ready({"available": True} | found | {"sides": sides}))
 
 
 def feature_lens(study: Study, feature: str, *, shown: int = SHOWN) -> list[Json]:

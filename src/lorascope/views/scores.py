@@ -23,19 +23,23 @@ def explanation_scores(study: Study) -> Json:
     """Mean scores by explainer and kind of feature.
 
     Returns:
-        `{"available", "corpus", "explainer", "rows": [{"explainer", "kind", "label", "n", "features", "explained",
-        "reasons", "classes": {"0", "1", "2", "failed"} or None, "tasks": {"detection": {"own": {"value", "low", "high",
-        "n"}, "wrong": {..}, "shuffled": {..} or None, "gain": {..}, "auroc": {..} or None} or None, "fuzzing": ..}}]}`;
-        balanced accuracies (0.5 is chance), intervals that resample directions whole; `all` is without controls. A row
-        is of one explainer, the lexical one's come first.
+        `{"available", "corpus", "explainer", "ranked", "rows": [{"explainer", "kind", "label", "n", "features",
+        "explained", "reasons", "classes": {"0", "1", "2", "failed"} or None, "tasks": {"detection": {"own": {"value",
+        "low", "high", "n"}, "wrong": {..}, "shuffled": {..} or None, "gain": {..}, "auroc": {..} or None} or None,
+        "fuzzing": ..}}], "agreement": [{"explainer", "kind", "label", "with", "what", "n", "equal": {"value", "low",
+        "high"}, "kappa": {..} or None}]}`; balanced accuracies (0.5 is chance), intervals that resample directions
+        whole; `all` is without controls. A row is of one explainer, the lexical one's come first. `ranked` says whether
+        any has an AUROC, and `agreement` is empty where nothing was asked twice.
     """
     labels = explainers_of(study)
     if not labels:
         return missing(study, "explanations and their scores", "lorascope explain STUDY")
     rows = [row for label in labels for row in explainer_rows(study, label)]
     configs = [record["config"] for label in labels for record in explain_records(study, label).values()]
-    said = {"corpus": ", ".join(sorted({config["corpus"] for config in configs})), "explainer": ", ".join(labels)}
-    return dict(ready({"available": True, "rows": rows} | said))
+    said: Json = {"corpus": ", ".join(sorted({config["corpus"] for config in configs})), "explainer": ", ".join(labels)}
+    said |= {"ranked": any(task and task["auroc"] for row in rows for task in row["tasks"].values())}
+    agreement = [line for label in labels for line in agreement_rows(study, label)]
+    return dict(ready({"available": True, "rows": rows, "agreement": agreement} | said))
 
 
 def explainer_rows(study: Study, explainer: str) -> list[Json]:
@@ -46,6 +50,32 @@ def explainer_rows(study: Study, explainer: str) -> list[Json]:
     found["all"] = pool_kinds(study, explainer) | {"features": features}
     kinds = [*NAMES, *sorted(set(found) - set(NAMES))]
     return [score_row(explainer, kind, found[kind]) for kind in kinds if found.get(kind, {}).get("n")]
+
+
+def agreement_rows(study: Study, explainer: str) -> list[Json]:
+    """How far two passes or two judges agree about each kind; none where there was one pass."""
+    lines = []
+    for kind, record in explain_records(study, explainer).items():
+        found, config = record["result"], record["config"]
+        second = config.get("second_judge_model")
+        for what in (*TASKS, "classes"):
+            agreement = found.get(f"{what}_agreement")
+            if not agreement or not agreement["n"] or not study.holds(record):
+                continue
+            lines.append(
+                {"explainer": explainer, "kind": kind, "label": NAMES.get(kind, kind)}
+                | {"with": f"judge:{second}" if second else "its own second pass", "what": what, "n": agreement["n"]}
+                | {name: with_bounds(agreement, name) for name in ("equal", "kappa")}
+            )
+    return lines
+
+
+def with_bounds(agreement: Json, name: str) -> Json | None:
+    """A number of an agreement as `{"value", "low", "high"}`; None where it is not known."""
+    if agreement[name] is None:
+        return None
+    low, high = agreement.get(f"{name}_interval") or (None, None)
+    return {"value": agreement[name], "low": low, "high": high}
 
 
 def score_row(explainer: str, kind: str, found: Json) -> Json:

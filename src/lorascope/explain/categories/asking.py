@@ -8,10 +8,11 @@ from typing import Any
 
 from lorascope.errors import RunFailed
 from lorascope.explain.asking import open_judges
-from lorascope.explain.budget import Budget, BudgetSpent, Limits
+from lorascope.explain.budget import Budget, BudgetSpent, limits_of
 from lorascope.explain.categories.assign import NONE_FITS, AskAll
 from lorascope.explain.categories.taxonomy import Taxonomy
-from lorascope.explain.judges import Endpoint, Question, Reply
+from lorascope.explain.judges import Question, Reply, endpoint_of
+from lorascope.explain.settings import JudgeConfig
 from lorascope.study import Study
 
 TOLD = """\
@@ -28,20 +29,15 @@ Answer with one JSON object and nothing else: {"category": "a name from the list
 
 
 @contextmanager
-def judge_asker(
-    study: Study, endpoint: Endpoint, taxonomy: Taxonomy, workers: int, calls: int | None
-) -> Iterator[AskAll]:
-    """Inside, a function from features' texts to the judge's replies, kept in the judge's file.
-
-    Args:
-        workers: most requests in flight.
-        calls: most requests of this run, None for no limit.
+def judge_asker(study: Study, config: JudgeConfig, taxonomy: Taxonomy) -> Iterator[AskAll]:
+    """Inside, a function from features' texts to the replies of the judge that the options name, kept in its file.
 
     Raises:
         RunFailed: the budget is spent; what was answered is kept, and the same command continues.
     """
+    endpoint, budget = endpoint_of(config), Budget(limits_of(config))
     with ExitStack() as stack:
-        judge = open_judges(study, [endpoint], workers, Budget(Limits(calls)), stack)[endpoint]
+        judge = open_judges(study, [endpoint], config.judge_concurrency, budget, stack)[endpoint]
 
         def ask_all(texts: list[str]) -> list[Reply]:
             try:

@@ -150,12 +150,15 @@ def strongest_words(bags: Bags, number: int, member_V: FloatArray) -> list[str]:
 
 
 def assign_by_asking(ids: Sequence[str], texts: Sequence[str], ask_all: AskAll, taxonomy: Taxonomy) -> list[Assignment]:
-    """An assignment for each feature, as the judge answers; a feature with nothing to tell is not asked about."""
-    telling = [text for text in texts if "\n" in text]  # others hold only the feature's name
-    answers = iter(ask_all(telling))
+    """An assignment for each feature, as the judge answers.
+
+    A feature with nothing to tell is not asked about; those of which the same is told are one question.
+    """
+    telling = list(dict.fromkeys(text for text in texts if text))
+    answers = dict(zip(telling, ask_all(telling), strict=True))
     return [
-        _read_reply(feature, next(answers), taxonomy)
-        if "\n" in text
+        _read_reply(feature, answers[text], taxonomy)
+        if text
         else Assignment(feature, WITHOUT, None, None, "judge", REASON_WITHOUT)
         for feature, text in zip(ids, texts, strict=True)
     ]

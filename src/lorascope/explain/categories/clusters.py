@@ -150,15 +150,39 @@ def adjusted_rand(one_P: IntArray, two_P: IntArray) -> float:
     return 1.0 if most == expected else (pairs - expected) / (most - expected)
 
 
-def measure_agreement(one_P: IntArray, two_P: IntArray, rng: np.random.Generator) -> dict[str, float]:
+def measure_agreement(
+    one_P: IntArray, two_P: IntArray, directions_P: Sequence[str], rng: np.random.Generator
+) -> dict[str, float]:
     """Adjusted Rand index beside the same for labels dealt out anew: `{"value", "null_95", "p", "n"}`.
 
-    `null_95` is the 95th percentile over `PERMUTATIONS`, `p` the share of them (and the observed one) that reach it.
+    The labels of a direction's polarities depend on each other, so whole directions change places, each with one that
+    has as many points. `null_95` is the 95th percentile over `PERMUTATIONS`, `p` the share of them (and the observed
+    one) that reach it.
+
+    Args:
+        directions_P: what each point is a polarity of; a latent is one of its own.
     """
     value = adjusted_rand(one_P, two_P)
-    null = np.array([adjusted_rand(one_P, rng.permutation(two_P)) for _ in range(PERMUTATIONS)])
+    blocks = equal_blocks(directions_P)
+    null = np.array([adjusted_rand(one_P, _deal_anew(two_P, blocks, rng)) for _ in range(PERMUTATIONS)])
     p = (1 + int((null >= value - 1e-12).sum())) / (1 + PERMUTATIONS)
     return {"value": value, "null_95": float(np.quantile(null, 0.95)), "p": p, "n": len(one_P)}
+
+
+def equal_blocks(directions_P: Sequence[str]) -> list[IntArray]:
+    """Numbers of the points of each direction, one table [directions, points] for each number of points that occurs."""
+    members: dict[str, list[int]] = {}
+    for number, direction in enumerate(directions_P):
+        members.setdefault(direction, []).append(number)
+    sizes = sorted({len(own) for own in members.values()})
+    return [np.array([own for own in members.values() if len(own) == size], np.int64) for size in sizes]
+
+
+def _deal_anew(label_P: IntArray, blocks: Sequence[IntArray], rng: np.random.Generator) -> IntArray:
+    dealt_P = label_P.copy()
+    for block in blocks:
+        dealt_P[block] = label_P[rng.permutation(block)]  # rows change places, and stay whole
+    return dealt_P
 
 
 def weigh_words(words_P: Sequence[dict[str, float]], most: int = 2_000) -> FloatArray:

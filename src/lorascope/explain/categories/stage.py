@@ -63,8 +63,8 @@ from lorascope.explain.categories.words import (
     make_bags,
 )
 from lorascope.explain.judge_log import is_passing
-from lorascope.explain.judges import Endpoint, Reply
-from lorascope.explain.settings import check_url
+from lorascope.explain.judges import Reply
+from lorascope.explain.settings import JudgeConfig, check_judge
 from lorascope.explained import current_rows
 from lorascope.features import FeatureSet, load_features
 from lorascope.progress import progress
@@ -77,7 +77,7 @@ MAPS = {"pca", "umap"}
 
 
 @dataclass(frozen=True)
-class CategorizeConfig:
+class CategorizeConfig(JudgeConfig):
     """Sort features into the categories of a taxonomy, measure their shares, and cluster the features without it."""
 
     taxonomy: str | None = None
@@ -95,16 +95,6 @@ class CategorizeConfig:
     (default: TF-IDF)."""
     enough: int = 20
     """A feature that fires on fewer tokens is not clustered."""
-    judge_model: str | None = None
-    """Name of the judge's model, as its server knows it."""
-    judge_url: str | None = None
-    """Base URL of an OpenAI-compatible server, for example http://localhost:8000/v1."""
-    judge_key_env: str = ""
-    """Name of the environment variable that holds the judge's key (default: no key is sent)."""
-    judge_concurrency: int = 8
-    """Most requests in flight."""
-    budget_calls: int | None = None
-    """Most requests that this run may send; what was answered is kept, and the same command continues."""
 
 
 def categorize(study: Study, config: CategorizeConfig, options: Options, ask: Ask | None = None) -> dict[str, Any]:
@@ -127,7 +117,7 @@ def categorize(study: Study, config: CategorizeConfig, options: Options, ask: As
     if not kinds or config.enough < 1:
         raise BadInput("Name at least one kind in --kinds, and give --enough a number of at least 1.")
     if config.by == "judge" and ask is None:
-        check_judge(config)
+        check_judge(config, "--by judge")
     taxonomy = load_taxonomy(config.taxonomy)
     features = {kind: load_features(study, config.corpus, kind) for kind in dict.fromkeys(kinds)}
     inputs = required_inputs(study, config.corpus, features)
@@ -152,15 +142,6 @@ def categorize(study: Study, config: CategorizeConfig, options: Options, ask: As
     return result
 
 
-def check_judge(config: CategorizeConfig) -> None:
-    """Raise BadInput unless the options of the judge make sense."""
-    if not config.judge_model or not config.judge_url:
-        raise BadInput("--by judge needs --judge-model and --judge-url; see docs/judges.md.")
-    check_url(config.judge_url)
-    if min(config.judge_concurrency, 1 if config.budget_calls is None else config.budget_calls) < 1:
-        raise BadInput("Give --judge-concurrency and --budget-calls at least 1.")
-
-
 @contextmanager
 def asker(study: Study, config: CategorizeConfig, taxonomy: Taxonomy, ask: Ask | None) -> Iterator[AskAll | None]:
     """Inside, what answers for many features at once; None where words assign."""
@@ -169,8 +150,7 @@ def asker(study: Study, config: CategorizeConfig, taxonomy: Taxonomy, ask: Ask |
     elif ask is not None:
         yield lambda texts: [Reply(ask(text)) for text in texts]
     else:
-        endpoint = Endpoint(str(config.judge_model), str(config.judge_url), config.judge_key_env)
-        with judge_asker(study, endpoint, taxonomy, config.judge_concurrency, config.budget_calls) as ask_all:
+        with judge_asker(study, config, taxonomy) as ask_all:
             yield ask_all
 
 
@@ -275,7 +255,7 @@ def assign_kind(kind: Kind, taxonomy: Taxonomy, ask_all: AskAll | None, rng: np.
     """A category, or a reason for none, for every feature of a kind."""
     ids = kind.features.ids
     if ask_all is not None:
-        told = [feature_text(f, rows, found) for f, rows, found in zip(ids, kind.rows_F, kind.examples_F, strict=True)]
+        told = [feature_text(rows, found) for rows, found in zip(kind.rows_F, kind.examples_F, strict=True)]
         return assign_by_asking(ids, told, ask_all, taxonomy)
     sources = [(*explanation_words(rows), found) for rows, found in zip(kind.rows_F, kind.examples_F, strict=True)]
     return assign_by_words(ids, make_bags(sources), taxonomy, rng)

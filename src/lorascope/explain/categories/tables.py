@@ -15,6 +15,7 @@ from lorascope.explain.categories.assign import Assignment
 from lorascope.explain.categories.clusters import measure_agreement
 from lorascope.explain.categories.kinds import Kind, explained_words
 from lorascope.explain.categories.spaces import Space, add_up
+from lorascope.features import cluster_of
 from lorascope.store import Store
 from lorascope.traces import SEGMENT_NAMES
 
@@ -68,9 +69,8 @@ def compare_spaces(
         both = sorted(labels[one].keys() & labels[two].keys())
         if len(both) < 4:
             continue
-        found = measure_agreement(
-            np.array([labels[one][f] for f in both]), np.array([labels[two][f] for f in both]), rng
-        )
+        one_P, two_P = (np.array([labels[name][f] for f in both]) for name in (one, two))
+        found = measure_agreement(one_P, two_P, [cluster_of(assigned[f].feature) for f in both], rng)
         rows.append({"kind": spaces[0].kind, "one": one, "two": two} | found)
     return rows
 
