@@ -15,7 +15,7 @@ from lorascope.views.one_feature import (
     open_features,
     token_part,
 )
-from lorascope.views.reading import Json, json_file, missing, ready
+from lorascope.views.reading import Json, known_levels, missing, ready
 
 
 def trace_page(study: Study, corpus: str, index: int, feature: str | None = None, *, limit: int | None = None) -> Json:
@@ -27,7 +27,8 @@ def trace_page(study: Study, corpus: str, index: int, feature: str | None = None
 
     Returns:
         `{"available", "corpus", "index", "id", "n_traces", "length", "tokens", "segments", "segment_names",
-        "response_start", "feature": {"id", "unit", "values", "level", "max"} or None}`.
+        "response_start", "sinks": positions of attention sinks, which never count as firing, "feature": {"id", "unit",
+        "values", "level", "max"} or None}`.
 
     Raises:
         BadInput: no such trace or feature.
@@ -39,7 +40,8 @@ def trace_page(study: Study, corpus: str, index: int, feature: str | None = None
     store = features.store
     if not 0 <= index < store.n_traces:
         raise BadInput(f"{corpus} has traces 0 to {store.n_traces - 1}; there is no trace {index}.")
-    length = int(store.offsets[index + 1] - store.offsets[index])
+    first = int(store.offsets[index])
+    length = int(store.offsets[index + 1]) - first
     stop = min(length, limit or length)
     shown: Json = {
         "available": True,
@@ -50,6 +52,7 @@ def trace_page(study: Study, corpus: str, index: int, feature: str | None = None
         "length": length,
         "segment_names": list(SEGMENT_NAMES),
         "response_start": int(store.response_start[index]),
+        "sinks": np.flatnonzero(store.sink[first : first + stop]),
         "feature": trace_feature(study, corpus, index, feature, stop) if feature else None,
     }
     return dict(ready(shown | token_part(study, features, index, 0, stop)))
@@ -64,8 +67,7 @@ def trace_feature(study: Study, corpus: str, index: int, feature: str, stop: int
         raise BadInput(f"There is no feature {feature!r} of kind {kind} in {study.path}.")
     first = int(features.store.offsets[index])
     values = activations(features, column, np.arange(first, first + stop))
-    levels: dict[str, Any] = (json_file(study, "examples/levels.json") or {}).get(kind, {})
-    level = 0.0 if features.latent else levels.get(feature)
+    level = 0.0 if features.latent else known_levels(study, kind).get(feature)
     return {
         "id": feature,
         "unit": features.unit,

@@ -56,6 +56,18 @@ def json_file(study: Study, relative: str) -> Any:
     return read_json(path) if path else None
 
 
+def known_levels(study: Study, kind: str) -> dict[str, float]:
+    """Firing levels by feature of a kind; empty before its examples were searched for."""
+    return dict((json_file(study, "examples/levels.json") or {}).get(kind, {}))
+
+
+def missing_levels(study: Study, corpus: str, kind: str) -> Json:
+    """What to run where features of a kind have no firing level yet: `{"what", "run"}`."""
+    command = f"lorascope examples STUDY --corpus {corpus} --kinds {kind}"
+    said: Json = missing(study, f"the level above which a {kind} fires", command)["missing"]
+    return said
+
+
 def json_lines(study: Study, relative: str) -> tuple[Json, ...]:
     """Rows of a JSON Lines file, none when there is none; a last line cut off by an interruption is left out.
 
