@@ -83,14 +83,16 @@ def token_list(tokens: Sequence[Mapping[str, Any]]) -> Markup:
     return Markup(" ".join(shown))
 
 
-def plain_tokens(tokens: Sequence[str], segments: Sequence[int]) -> Markup:
-    """A whole trace, one element per token, line breaks kept; a script colours it."""
+def plain_tokens(tokens: Sequence[str], segments: Sequence[int], sinks: Sequence[int] = ()) -> Markup:
+    """A whole trace, one element per token, line breaks kept; a script colours it. Attention sinks are marked, since
+    they never count as firing."""
     parts: list[str] = []
     last = None
-    for text, code in zip(tokens, segments, strict=True):
+    uncounted = set(sinks)
+    for i, (text, code) in enumerate(zip(tokens, segments, strict=True)):
         if code != last and code != 0:
             parts.append(segment_mark(code))
             last = code
-        name = ' class="sp"' if code == 0 else ""
+        name = ' class="sp"' if code == 0 else ' class="sk"' if i in uncounted else ""
         parts.append(f"<span{name}>{escape(shown_text(text))}</span>" + "<br>" * min(2, text.count("\n")))
     return Markup("".join(parts))

@@ -75,7 +75,7 @@ def feature_page(
         gone.append(missing(study, f"examples of {kind}s on {corpus}", command)["missing"])
     page |= statistics(stats[0] if stats else None)
     page["densities"] = segment_densities(features, stats[0]) if stats else None
-    page["around"] = tokens_around(features, vocabulary_of(study), rows or [])
+    page["around"] = tokens_around(features, vocabulary_of(study) if rows else [], rows or [])
     page["examples"] = shown_examples(study, features, column, rows or [], window, top, per_quantile)
     page["kl"] = direction_kl(study).get(str(page["address"])) if kind == "direction" else None
     page["explanation"] = explanation_of(study, kind, feature)

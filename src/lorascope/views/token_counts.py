@@ -8,7 +8,6 @@ import numpy.typing as npt
 
 from lorascope.features import FeatureSet
 from lorascope.store import INDEX, Store
-from lorascope.token_text import vocabulary_texts
 from lorascope.traces import SEGMENT_NAMES
 from lorascope.views.kept import stamp
 from lorascope.views.reading import Json
