@@ -4,15 +4,15 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, expect
 
 from lorascope.studio.notes import FILE, current_notes, read_events
 from lorascope.study import Study
+from lorascope.views.effects import direction_effects
 from report_study import HOSTILE, make_report_study
-from studio_server import studio_at
+from studio_server import opened, studio_at
 
 PAGES = {
     "overview": "/",
@@ -32,26 +32,15 @@ PAGES = {
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
-    return make_report_study(tmp_path_factory.mktemp("browser") / "study")
+    study = make_report_study(tmp_path_factory.mktemp("browser") / "study")
+    direction_effects(study, "train")  # else the map would reload once they are measured
+    return study
 
 
 @pytest.fixture(scope="module")
 def base(study: Study) -> Iterator[str]:
     with studio_at(study) as address:
         yield address
-
-
-def opened(browser: Browser, address: str, **context: Any) -> tuple[Page, list[str]]:
-    """A page in a new window; the list collects errors and requests to anywhere else."""
-    page = browser.new_context(**context).new_page()
-    trouble: list[str] = []
-    host = "/".join(address.split("/")[:3])
-    page.on("console", lambda message: trouble.append(message.text) if message.type in ("error", "warning") else None)
-    page.on("pageerror", lambda error: trouble.append(str(error)))
-    page.on("request", lambda request: None if request.url.startswith(host) else trouble.append(request.url))
-    page.goto(address)
-    page.wait_for_load_state("networkidle")
-    return page, trouble
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -185,7 +174,7 @@ def test_matrix_by_keyboard(browser: Browser, study: Study, base: str, tmp_path:
         page, trouble = opened(browser, address + "/map")
         page.locator("#matrix").focus()
         page.keyboard.press("ArrowRight")
-        assert page.locator("#pair").inner_text() == "L0.q and L1.gate: cosine −0.50"
+        expect(page.locator("#pair")).to_have_text("L0.q and L1.gate: cosine −0.50")
         pixels = page.evaluate("[...document.querySelector('#matrix').getContext('2d').getImageData(0, 0, 2, 2).data]")
         assert pixels[0:4] == pixels[12:16] != pixels[4:8] == pixels[8:12]
         page.keyboard.press("ArrowDown")
