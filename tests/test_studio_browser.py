@@ -188,10 +188,15 @@ def test_notes_are_saved_at_once_and_stay(browser: Browser, study: Study, base: 
     editor = page.locator("#side-0 .note-editor")
     page.keyboard.press("s")
     expect(editor.locator(".saved")).to_have_text("Saved.")
-    for name, value in ((".label", "the verb"), (".text", f"is, or {HOSTILE}"), (".tags", "verb, to be")):
-        editor.locator(name).fill(value)
-        editor.locator(name).blur()
-        page.wait_for_load_state("networkidle")
+    fields = (
+        (".label", "the verb", "label"),
+        (".text", f"is, or {HOSTILE}", "text"),
+        (".tags", "verb, to be", "to-be"),
+    )
+    for name, value, last in fields:
+        with page.expect_response(lambda answer, last=last: last in (answer.request.post_data or "")):
+            editor.locator(name).fill(value)
+            editor.locator(name).blur()
     expect(editor.locator(".saved")).to_have_text("Saved.")
     note = current_notes(read_events(study.path / FILE)[0])["feature:L2.down+"]
     assert (note.star, note.label, note.tags) == (True, "the verb", ("to-be", "verb"))
