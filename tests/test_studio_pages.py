@@ -276,7 +276,7 @@ def test_scores_stand_beside_controls(copy: Study, monkeypatch: pytest.MonkeyPat
     other = row | {"explainer": "judge", "label": "control: of a judge"}
     monkeypatch.setattr(pages, "explanation_scores", lambda study: {"rows": [row, other, row | {"kind": "latent"}]})
     html = client_of(copy).get(f"/feature/{GATE}").text
-    assert "Detection on average, by the same explainer: control: base model 0.90.</p>" in html
+    assert "Controls by the same explainer, mean detection: base model 0.90.</p>" in html
     assert "of a judge" not in html
 
 

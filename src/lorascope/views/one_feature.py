@@ -49,7 +49,7 @@ def feature_page(
         `categories/KIND.jsonl` or None, "examples": {"top": [example], "q0": [..], ..}, "decoder": signed map or None,
         "neighbours": [{"id", "cosine"}], "lens": [side], "missing_stages": [..]}`; `lens` is that of `feature_lens`.
         An example is `{"trace", "trace_id", "position", "activation", "segment", "start", "peak", "tokens", "values",
-        "segments", "more_before", "more_after"}`: `peak` is the place of the example in `tokens`, `start` the
+        "segments", "sinks", "more_before", "more_after"}`: `peak` is the place of the example in `tokens`, `start` the
         position of `tokens[0]` in its trace. `typical` is the median activation over ordinary tokens: 0 but for
         directions with a constant offset.
 
@@ -235,12 +235,14 @@ def example_window(
 
 
 def token_part(study: Study, features: FeatureSet, trace: int, start: int, stop: int) -> Json:
-    """Texts and segment codes of the tokens [start, stop) of a trace."""
+    """Texts and segment codes of the tokens [start, stop) of a trace, and which of them are attention sinks."""
     first = int(features.store.offsets[trace])
     before = max(0, start - MARGIN)
     ids = features.store.tokens[first + before : first + stop].tolist()
     texts = token_texts(tokenizer_of(study), ids)[start - before :]
-    return {"tokens": texts, "segments": features.store.segments[first + start : first + stop].tolist()}
+    place = slice(first + start, first + stop)
+    sinks = np.flatnonzero(features.store.sink[place]).tolist()
+    return {"tokens": texts, "segments": features.store.segments[place].tolist(), "sinks": sinks}
 
 
 def activations(features: FeatureSet, column: int, places_T: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:

@@ -40,8 +40,7 @@ def trace_page(study: Study, corpus: str, index: int, feature: str | None = None
     store = features.store
     if not 0 <= index < store.n_traces:
         raise BadInput(f"{corpus} has traces 0 to {store.n_traces - 1}; there is no trace {index}.")
-    first = int(store.offsets[index])
-    length = int(store.offsets[index + 1]) - first
+    length = int(store.offsets[index + 1] - store.offsets[index])
     stop = min(length, limit or length)
     shown: Json = {
         "available": True,
@@ -52,7 +51,6 @@ def trace_page(study: Study, corpus: str, index: int, feature: str | None = None
         "length": length,
         "segment_names": list(SEGMENT_NAMES),
         "response_start": int(store.response_start[index]),
-        "sinks": np.flatnonzero(store.sink[first : first + stop]),
         "feature": trace_feature(study, corpus, index, feature, stop) if feature else None,
     }
     return dict(ready(shown | token_part(study, features, index, 0, stop)))

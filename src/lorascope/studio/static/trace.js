@@ -140,7 +140,7 @@ if (box) {
         });
         if (missing) return make("div", {}, make("h3", { textContent: `${kind}s` }), make("p", { className: "absent", textContent: `Not computed yet: ${missing.what}. Run ` }, make("code", { textContent: missing.run })));
         const shown = rows.length < firing ? `, the strongest ${rows.length}` : "";
-        return make("div", {}, make("h3", { textContent: `${firing} ${kind}s fire${shown}` }), make("ol", {}, ...items));
+        return make("div", {}, make("h3", { textContent: `${firing} ${firing === 1 ? `${kind} fires` : `${kind}s fire`}${shown}` }), make("ol", {}, ...items));
       });
       if (!found.ordinary) parts.unshift(make("p", { className: "caption", textContent: "Template, markup or an attention sink: it counts for no feature." }));
       here.replaceChildren(title, noteOn(t, found.note.text), ...parts);
