@@ -16,12 +16,14 @@ from starlette.testclient import TestClient
 
 from lorascope.config import Options
 from lorascope.errors import RunFailed
+from lorascope.explain import ExplainConfig
 from lorascope.report.grids import decoder_map
 from lorascope.report.marks import score_pair, share_bar
 from lorascope.store import Store, store_folder
-from lorascope.studio import measuring, pages
+from lorascope.studio import measuring
 from lorascope.studio.app import make_app
 from lorascope.study import Study, write_json
+from lorascope.views.control_scores import control_means
 from lorascope.views.effects import CACHE, direction_effects
 from lorascope.views.maps import class_grid, score_grid
 from report_study import FLOOR, make_report_study
@@ -260,24 +262,28 @@ def test_a_feature_page_has_densities_and_the_tokens_around(study: Study) -> Non
     assert "of its tokens" in share_bar({"think": 1.0}, {"think": 0.25})
 
 
-def test_scores_stand_beside_controls(copy: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_stand_beside_controls(copy: Study) -> None:
     score = {"value": 0.9, "low": 0.8, "high": 1.0, "n": 40}
-    shown = score_pair(
-        "detection", {"own": score, "wrong": score | {"value": 0.5}, "shuffled": score | {"value": 0.45}}
-    )
+    pair = {"own": score, "wrong": score | {"value": 0.5}, "shuffled": score | {"value": 0.45}}
+    shown = score_pair("detection", pair)
     assert "wrong 0.50, shuffled 0.45" in shown
     assert "on shuffled firings 0.45" in shown
-    row = {
-        "explainer": "lexical",
-        "kind": "base",
-        "label": "control: base model",
-        "tasks": {"detection": {"own": score}},
+    result = {
+        "n": 3,
+        "features": 3,
+        "explained": 3,
+        "reasons": {},
+        "detection": {"mean": 0.61, "low": 0.6, "high": 0.7},
     }
-    other = row | {"explainer": "judge", "label": "control: of a judge"}
-    monkeypatch.setattr(pages, "explanation_scores", lambda study: {"rows": [row, other, row | {"kind": "latent"}]})
+    for stage in ("explain:heldout:base", "explain:heldout:random:judge"):
+        copy.run(stage, ExplainConfig(), Options(), inputs=[], outputs=[], work=lambda: result)
+    means = control_means(copy)
+    assert [(row["explainer"], row["kind"], row["means"]) for row in means] == [
+        ("lexical", "base", {"detection": 0.61}),
+        ("judge", "random", {"detection": 0.61}),
+    ]
     html = client_of(copy).get(f"/feature/{GATE}").text
-    assert "Controls by the same explainer, mean detection: base model 0.90.</p>" in html
-    assert "of a judge" not in html
+    assert "Controls by the same explainer, mean detection: base model 0.61.</p>" in html
 
 
 def test_a_decoder_shows_its_sign_without_colour(study: Study) -> None:

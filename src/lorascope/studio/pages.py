@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorascope.errors import BadInput, MissingStage, RunFailed
-from lorascope.features import CONTROLS, KINDS
+from lorascope.features import KINDS
 from lorascope.studio.live import MOST_FEATURES, RUNS, WEIGHTS, sample_prompts
 from lorascope.studio.measuring import Measurement, known_effects, measure
 from lorascope.studio.notes import FILE, Note, current_notes, read_events, searchable
@@ -30,6 +30,7 @@ from lorascope.views import (
     sae_page,
     training_curves,
 )
+from lorascope.views.control_scores import control_means
 from lorascope.views.feature_list import feature_kind, feature_place
 from lorascope.views.feature_search import SORTS, FeatureQuery, feature_index, find_features
 from lorascope.views.firing import check_corpus, coloured_trace, fires_here, trace_list
@@ -256,14 +257,6 @@ def compared(study: Study, feature: str, corpus: str) -> Json:
         return feature_page(study, feature, corpus, top=6, per_quantile=0)
     except BadInput as error:
         return {"available": False, "id": feature, "error": str(error)}
-
-
-def control_means(study: Study) -> list[Json]:
-    """Mean scores of the explanations of every kind of control, by explainer."""
-    rows = [row for row in explanation_scores(study).get("rows", []) if row["kind"] in CONTROLS]
-    means = ({task: found["own"]["value"] for task, found in row["tasks"].items() if found} for row in rows)
-    kept = ("explainer", "kind", "label")
-    return [{key: row[key] for key in kept} | {"means": mean} for row, mean in zip(rows, means, strict=True) if mean]
 
 
 def traces_page(study: Study, path: Parts, query: Parts) -> Json:
