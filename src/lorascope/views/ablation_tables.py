@@ -3,6 +3,7 @@
 from typing import Any
 
 from lorascope.study import Study
+from lorascope.views.kept import kept_view
 from lorascope.views.reading import Json, interval, json_file, missing, ready, table_rows
 
 WAYS = ("direction", "layer", "type", "group")
@@ -82,6 +83,13 @@ def strength(row: Json) -> tuple[bool, float]:
 
 
 def direction_kl(study: Study) -> dict[str, Any]:
-    """KL rows by direction's address, empty when directions were not ablated."""
+    """KL rows by direction's address, empty when directions were not ablated. Shared between callers: do not change
+    them."""
+    rows: dict[str, Any] = kept_view(study, direction_rows)
+    return rows
+
+
+def direction_rows(study: Study) -> dict[str, Any]:
+    """`direction_kl` of one state of the study."""
     table = ablation_table(study, "direction")
     return {row["target"]: row for row in table["rows"]} if table["available"] else {}

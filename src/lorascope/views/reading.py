@@ -144,8 +144,12 @@ def read_table(path: Path, size: int, modified: int) -> tuple[pa.Table, dict[str
         raise RunFailed(f"{path} is damaged ({error}); remove it and run its stage again.") from error
     places: dict[str, list[int]] = {}
     if "feature" in table.column_names:
-        for number, feature in enumerate(table.column("feature").to_pylist()):
-            places.setdefault(feature, []).append(number)
+        coded = table.column("feature").cast(pa.string()).combine_chunks().dictionary_encode("encode")
+        codes = coded.indices.to_numpy()
+        order = np.argsort(codes, kind="stable")
+        names = coded.dictionary.to_pylist()
+        bounds = np.searchsorted(codes[order], np.arange(len(names) + 1))
+        places = {name: order[bounds[i] : bounds[i + 1]].tolist() for i, name in enumerate(names)}
     return table, places
 
 
