@@ -4,7 +4,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
@@ -13,9 +12,6 @@ from lorascope.studio.app import make_app
 from lorascope.studio.guard import guarded, rules_for
 from lorascope.studio.server import address_of, bind
 from lorascope.study import Study
-
-if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
 
 
 @contextmanager
@@ -31,16 +27,3 @@ def studio_at(study: Study) -> Iterator[str]:
     yield address_of("127.0.0.1", bound.getsockname()[1]).rstrip("/")
     server.should_exit = True
     thread.join(10)
-
-
-def opened(browser: "Browser", address: str, **context: Any) -> tuple["Page", list[str]]:
-    """A page in a new window; the list collects errors and requests to anywhere else."""
-    page = browser.new_context(**context).new_page()
-    trouble: list[str] = []
-    host = "/".join(address.split("/")[:3])
-    page.on("console", lambda message: trouble.append(message.text) if message.type in ("error", "warning") else None)
-    page.on("pageerror", lambda error: trouble.append(str(error)))
-    page.on("request", lambda request: None if request.url.startswith(host) else trouble.append(request.url))
-    page.goto(address)
-    page.wait_for_load_state("networkidle")
-    return page, trouble

@@ -12,7 +12,8 @@ from lorascope.adapter import Adapter
 from lorascope.study import Study
 from lorascope.views.effects import direction_effects
 from report_study import make_report_study
-from studio_server import opened, studio_at
+from studio_server import studio_at
+from test_studio_browser import opened
 
 
 @pytest.fixture(scope="module")
