@@ -62,20 +62,42 @@ def prepare(study: Path) -> None:
 
 
 def measure(study: Path, files: list[str]) -> dict[str, Any]:
-    """Run files of rows, on the CPU and on a GPU if there is one; merges their results into what earlier runs found."""
-    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    """Run files of rows, on the CPU and on a GPU if there is one; merges what it finds into what earlier runs found.
+
+    A run of all files starts from nothing, so that all rows are of one run. Examples are searched on the CPU alone.
+    """
+    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() and set(files) != set(FILES) else {}
     devices = {"cpu": ""} | ({"cuda": "_cuda"} if torch.cuda.is_available() else {})
+    run = time.strftime("%Y-%m-%d %H:%M")
     for name, (device, suffix) in itertools.product(files, devices.items()):
+        if (name, device) == ("examples", "cuda"):
+            continue
         started = time.perf_counter()
         command = [sys.executable, str(HERE / f"{name}.py"), str(study)]
         environment = os.environ | {"BENCH_DEVICE": device}
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
         rows = json.loads(output.splitlines()[-1])
-        stamp = {"machine": rows.pop("machine"), "date": time.strftime("%Y-%m-%d")}
+        spent = round(time.perf_counter() - started)
+        stamp = {"machine": rows.pop("machine"), "run": run, "commit": commit(), "file_seconds": spent}
         results |= {key + suffix: found | stamp for key, found in rows.items()}
         RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-        print(f"{name} on {device}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+        print(f"{name} on {device}: {spent} s", file=sys.stderr, flush=True)
     return results
+
+
+def commit() -> str:
+    """The state of the code, with + where it was changed since."""
+    told = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=HERE, stdout=subprocess.PIPE, text=True)
+    return told.stdout.strip()
+
+
+def reached(found: dict[str, Any], floor: str) -> str:
+    """Whether a row is at its floor and its values agree with the peer's; nothing where there is no floor."""
+    if not floor:
+        return ""
+    limit = float(floor.removeprefix("at most "))
+    good = found["ratio"] <= limit if floor.startswith("at most") else found["ratio"] >= limit
+    return "yes" if good and found.get("agrees", True) else "**no**"
 
 
 def number(value: float) -> str:
@@ -85,19 +107,22 @@ def number(value: float) -> str:
 
 def table(results: dict[str, Any]) -> str:
     """The README's table; a row that was not measured is left out."""
-    lines = ["| work | beside | ours | peer's | ratio | floor |", "|---|---|---|---|---|---|"]
+    lines = ["| work | beside | ours | peer's | ratio | floor | reached |", "|---|---|---|---|---|---|---|"]
     for (key, (work, peer, floor)), suffix in itertools.product(TABLE.items(), ("", "_cuda")):
         found = results.get(key + suffix)
         if found:
             work += " (GPU)" if suffix else ""
+            if "unexplained_ours" in found:
+                both = (f"{found[f'unexplained_{side}']:.3f}" for side in ("ours", "peer"))
+                work += f" (variance unexplained {' and '.join(both)})"
             unit = found["unit"].split(",")[0]
             lines.append(
                 f"| {work} | {peer} | {number(found['ours'])} {unit} | {number(found['peer'])} | "
-                f"**{number(found['ratio'])}** | {floor} |"
+                f"**{number(found['ratio'])}** | {floor} | {reached(found, floor)} |"
             )
-    dates = sorted({found["date"] for found in results.values()})
+    runs = sorted({f"{found.get('run')} at commit {found.get('commit')}" for found in results.values()})
     machines = sorted({found["machine"] for found in results.values()})
-    made = f"Medians of `make bench`, {' and '.join(dates)}; {'; '.join(machines)}."
+    made = f"Medians of `make bench`, {' and '.join(runs)}; {'; '.join(machines)}."
     return "\n".join([BEGIN, made, "", *lines, END])
 
 
@@ -124,7 +149,9 @@ def plot(results: dict[str, Any]) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
     for name, runs in rows.items():
         sizes = [run["size"] for run in runs]
-        left.plot(sizes, [run["seconds"] / runs[0]["seconds"] for run in runs], "o-", label=name)
+        once = runs[0]["seconds"] / runs[0]["work"]
+        work = [run["work"] / runs[0]["work"] for run in runs]
+        left.plot(work, [run["seconds"] / (once * runs[0]["work"]) for run in runs], "o-", label=name)
         right.plot(sizes, [run["peak"] for run in runs], "o-", label=name)
     left.plot([1, 16], [1, 16], "k:", label="linear")
     left.set(xscale="log", yscale="log", xlabel="work", ylabel="time (once = 1)", title="Time grows with the work")
@@ -147,8 +174,10 @@ def main() -> None:
     if unknown := [name for name in files if name not in FILES]:
         parser.error(f"there are no rows {unknown[0]!r}; choose from {', '.join(FILES)}")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    started = time.perf_counter()
     prepare(options.study)
     results = measure(options.study, files)
+    print(f"{(time.perf_counter() - started) / 60:.0f} min in all", file=sys.stderr, flush=True)
     write_readme(results)
     plot(results)
     print(table(results))

@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -33,13 +34,23 @@ def row(ratio: float, ours: float, peer: float, unit: str, **more: Any) -> dict[
 def compare(
     ours: Callable[[], Any], peer: Callable[[], Any], repeats: int = 5, warmup: int = 1
 ) -> tuple[float, float, float]:
-    """Median seconds of both, run in turn so that the machine's noise meets both, and the median of peer / ours."""
+    """Median seconds of both, and the median of peer / ours, run in turn."""
+    times = take_turns({"ours": ours, "peer": peer}, repeats, warmup)
+    return statistics.median(times["ours"]), statistics.median(times["peer"]), ratio(times, "peer")
+
+
+def take_turns(contestants: dict[str, Callable[[], Any]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
+    """Seconds of every contestant in every round; all in turn, so that the machine's noise meets all."""
     for _ in range(warmup):
-        ours()
-        peer()
-    pairs = [(seconds(ours), seconds(peer)) for _ in range(repeats)]
-    mine, theirs = (statistics.median(times) for times in zip(*pairs, strict=True))
-    return mine, theirs, statistics.median(p / o for o, p in pairs)
+        for work in contestants.values():
+            work()
+    rounds = [{name: seconds(work) for name, work in contestants.items()} for _ in range(repeats)]
+    return {name: [times[name] for times in rounds] for name in contestants}
+
+
+def ratio(times: dict[str, list[float]], peer: str) -> float:
+    """The median over rounds of the peer's seconds over ours."""
+    return statistics.median(theirs / mine for mine, theirs in zip(times["ours"], times[peer], strict=True))
 
 
 def seconds(work: Callable[[], Any]) -> float:
@@ -49,6 +60,11 @@ def seconds(work: Callable[[], Any]) -> float:
     if DEVICE == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - started
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Versions of a row's peers."""
+    return {package: version(package) for package in packages}
 
 
 def model_dtype() -> torch.dtype:
@@ -78,12 +94,21 @@ def roofline(spent: float, flops: float, bytes_moved: float, dtype: torch.dtype 
         spent: seconds that the job took.
         bytes_moved: what must be read and written at least (weights once per pass, results), if caches held all else.
     """
+    gemm, copy = gemm_rate(dtype), copy_rate()
     return {
         "least_flops": flops,
         "least_bytes": bytes_moved,
-        "share_of_gemm_limit": flops / spent / gemm_rate(dtype),
-        "share_of_copy_limit": bytes_moved / spent / copy_rate(),
+        "gemm_rate": gemm,
+        "copy_rate": copy,
+        "share_of_gemm_limit": flops / spent / gemm,
+        "share_of_copy_limit": bytes_moved / spent / copy,
     }
+
+
+def anonymous_memory() -> float:
+    """Memory of this process that is no mapped file, GiB."""
+    memory = psutil.Process().memory_info()
+    return float(memory.rss - getattr(memory, "shared", 0)) / 2**30
 
 
 @contextmanager
@@ -92,12 +117,11 @@ def anonymous_peak() -> Iterator[list[float]]:
 
     Looked at every 10 ms. Mapped files are left out: their pages are the system's to drop.
     """
-    process, found, stop = psutil.Process(), [0.0], Event()
+    found, stop = [0.0], Event()
 
     def look() -> None:
         while not stop.wait(0.01):
-            memory = process.memory_info()
-            found[0] = max(found[0], (memory.rss - getattr(memory, "shared", 0)) / 2**30)
+            found[0] = max(found[0], anonymous_memory())
 
     thread = Thread(target=look, daemon=True)
     thread.start()

@@ -94,7 +94,8 @@ def measure(_: Path) -> dict[str, Any]:
             recall.append(len(mine & brute_force(features.columns([feature])[:, 0])) / K)
     spent = statistics.median(times)
     speed = TOKENS * DIRECTIONS / spent
-    more = roofline(spent, 2 * TOKENS * DIRECTIONS, 2 * TOKENS * DIRECTIONS) | {"recall": float(np.mean(recall))}
+    more = roofline(spent, 2 * TOKENS * DIRECTIONS, 2 * TOKENS * DIRECTIONS)
+    more |= {"recall": float(np.mean(recall)), "agrees": min(recall) == 1}
     return {"examples_scalars_per_s": row(speed, speed, 1e8, "scalars/s", peer_is="the floor", **more)}
 
 

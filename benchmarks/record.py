@@ -7,13 +7,14 @@ The usual glue calls the whole model, LM head and all; `ratio_to_its_trunk_alone
 
 from __future__ import annotations
 
+import statistics
 import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import DEVICE, MODEL, TRUNK, compare, main, roofline, row
+from common import DEVICE, MODEL, TRUNK, main, ratio, roofline, row, take_turns, versions
 
 TRACES, REPEATS = 48, 4
 
@@ -63,11 +64,6 @@ def measure(study_path: Path) -> dict[str, Any]:
             torch.cat(seen, dim=-1).cpu().numpy().astype("float16")
             seen.clear()
 
-    mine, trunk, against_bare = compare(ours, bare, REPEATS)
-    _, hooked, against_hooks = compare(ours, partial(hooks, with_peft), REPEATS)
-    _, _, without_head = compare(ours, partial(hooks, with_peft.get_base_model().base_model), REPEATS)
-    for handle in hooked_maps:
-        handle.remove()
     traced = nnsight.NNsight(with_peft)
     outputs = [traced.get(name) for name, _ in read]
 
@@ -78,15 +74,30 @@ def measure(study_path: Path) -> dict[str, Any]:
                 kept = nnsight.save(torch.cat([part.output for part in outputs], dim=-1))
             kept.cpu().numpy().astype("float16")
 
-    _, in_nnsight, against_nnsight = compare(ours, tracing, REPEATS)
+    trunk = partial(hooks, with_peft.get_base_model().base_model)
+    times = take_turns({"ours": ours, "bare": bare, "hooks": partial(hooks, with_peft), "trunk": trunk}, REPEATS)
+    for handle in hooked_maps:
+        handle.remove()
+    traced_times = take_turns({"ours": ours, "nnsight": tracing}, REPEATS)
+    mine = statistics.median(times["ours"])
+
+    def speed(name: str) -> float:
+        return tokens / statistics.median(times[name])
+
     moved = 4 * TRUNK * len(batches) + 2 * tokens * len(adapter.addresses)
     limits = roofline(mine, 2 * TRUNK * tokens, moved)
+    peer = versions("peft")
+    in_nnsight = row(
+        ratio(traced_times, "nnsight"),
+        tokens / statistics.median(traced_times["ours"]),
+        tokens / statistics.median(traced_times["nnsight"]),
+        "tokens/s",
+    )
+    beside_hooks = row(ratio(times, "hooks"), speed("ours"), speed("hooks"), "tokens/s")
     return {
-        "record_vs_bare": row(against_bare, tokens / mine, tokens / trunk, "tokens/s", **limits),
-        "record_vs_hooks": row(
-            against_hooks, tokens / mine, tokens / hooked, "tokens/s", ratio_to_its_trunk_alone=without_head
-        ),
-        "record_vs_nnsight": row(against_nnsight, tokens / mine, tokens / in_nnsight, "tokens/s"),
+        "record_vs_bare": row(ratio(times, "bare"), speed("ours"), speed("bare"), "tokens/s", **limits),
+        "record_vs_hooks": beside_hooks | {"ratio_to_its_trunk_alone": ratio(times, "trunk"), "versions": peer},
+        "record_vs_nnsight": in_nnsight | {"versions": versions("nnsight", "peft")},
     }
 
 

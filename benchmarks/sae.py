@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import DEVICE, compare, main, roofline, row
+from common import DEVICE, compare, main, roofline, row, versions
 
 K, BATCH, LR, BLOCK, REPEATS, TOKENS = 16, 512, 1e-3, 60, 5, 400_000
 
@@ -70,7 +70,7 @@ def ours(rows: np.ndarray, steps: int) -> tuple[Callable[[int], None], Callable[
             return len(rows)
 
         def batches(self, size: int, rng: Any) -> Any:
-            return (batch.cpu().numpy() for batch in source)
+            return (batch.cpu().numpy() for batch in source)  # as the stage reads them: from the host
 
     config = SAEConfig(tokens=steps * BATCH, batch=BATCH, lr=LR, k=K)
     lines = run_steps(weights, Held(), config, rng, generator)  # type: ignore[arg-type]
@@ -157,6 +157,12 @@ def dictionary_learning(rows: np.ndarray, steps: int) -> tuple[Callable[[int], N
     return advance, lambda: statistics.mean(recent[-20:])
 
 
+PEERS = {
+    "sae_vs_saelens": (saelens, "sae-lens"),
+    "sae_vs_dictionary_learning": (dictionary_learning, "dictionary-learning"),
+}
+
+
 def state_rows(study_path: Path) -> np.ndarray:
     """The study's ordinary training tokens in the SAE's training unit."""
     from lorascope.sae.moments import choose_unit, measure_moments
@@ -173,34 +179,33 @@ def measure(study_path: Path) -> dict[str, Any]:
     state = state_rows(study_path)
     wide = np.concatenate([state[:-2], state[1:-1], state[2:]], axis=1)[:, :448]
     sizes = {"210 → 1,680": state, "448 → 3,584": np.ascontiguousarray(wide)}
-    found: dict[str, list[dict[str, Any]]] = {"sae_vs_saelens": [], "sae_vs_dictionary_learning": []}
+    found: dict[str, list[dict[str, Any]]] = {key: [] for key in PEERS}
     for size, rows in sizes.items():
         steps = TOKENS // BATCH
-        mine, own_fvu = ours(rows, steps)
-        spent = 0
-        for key, peer_of in (("sae_vs_saelens", saelens), ("sae_vs_dictionary_learning", dictionary_learning)):
-            theirs, their_fvu = peer_of(rows, steps)
-            own_seconds, peer_seconds, ratio = compare(partial(mine, BLOCK), partial(theirs, BLOCK), REPEATS)
-            spent += BLOCK * (REPEATS + 1)
-            theirs(steps - BLOCK * (REPEATS + 1))
+        for key, (peer_of, package) in PEERS.items():
+            # A fresh one of ours for each peer, so that both are timed over the same part of their training.
+            mine, own_unexplained = ours(rows, steps)
+            theirs, peer_unexplained = peer_of(rows, steps)
+            own_seconds, peer_seconds, times_faster = compare(partial(mine, BLOCK), partial(theirs, BLOCK), REPEATS)
+            for contestant in (mine, theirs):
+                contestant(steps - BLOCK * (REPEATS + 1))
             width = rows.shape[1]
             # The dense encoder; decoding and three sparse gradients; Adam reads four numbers a weight and writes three.
             flops = BLOCK * BATCH * width * (2 * 8 * width + 8 * K)
             moved = BLOCK * 7 * 4 * (2 * 8 * width * width)
             found[key].append(
                 row(
-                    ratio,
+                    times_faster,
                     BLOCK * BATCH / own_seconds,
                     BLOCK * BATCH / peer_seconds,
                     "tokens/s",
                     size=size,
                     **roofline(own_seconds, flops, moved, torch.float32),
-                    unexplained_peer=their_fvu(),
+                    unexplained_ours=own_unexplained(),
+                    unexplained_peer=peer_unexplained(),
+                    versions=versions(package),
                 )
             )
-        mine(steps - spent)
-        for rows_found in found.values():
-            rows_found[-1]["unexplained_ours"] = own_fvu()
     return {key: min(rows, key=lambda r: r["ratio"]) | {"sizes": rows} for key, rows in found.items()}
 
 

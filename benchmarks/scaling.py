@@ -2,7 +2,9 @@
 
     python benchmarks/scaling.py STUDY
 
-Each size runs in a process of its own. Memory is what the process allocates while the work runs, mapped files left out.
+Each size runs in a process of its own. Memory is what the process allocates while the work runs, mapped files left out;
+`grown` is how much of it is beyond what the process held when the work began. Buffers whose size is an option of the
+product (a shard, the autoencoder's pool of rows) are made small here, so that all sizes are well beyond one of them.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import DEVICE, MODEL, anonymous_peak, print_rows, seconds
+from common import DEVICE, MODEL, anonymous_memory, anonymous_peak, print_rows, seconds
 
 SIZES = (1, 4, 16)
 DIRECTIONS = 210
@@ -52,7 +54,7 @@ def recording(study_path: Path, size: int) -> Callable[[], Any]:
 
 
 def training(study_path: Path, size: int) -> Callable[[], Any]:
-    """One step of 8 traces, times the size."""
+    """Training for one step of 8 traces, times the size; the work is the tokens of these steps."""
     from lorascope.config import Options
     from lorascope.study import Study
     from lorascope.training import TrainConfig, train
@@ -64,11 +66,12 @@ def training(study_path: Path, size: int) -> Callable[[], Any]:
     (copy / "study.json").write_text(json.dumps(manifest | {"stages": {}, "adapter": None}))
     config = TrainConfig(max_steps=size + 1, batch=8, learning_rate="2e-3", eval_every=1000, eval_traces=2)
 
-    def steps() -> float:
+    def steps() -> tuple[float, float]:
         train(Study.open(copy), config, Options(device=DEVICE))
         lines = [json.loads(line) for line in (copy / "train" / "adapter.jsonl").read_text().splitlines()]
         shutil.rmtree(folder)
-        return sum(line["seconds"] for line in lines if line["step"] > 1)  # the first one warms up
+        lines = [line for line in lines if line["step"] > 1]  # the first one warms up
+        return sum(line["seconds"] for line in lines), sum(line["tokens"] for line in lines)
 
     return steps
 
@@ -105,7 +108,7 @@ def wave_store(folder: Path, n_tokens: int) -> Any:
 
 
 def searching(_: Path, size: int) -> Callable[[], Any]:
-    """Examples in 100,000 tokens of 210 directions, times the size."""
+    """Levels and examples in 100,000 tokens of 210 directions, times the size."""
     from examples import polarities
 
     from lorascope.example_search import ExamplesConfig, search
@@ -114,13 +117,11 @@ def searching(_: Path, size: int) -> Callable[[], Any]:
     folder = tempfile.mkdtemp()
 
     def work() -> None:
-        features = polarities(wave_store(Path(folder), 100_000 * size))
-        levels = firing_levels(features)
-        spent.append(seconds(lambda: search(features, levels, ExamplesConfig(), 0)))
+        search(features, firing_levels(features), ExamplesConfig(), 0)
         shutil.rmtree(folder)
 
-    spent: list[float] = []
-    return lambda: work() or spent[0]
+    features = polarities(wave_store(Path(folder), 100_000 * size))
+    return work
 
 
 def sae_steps(_: Path, size: int) -> Callable[[], Any]:
@@ -154,11 +155,11 @@ def measure(study: Path) -> dict[str, Any]:
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             runs.append({"size": size} | json.loads(output.splitlines()[-1]))
         first, last = runs[0], runs[-1]
-        per_work = last["seconds"] / last["size"]
+        before, after = (run["seconds"] / run["work"] for run in (first, last))
         found[f"scaling_{job}"] = {
-            "ratio": per_work / first["seconds"],
-            "ours": per_work,
-            "peer": first["seconds"],
+            "ratio": after / before,
+            "ours": after,
+            "peer": before,
             "unit": "seconds per work at 16 times, beside once; less is better",
             "memory_ratio": last["peak"] / first["peak"],
             "runs": runs,
@@ -178,10 +179,12 @@ def main() -> None:
         print_rows(measure(options.study))
         return
     work, told = JOBS[options.job](options.study, options.size), []
+    start = anonymous_memory()
     with anonymous_peak() as peak:
         spent = seconds(lambda: told.append(work()))
-    # A job that also prepares, or warms up, tells how long the work itself took.
-    print(json.dumps({"seconds": told[0] or spent, "peak": peak[0]}))
+    # A job that also prepares, or warms up, tells how long the work itself took, and how much there was.
+    took, done = told[0] or (spent, options.size)
+    print(json.dumps({"seconds": took, "work": done, "peak": peak[0], "grown": peak[0] - start}))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import DEVICE, HEAD, MODEL, TRUNK, gemm_rate, peak_memory, print_rows, roofline, row
+from common import DEVICE, HEAD, MODEL, TRUNK, gemm_rate, peak_memory, print_rows, roofline, row, versions
 
 STEPS, WARMUP, BATCH, RATE, REPEATS = 7, 1, 16, 2e-3, 2
 
@@ -98,6 +98,8 @@ def trl(study: Path, alike: bool = False) -> dict[str, Any]:
             times.append(-time.perf_counter())
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
             times[-1] += time.perf_counter()
 
         def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
@@ -177,8 +179,10 @@ def measure(study: Path) -> dict[str, Any]:
             speeds["ours"],
             speeds["trl"],
             "real tokens/s",
+            agrees=apart < 1e-3,
             losses={name: [round(loss, 4) for loss in rounds[0][name]["losses"]] for name in CONTESTANTS},
             largest_relative_difference_on_our_batches=apart,
+            versions=versions("trl", "peft", "transformers"),
         ),
         "train_vs_trl_our_batches": row(
             statistics.median(speed(r["ours"]) / speed(r["trl_alike"]) for r in rounds),

@@ -44,12 +44,13 @@ from lorascope.report.numbers import duration, figures, memory, moment, percent,
 from lorascope.report.rings import largest_subcategory, share_rings
 from lorascope.report.scatter import link_target, listed_features, point_map, shape_defs, shape_mark, shown_features
 from lorascope.report.tokens import heat_tokens, plain_tokens, shown_text, token_list
+from lorascope.store import INDEX
 from lorascope.study import Study, atomic_write_bytes
 
 LIMIT = 20 * 10**6
 """Largest report in bytes."""
 MADE = ("train", "eval", "ablation", "examples", "explanations", "compare", "categories", "sae", "reasoning", "lens")
-INPUTS = ("adapter", *MADE, "scalars", "tokenizer")
+INPUTS = ("adapter", *MADE, "tokenizer")
 CHARTS = (accuracy_bars, card_names, class_meaning, kl_bars, layer_chart, loss_chart, patched_bars, sae_chart)
 MAPS = (histogram, layer_map)
 MARKS = (decoder_map, strongest_writes, bar_mark, interval_words, scale_top, score_pair, score_words, share_bar)
@@ -89,6 +90,8 @@ def write_report(study: Study, config: ReportConfig, options: Options) -> dict[s
         }
 
     inputs = [name for name in INPUTS if (study.path / name).exists()]
+    # A recording's index holds the hashes of its shards, which need not be read again.
+    inputs += sorted(path.relative_to(study.path).as_posix() for path in study.path.glob(f"scalars/*/*/{INDEX}"))
     return study.run("report", config, options, inputs=inputs, outputs=["report.html"], work=work)
 
 
