@@ -1,5 +1,6 @@
 """The studio under a reader's hands: focus, typing, touch, and addresses that lead nowhere."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from safetensors.numpy import save_file
 
 from lorascope.adapter import Adapter
 from lorascope.study import Study
-from lorascope.views.effects import direction_effects
+from lorascope.views.effects import CACHE, direction_effects
 from report_study import make_report_study
 from studio_server import studio_at
 from test_studio_browser import opened
@@ -19,7 +20,8 @@ from test_studio_browser import opened
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     study = make_report_study(tmp_path_factory.mktemp("touch") / "study")
-    direction_effects(study, "train")
+    for corpus in ("train", "heldout"):  # else maps would reload once these are measured
+        direction_effects(study, corpus)
     names = Adapter.load(study.path / "adapter").addresses
     gradients = np.random.default_rng(0).normal(size=(8, len(names)))
     file = study.path / "ablation" / "interactions.safetensors"
@@ -121,9 +123,8 @@ def test_the_decoder_map_reads_out_and_opens(browser: Browser, base: str) -> Non
 
 
 def test_a_map_reloads_when_its_measurement_ends(browser: Browser, study: Study, tmp_path: Path) -> None:
-    import shutil
-
     copy = Study(Path(shutil.copytree(study.path, tmp_path / "copy")))
+    shutil.rmtree(copy.path / CACHE)
     with studio_at(copy) as address:
         page, trouble = opened(browser, address + "/map?corpus=heldout")
         expect(page.locator('#grid-effect rect[data-a="L1.gate"]')).to_be_attached(timeout=15_000)
@@ -132,3 +133,16 @@ def test_a_map_reloads_when_its_measurement_ends(browser: Browser, study: Study,
         page.locator('#grid-effect rect[data-a="L1.gate"]').click()
         page.wait_for_url("**/feature/L1.gate%2B?corpus=heldout")
         assert trouble == []
+
+
+def test_columns_and_bars_lead_to_their_features(browser: Browser, base: str) -> None:
+    page, trouble = opened(browser, base + "/map?corpus=heldout")
+    page.locator('#groups g[data-column="2"] rect').first.click()
+    page.wait_for_url("**/features?kind=direction&layer=2&corpus=heldout")
+    names = page.locator("tr[data-id]").evaluate_all("rows => rows.map(row => row.dataset.id)")
+    assert len(names) == 14
+    assert all(name.startswith("L2.") for name in names)
+    page.go_back()
+    page.locator("#groups").get_by_role("link", name="mlp").click()
+    page.wait_for_url("**/features?kind=direction&type=mlp&corpus=heldout")
+    assert trouble == []

@@ -53,6 +53,11 @@ for (const map of all("svg.map")) {
   });
 }
 
+// --- a layer's column leads where its link under the chart does ---
+for (const column of all("#groups g[data-column]")) {
+  column.addEventListener("click", () => all("#layers a").find((link) => link.textContent === column.dataset.column)?.click());
+}
+
 // --- while a recording is being measured: the page is made anew when that is done ---
 const waiting = one("[data-measuring]");
 if (waiting) {
