@@ -72,7 +72,7 @@ def test_classes_stand_on_the_map_in_the_table_and_on_the_page(copy: Study) -> N
     assert grid["values"][view["types"].index("gate")][1] == 0
     assert grid["values"][view["types"].index("down")][2] == 1, "the more specific polarity"
     assert sum(value is not None for line in grid["values"] for value in line) == 2
-    assert grid["notes"]["L2.down"] == "+ 2 polysemantic; - 1 broad or noisy but consistent"
+    assert grid["notes"]["L2.down"] == "+ 2 polysemantic; − 1 broad or noisy but consistent"
     html = client.get("/map").text
     assert html.count('class="incell"') == 2
     assert ids(client, "class=0") == ["L1.gate+"]

@@ -225,7 +225,7 @@ def class_grid(study: Study, map_: Json, rows: Sequence[Json]) -> Json:
     given: dict[str, dict[str, int]] = {}
     for row in rows:
         if row["kind"] == "direction" and row["class"] is not None:
-            given.setdefault(row["address"], {})[row["polarity"]] = row["class"]
+            given.setdefault(row["address"], {})[row["polarity"].replace("-", "−")] = row["class"]
     if not given:
         return absent(study, "class", JUDGED)
     place = Places(list(given), map_["layers"], map_["types"])
