@@ -1,5 +1,7 @@
 """Exact leave-one-out equals whole edited passes over single traces; nothing gives the floor; planted ranks first."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,11 +10,16 @@ import torch
 
 from lorascope import edits
 from lorascope.ablation import make_targets, target_rows
-from lorascope.adapter import Adapter
+from lorascope.adapter import Adapter, build_adapter
 from lorascope.attached import attach
+from lorascope.cli import main
+from lorascope.config import Options
+from lorascope.creation import NewConfig, create_study
 from lorascope.leave_one_out import leave_out
+from lorascope.models import load_model
 from lorascope.restart import keep_hidden, start_at
 from lorascope.traces import ANSWER, PROMPT, SPECIAL, THINK, Rendered
+from tiny_folder import save_tiny
 from tiny_models import random_adapter, tiny_model
 
 
@@ -44,10 +51,11 @@ def naive(model: Any, adapter: Adapter, pattern: Any) -> np.ndarray:
     return np.array(rows)
 
 
-@pytest.mark.parametrize(("kind", "rank"), [("llama", 1), ("qwen2", 2)])
+@pytest.mark.parametrize(("kind", "rank"), [("llama", 1), ("qwen2", 2), ("falcon", 1), ("bloom", 1)])
 def test_restarted_batches_equal_whole_single_passes(kind: str, rank: int) -> None:
+    """Layers of Falcon and Bloom give tuples."""
     model = tiny_model(kind)
-    adapter = random_adapter(model, rank)
+    adapter = random_adapter(model, rank, patterns="*")
     targets = [t for by in ("direction", "layer", "type", "group") for t in make_targets(adapter.addresses, by)]
     with torch.no_grad(), attach(model, adapter) as attached:
         sums, floor = leave_out(attached, TRACES, targets, 0.0, budget=200)
@@ -108,9 +116,27 @@ def test_starting_at_a_layer_gives_the_same_hidden_states_and_leaves_no_trace() 
     model = tiny_model("qwen2")
     ids = torch.tensor([[4, 5, 6, 7]])
     with torch.no_grad():
-        with keep_hidden(model) as hidden:
+        with keep_hidden(model.model.layers) as hidden:
             whole = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        with start_at(model, 2, hidden[1]):
+        with start_at(model.model.layers, 2, hidden[1]):
             again = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         assert torch.equal(whole, again)
     assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+@pytest.mark.parametrize("method", ["exact", "screen"])
+def test_an_adapter_of_the_head_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str) -> None:
+    model, _ = load_model(str(save_tiny(tmp_path / "model")))
+    adapter = random_adapter(model, patterns="L0.up,L1.q")
+    parts = {m.path: (m.a_RI, m.b_OR, m.scale) for m in adapter.modules}
+    vocabulary, width = model.get_output_embeddings().weight.shape
+    parts["lm_head"] = (torch.ones(1, width), torch.ones(vocabulary, 1), adapter.modules[0].scale)
+    build_adapter(parts, adapter.config).save(tmp_path / "lora")
+    rows = [{"question": f"{i}?", "thinking": "Hm.", "answer": str(i)} for i in range(10)]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    new = NewConfig(str(tmp_path / "model"), str(tmp_path / "t.jsonl"), str(tmp_path / "lora"), heldout=4, system="")
+    create_study(tmp_path / "study", new, Options())
+    capsys.readouterr()
+    assert main(["ablate", str(tmp_path / "study"), "--method", method]) == 2
+    assert "adapts the LM head (lm_head), which ablate cannot measure" in capsys.readouterr().err
+    assert not list((tmp_path / "study").rglob("*.parquet"))

@@ -9,8 +9,8 @@ from peft import PeftModel
 from torch import Tensor
 
 from lorascope import edits
-from lorascope.adapter import Adapter
-from lorascope.attached import attach
+from lorascope.adapter import Adapter, build_adapter
+from lorascope.attached import attach, decoder_layers, head_of
 from lorascope.errors import BadInput
 from lorascope.rank1 import adapted_forward
 from tiny_models import random_adapter, tiny_model
@@ -231,3 +231,43 @@ def test_an_unknown_pattern_is_bad_input() -> None:
         attached.edit(edits.off("L9.gate")),
     ):
         pass
+
+
+@pytest.mark.parametrize("kind", ["llama", "falcon"])
+def test_decoder_layers_are_those_that_addresses_count_in(kind: str) -> None:
+    model = tiny_model(kind)
+    wanted = model.model.layers if kind == "llama" else model.transformer.h
+    adapter = random_adapter(model, patterns="*", layers="1")
+    # As many experts in a layer as there are layers are no second candidate.
+    wanted[0].experts = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(len(wanted)))
+    assert decoder_layers(model, adapter) is wanted
+    head = build_adapter({"lm_head": (torch.ones(1, 32), torch.ones(97, 1), 1.0)}, adapter.config)
+    with pytest.raises(BadInput, match="no numbered decoder layer"):
+        decoder_layers(model, head)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("capped", [False, True])
+def test_the_heads_logits_of_a_low_precision_base_are_those_of_fp32(dtype: torch.dtype, capped: bool) -> None:
+    model = tiny_model().to(dtype).requires_grad_(False)
+    model.lm_head.bias = torch.nn.Parameter(torch.linspace(-3, 3, 97, dtype=dtype), requires_grad=False)
+    if capped:
+        model.config.final_logit_softcapping = 5.0
+    hidden = torch.randn(7, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+    wanted = hidden.double() @ model.lm_head.weight.double().T + model.lm_head.bias.double()
+    wanted = torch.tanh(wanted / 5) * 5 if capped else wanted
+    got = head_of(model)(hidden)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5)
+    assert float((model.lm_head(hidden).double() - wanted).abs().max()) > 1e-3
+
+
+def test_a_low_precision_model_with_another_head_is_refused_and_a_plain_one_is_not() -> None:
+    model = tiny_model().to(torch.bfloat16)
+    ids = torch.tensor([TOKENS[0]])
+    with torch.no_grad(), attach(model, random_adapter(model)) as attached:
+        hidden = attached.trunk(ids).hidden
+        torch.testing.assert_close(attached.head(hidden), attached.run(ids).logits.float(), rtol=2e-2, atol=2e-2)
+    model.lm_head.register_forward_hook(lambda _, __, logits: logits * 1.1)
+    with torch.no_grad(), attach(model, random_adapter(model)) as attached, pytest.raises(BadInput, match="head"):
+        attached.head(hidden)

@@ -56,6 +56,24 @@ def test_label_slopes_are_gradients_of_log_probabilities(softcap: bool) -> None:
         torch.testing.assert_close(slopes[k], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_label_slopes_of_sure_predictions_are_not_lost_in_low_precision(dtype: torch.dtype) -> None:
+    model = tiny_model().to(dtype)
+    weight = model.lm_head.weight.detach()
+    rows = torch.arange(0, 97, 9)
+    hidden = (weight[rows].float() * 14 / weight[rows].float().norm(dim=1, keepdim=True) ** 2).to(dtype)
+    p = torch.softmax(hidden.double() @ weight.double().T, -1)
+    assert float(p.amax(1).median()) > 0.99
+    sure = p.amax(1) > 0.99
+    draws, signs = torch.full((1, len(rows)), 0.5), torch.ones(1, len(rows))
+    with attach(model, random_adapter(model)) as attached:
+        (slopes,) = label_slopes(attached, hidden, draws, signs)
+    wanted = (weight.double()[p.argmax(1)] - p @ weight.double())[sure]
+    late = (weight[p.argmax(1)].float() - (p.to(dtype) @ weight).float())[sure]
+    assert float((slopes[sure] - wanted).norm() / wanted.norm()) < 1e-3
+    assert float((late - wanted).norm() / wanted.norm()) > 1e-2
+
+
 def test_labels_follow_the_prediction() -> None:
     model = tiny_model()
     hidden = torch.randn(1, 32, generator=torch.Generator().manual_seed(3)) / 4

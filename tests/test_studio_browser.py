@@ -3,13 +3,14 @@
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page, Route, expect
 
-from lorascope.studio.notes import FILE, current_notes, read_events
+from lorascope.studio.notes import FILE, Note, current_notes, read_events
 from lorascope.study import Study
 from lorascope.views.effects import direction_effects
 from report_study import HOSTILE, make_report_study
@@ -197,17 +198,32 @@ def test_matrix_by_keyboard(browser: Browser, study: Study, base: str, tmp_path:
         assert trouble == []
 
 
+def saving(page: Page, field: str) -> AbstractContextManager[object]:
+    """Wait for the answer to the saving of a field."""
+    said = f'"field":"{field}"'
+    return page.expect_response(lambda r: r.url.endswith("/notes") and said in (r.request.post_data or ""))
+
+
+def note_at(study: Study, place: str) -> Note:
+    return current_notes(read_events(study.path / FILE)[0]).get(place, Note(place))
+
+
 def test_notes_are_saved_at_once_and_stay(browser: Browser, study: Study, base: str) -> None:
     page, trouble = opened(browser, base + "/feature/L2.down%2B")
     editor = page.locator("#side-0 .note-editor")
-    page.keyboard.press("s")
+    with saving(page, "star"):
+        page.keyboard.press("s")
     expect(editor.locator(".saved")).to_have_text("Saved.")
-    for name, value in ((".label", "the verb"), (".text", f"is, or {HOSTILE}"), (".tags", "verb, to be")):
-        editor.locator(name).fill(value)
-        editor.locator(name).blur()
-        page.wait_for_load_state("networkidle")
+    for name, value, last in (
+        (".label", "the verb", "label"),
+        (".text", f"is, or {HOSTILE}", "text"),
+        (".tags", "verb, to be", "tag:to-be"),
+    ):
+        with saving(page, last):
+            editor.locator(name).fill(value)
+            editor.locator(name).blur()
     expect(editor.locator(".saved")).to_have_text("Saved.")
-    note = current_notes(read_events(study.path / FILE)[0])["feature:L2.down+"]
+    note = note_at(study, "feature:L2.down+")
     assert (note.star, note.label, note.tags) == (True, "the verb", ("to-be", "verb"))
     assert note.text == f"is, or {HOSTILE}"
     page.reload()
@@ -224,6 +240,84 @@ def test_notes_are_saved_at_once_and_stay(browser: Browser, study: Study, base: 
     file = {"name": "n.jsonl", "mimeType": "text/plain", "buffer": (json.dumps(theirs) + "\n").encode()}
     page.locator("#merge").set_input_files(file)
     expect(page.locator("#merged")).to_have_text("1 new, 0 known.")
+    assert trouble == []
+
+
+def test_what_is_typed_last_is_saved_though_the_page_is_left(browser: Browser, study: Study, base: str) -> None:
+    page, trouble = opened(browser, base + "/feature/L0.q%2B")
+    editor = page.locator("#side-0 .note-editor")
+    editor.locator(".text").press_sequentially("half a thought")
+    editor.locator(".tags").press_sequentially("late")
+    page.goto(base + "/features?q=half+a+thought")
+    page.wait_for_load_state("networkidle")
+    note = note_at(study, "feature:L0.q+")
+    assert (note.text, note.tags) == ("half a thought", ("late",))
+    assert trouble == []
+
+
+def test_what_was_not_saved_does_not_look_saved(browser: Browser, study: Study, base: str) -> None:
+    page, _ = opened(browser, base + "/feature/L0.k%2B")
+    editor, tried = page.locator("#side-0 .note-editor"), []
+
+    def fail_once(route: Route) -> None:
+        body = json.loads(route.request.post_data or "{}")
+        tried.append(body["field"])
+        refused = {"tag:no": 400, "star": 503, "tag:a": 503 if tried.count("tag:a") == 1 else 0}.get(body["field"], 0)
+        if refused:
+            route.fulfill(status=refused, json={"error": f"No {body['field']}."})
+        else:
+            route.continue_()
+
+    page.route("**/notes", fail_once)
+    editor.locator(".tags").fill("a, b")
+    editor.locator(".tags").blur()
+    expect(editor.locator(".saved")).to_have_text("Not saved: No tag:a. Trying again…")
+    expect(editor.locator(".saved")).to_have_text("Saved.", timeout=20_000)
+    editor.locator(".text").fill("words")
+    editor.locator(".text").blur()
+    expect(editor.locator(".saved")).to_have_text("Saved.")
+    assert tried == ["tag:a", "tag:a", "tag:b", "text"], "in the order in which they were made"
+    editor.locator(".star").click()
+    expect(editor.locator(".saved")).to_have_text("Not saved: No star.")
+    expect(editor.locator(".star")).to_have_attribute("aria-pressed", "false")
+    editor.locator(".tags").fill("a, b, no, c")
+    editor.locator(".tags").blur()
+    expect(editor.locator(".saved")).to_have_text("Not saved: No tag:no.")
+    note = note_at(study, "feature:L0.k+")
+    assert (note.text, note.tags, note.star) == ("words", ("a", "b", "c"), False)
+    page.context.close()
+
+
+def test_the_side_that_is_asked_for_is_marked_and_starred(browser: Browser, study: Study, base: str) -> None:
+    page, trouble = opened(browser, base + "/feature/L0.v-", viewport={"width": 360, "height": 700})
+    expect(page.locator(".side.asked")).to_have_attribute("aria-label", "L0.v-")
+    expect(page.locator(".side.asked h3").first).to_be_in_viewport()
+    with saving(page, "star"):
+        page.keyboard.press("s")
+    expect(page.locator(".side.asked .saved")).to_have_text("Saved.")
+    assert note_at(study, "feature:L0.v-").star
+    assert not note_at(study, "feature:L0.v+").star
+    page.goto(base + "/feature/L0.v%2B")
+    assert page.evaluate("scrollY") == 0
+    expect(page.locator(".side.asked")).to_have_attribute("aria-label", "L0.v+")
+    assert trouble == []
+
+
+def test_keys_work_on_a_ticked_box_and_links_are_links(browser: Browser, base: str) -> None:
+    page, trouble = opened(browser, base + "/features")
+    page.locator(".pick").first.check()
+    page.keyboard.press("j")
+    expect(page.locator("tr.at")).to_have_count(1)
+    page.goto(base + "/categories")
+    links = page.locator('a.id[href^="/feature/"]')
+    assert links.count() > 0
+    assert page.locator('a[href^="#card-"]').count() == 0
+    address = links.first.get_attribute("href")
+    page.locator("details:has(a.id)").first.evaluate("fold => { fold.open = true; }")
+    with page.context.expect_page() as other:
+        links.first.click(modifiers=["ControlOrMeta"])
+    assert other.value.url == f"{base}{address}"
+    assert page.url.endswith("/categories")
     assert trouble == []
 
 

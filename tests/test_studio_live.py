@@ -1,54 +1,45 @@
 """Live: what a request may be; a planted direction turns the text; one generation at a time, stoppable, in a queue."""
 
+import asyncio
 import json
+import math
+import shutil
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
-from playwright.sync_api import Browser, expect
 from starlette.testclient import TestClient
 
+from live_study import drained, make_live_study, strong_amount
+from lorascope.adapter import Adapter
 from lorascope.cli import main
 from lorascope.config import Options
 from lorascope.errors import BadInput
+from lorascope.steering import stream
+from lorascope.studio import live as live_engine
+from lorascope.studio import live_routes
 from lorascope.studio.app import make_app
 from lorascope.studio.guard import guarded, rules_for
-from lorascope.studio.live import LONGEST_PROMPT, MOST_WAITING, Job, Live, read_request
+from lorascope.studio.live import LONGEST_PROMPT, MOST_WAITING, Job, Live, Request, read_request, sample_prompts
 from lorascope.study import Study
-from planted_model import planted_traces, save_planted
-from studio_server import studio_at
-from test_steering_stage import FEATURE, PROMPT, WORD, plant_writer
+from test_steering_stage import FEATURE, PROMPT, WORD
 
 BASE = "http://127.0.0.1:8700"
 
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
-    folder = tmp_path_factory.mktemp("live")
-    model, adapter = save_planted(folder)
-    plant_writer(model, adapter)
-    traces = planted_traces(folder / "all.jsonl")
-    traces.write_text("".join(traces.read_text().splitlines(keepends=True)[:40]))
-    path = folder / "study"
-    new = ["new", "--model", str(model), "--traces", str(traces), "--adapter", str(adapter), "--system", ""]
-    for name, *rest in (new, ["record"], ["record", "--corpus", "heldout"], ["examples"]):
-        assert main([name, str(path), *rest]) == 0, name
-    return Study.open(path)
+    return make_live_study(tmp_path_factory.mktemp("live"))
 
 
 @pytest.fixture(scope="module")
 def client(study: Study) -> Iterator[TestClient]:
     with TestClient(guarded(make_app(study, Options()), rules_for("127.0.0.1")), base_url=BASE) as client:
         yield client
-
-
-def strong_amount(study: Study) -> float:
-    """An amount that makes the planted effect 200, far beyond what else is in the residual stream."""
-    table = pq.read_table(study.path / "examples" / "train" / "direction-stats.parquet").to_pydict()
-    return 200 / dict(zip(table["feature"], table["p99"], strict=True))[FEATURE]
 
 
 def heard(client: TestClient, **body: Any) -> list[dict[str, Any]]:
@@ -72,10 +63,13 @@ def text_of(events: list[dict[str, Any]], run: str) -> list[str]:
         {"prompt": "x" * (LONGEST_PROMPT + 1)},
         {"prompt": "x", "runs": ["other"]},
         {"prompt": "x", "runs": []},
+        {"prompt": "x", "runs": [[]]},
+        {"prompt": "half a character: \ud83e"},
         {"prompt": "x", "runs": ["steered"]},
         {"prompt": "x", "watch": "L0.q+"},
         {"prompt": "x", "watch": [f"sae.{i}" for i in range(9)]},
         {"prompt": "x", "steers": [{"feature": "L0.q+"}]},
+        {"prompt": "x", "steers": [{"feature": "L0.q+", "mode": "off"}] * 9},
         {"prompt": "x", "steers": [{"feature": "L0.q+", "mode": "add", "amount": "much"}]},
         {"prompt": "x", "steers": [{"feature": "L0.q+", "mode": "add", "amount": 1e9}]},
         {"prompt": "x", "max_new_tokens": 0},
@@ -88,7 +82,8 @@ def text_of(events: list[dict[str, Any]], run: str) -> list[str]:
 def test_requests_are_checked(client: TestClient, wrong: dict[str, Any]) -> None:
     with pytest.raises(BadInput):
         read_request(wrong)
-    response = client.post("/live/generate", json=wrong)
+    headers = {"content-type": "application/json"}
+    response = client.post("/live/generate", content=json.dumps(wrong), headers=headers)
     assert response.status_code == 400
     assert response.json()["error"]
 
@@ -108,17 +103,22 @@ def test_the_model_is_loaded_only_when_asked(study: Study) -> None:
 
 def test_a_planted_direction_turns_the_text(client: TestClient, study: Study) -> None:
     steers = [{"feature": FEATURE, "mode": "add", "amount": strong_amount(study)}]
-    events = heard(client, runs=["base", "plain", "steered", "control"], steers=steers, watch=["L0.gate+"])
+    runs = ["base", "plain", "base_steered", "steered", "control"]
+    events = heard(client, runs=runs, steers=steers, watch=["L0.gate+"])
     kinds = [event["event"] for event in events if event["event"] != "waiting"]
     assert kinds[:2] == ["queued", "start"]
     assert kinds[-1] == "done"
-    assert text_of(events, "steered")[1:] == [WORD] * 7
+    for run in ("steered", "base_steered"):
+        assert text_of(events, run)[1:] == [WORD] * 7
     for run in ("plain", "control", "base"):
         assert text_of(events, run)[1:] != [WORD] * 7
     token = next(event for event in events if event["event"] == "token" and event["run"] == "steered")
     assert set(token["activations"]) == {FEATURE, "L0.gate+"}
-    runs = [event["run"] for event in events if event["event"] == "token"][:4]
-    assert runs == ["plain", "steered", "control", "base"], "the runs go forward together"
+    runs = [event["run"] for event in events if event["event"] == "token"][:5]
+    assert runs == ["plain", "steered", "control", "base", "base_steered"], "the runs go forward together"
+    start = next(event for event in events if event["event"] == "start")
+    levels = json.loads((study.path / "examples" / "levels.json").read_text())["direction"]
+    assert start["levels"] == {name: levels[name] for name in (FEATURE, "L0.gate+")}
     again = heard(client, runs=["steered", "plain"], steers=steers)
     assert text_of(again, "plain") == text_of(events, "plain")
 
@@ -128,30 +128,19 @@ def test_what_the_engine_refuses_is_said(client: TestClient) -> None:
         ([{"feature": "L9.gate+", "mode": "add", "amount": 1}], "There is no feature"),
         ([{"feature": "sae.1", "mode": "add", "amount": 1}], "lorascope sae"),
         ([{"feature": FEATURE, "mode": "push", "amount": 1}], "There is no mode"),
+        ([{"feature": FEATURE, "mode": "off"}], "can only be added"),
     ):
-        last = heard(client, runs=["steered"], steers=steers)[-1]
+        last = heard(client, runs=["base_steered"], steers=steers)[-1]
         assert last["event"] == "failed"
         assert words in last["error"]
     assert heard(client)[-1]["event"] == "done", "the next one is served all the same"
-
-
-def drained(job: Job) -> list[dict[str, Any]]:
-    events = []
-    for _ in range(300):
-        event = job.next_event(0.2)
-        if event is not None:
-            events.append(event)
-            if event["event"] in ("done", "failed"):
-                return events
-    raise AssertionError("the job never ended")
 
 
 def test_one_at_a_time_stoppable_in_a_queue(study: Study) -> None:
     live = Live(study, Options())
     long = read_request({"prompt": PROMPT, "max_new_tokens": 2048})
     first, second, third = (live.submit(long) for _ in range(3))
-    while first.next_event(0.2) is None:
-        pass
+    first.events.get(timeout=60)
     shown = live.status()["queue"]
     assert [row["state"] for row in shown] == ["running", "waiting", "waiting"]
     assert [live.place_of(job) for job in (first, second, third)] == [0, 1, 2]
@@ -183,37 +172,117 @@ def test_a_model_that_cannot_be_loaded_is_said(tmp_path: Path) -> None:
     assert live.status()["phase"] == "failed"
 
 
-def test_in_the_browser_a_slider_changes_the_text(study: Study, browser: Browser) -> None:
-    with studio_at(study) as address:
-        page = browser.new_page()
-        trouble: list[str] = []
-        page.on("console", lambda m: trouble.append(m.text) if m.type in ("error", "warning") else None)
-        page.on("pageerror", lambda error: trouble.append(str(error)))
-        page.goto(address + "/feature/L1.down%2B")
-        page.get_by_role("link", name="watch and steer it live").click()
-        page.wait_for_url("**/live?features=**")
-        expect(page.locator("#moves li")).to_have_count(1)
-        page.locator("#prompt").fill(PROMPT)
-        page.locator("#tokens").fill("8")
-        page.locator("#go").click()
-        expect(page.locator("#said")).to_contain_text("Done", timeout=60_000)
-        plain = page.locator(".run-plain .output").inner_text()
-        assert plain
-        page.locator("#moves select").select_option("add")
-        assert page.locator('[name="run"][value="steered"]').is_checked()
-        slider = page.locator("#moves input")
-        amount = str(round(strong_amount(study)))
-        slider.evaluate("(s, v) => { s.max = v; s.value = v; s.dispatchEvent(new Event('input')); }", amount)
-        page.locator("#go").click()
-        expect(page.locator(".run-steered .facts")).to_contain_text("parts at token 1", timeout=60_000)
-        assert page.locator(".run-steered .output").inner_text().count(WORD) >= 6
-        assert page.locator(".run-plain .output").inner_text() == plain
-        assert page.locator(".run-steered .parts").inner_text() == "≠"
-        assert page.locator(".run-steered .live-strip rect").count() == 8
-        page.locator("#tokens").fill("2000")
-        page.locator("#go").click()
-        expect(page.locator("#stop")).to_be_enabled()
-        expect(page.locator(".run-plain .output span").first).to_be_visible()
-        page.locator("#stop").click()
-        expect(page.locator("#said")).to_have_text("Stopped.", timeout=60_000)
-        assert trouble == []
+def test_live_takes_up_stages_that_run_while_it_is_open(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = Study(Path(shutil.copytree(study.path, tmp_path / "copy")))
+    shutil.rmtree(copy.path / "examples")
+    loaded = []
+    load = stream.load_model
+    monkeypatch.setattr(stream, "load_model", lambda *given, **more: loaded.append(1) or load(*given, **more))
+    live = Live(copy, Options())
+
+    def heard(**body: Any) -> list[dict[str, Any]]:
+        return drained(live.submit(read_request({"prompt": PROMPT, "max_new_tokens": 2} | body)))
+
+    off = {"runs": ["steered"], "steers": [{"feature": "sae.0", "mode": "off"}]}
+    assert "lorascope sae" in heard(**off)[-1]["error"]
+    sae = ["sae", str(copy.path), "--k", "3", "--expansion", "2", "--tokens", "20000", "--no-patched"]
+    assert main(sae) == 0
+    assert heard(**off)[-1]["event"] == "done"
+    assert heard(watch=[FEATURE, "sae.0"])[0]["scales"] == {FEATURE: None, "sae.0": None}
+    assert main(["examples", str(copy.path)]) == 0
+    start = heard(watch=[FEATURE, "sae.0"])[0]
+    assert start["scales"][FEATURE] == pytest.approx(200 / strong_amount(copy))
+    assert start["levels"]["sae.0"] == 0
+    systems = []
+    opened = live_engine.open_streams
+    monkeypatch.setattr(
+        live_engine, "open_streams", lambda bench, asked: systems.append(bench.renderer.system) or opened(bench, asked)
+    )
+    copy.update_manifest(system="Answer in rhymes.")
+    weights = copy.path / "sae" / "sae_weights.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(b"broken")
+    assert heard()[-1]["event"] == "failed"
+    weights.write_bytes(whole)
+    assert heard()[-1]["event"] == "done"
+    assert systems == ["Answer in rhymes."], "prompts are rendered as the study says by now"
+    assert len(loaded) == 1, "none of this is a reason to load the model anew"
+    Adapter.load(copy.path / "adapter").save(copy.path / "adapter")
+    assert heard()[-1]["event"] == "done"
+    assert len(loaded) == 2
+
+
+def test_a_request_that_breaks_ends_only_itself(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = live_engine.open_streams
+
+    def streams(bench: Any, request: Any) -> Any:
+        if request.seed == 5:
+            raise ValueError("the fifth breaks")
+        return real(bench, request)
+
+    monkeypatch.setattr(live_engine, "open_streams", streams)
+    live = Live(study, Options())
+    jobs = [live.submit(read_request({"prompt": PROMPT, "max_new_tokens": 2, "seed": seed})) for seed in (5, 6)]
+    assert drained(jobs[0])[-1] == {"event": "failed", "error": "ValueError: the fifth breaks"}
+    assert drained(jobs[1])[-1]["event"] == "done"
+    assert live.status()["phase"] == "ready"
+
+
+def test_a_job_that_comes_while_the_engine_dies_is_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    live = Live(Study.create(tmp_path / "study", model="no-such-model", system=""), Options())
+    real, dying, go_on = live.fail, threading.Event(), threading.Event()
+
+    def fail_slowly(event: dict[str, Any]) -> None:
+        real(event)
+        dying.set()
+        go_on.wait(60)
+
+    monkeypatch.setattr(live, "fail", fail_slowly)
+    drained(live.submit(read_request({"prompt": "x"})))
+    assert dying.wait(60)
+    second = live.submit(read_request({"prompt": "x"}))
+    assert "lorascope train" in drained(second)[-1]["error"]
+    go_on.set()
+
+
+def test_twelve_open_streams_hold_no_thread(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last of twelve waiting pages hears at once, with a single thread for all else that needs one."""
+    monkeypatch.setattr(live_routes, "QUIET", 2.0)
+    live = Live(study, Options())
+    done = {"event": "done", "stopped": False, "ended": {}, "tokens_per_second": math.inf}
+
+    async def listen() -> list[str]:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        jobs = [Job(Request("x")) for _ in range(12)]
+        streams = [live_routes.server_sent(live, job) for job in jobs]
+        for one in streams:
+            assert '"queued"' in await anext(one)
+        waiting = [asyncio.ensure_future(anext(one)) for one in streams]
+        await asyncio.sleep(0.05)
+        threading.Thread(target=jobs[-1].say, args=(done,)).start()
+        told = [await asyncio.wait_for(waiting[-1], 1.8), *await asyncio.gather(*waiting[:-1])]
+        for one in streams:
+            await one.aclose()
+        return told
+
+    told = asyncio.run(listen())
+    assert json.loads(told[0].removeprefix("data: ")) == done | {"tokens_per_second": None}, "infinity is no JSON"
+    assert all('"waiting"' in text for text in told[1:]), "a page that waits is told so"
+
+
+def test_prompts_to_choose_from_are_of_the_corpus_that_is_named(study: Study, tmp_path: Path) -> None:
+    assert sample_prompts(study)[0] == "heldout"
+    copy = Study(Path(shutil.copytree(study.path, tmp_path / "copy")))
+    manifest = copy.manifest
+    del manifest["corpora"]["heldout"]
+    (copy.path / "study.json").write_text(json.dumps(manifest))
+    lines = [{"question": "\n  two\nlines"}, {"question": " "}]
+    copy.corpus_file("train").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert sample_prompts(copy) == ("train", ["\n  two\nlines"])
+    with TestClient(guarded(make_app(copy, Options()), rules_for("127.0.0.1")), base_url=BASE) as client:
+        page = client.get("/live").text
+    assert '<option value="\n  two\nlines">' in page
+    assert 'placeholder="Ask the model something">\n\n  two\nlines</textarea>' in page
+    assert "From the traces of train" in page

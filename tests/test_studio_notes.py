@@ -2,16 +2,21 @@
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
-from lorascope.errors import BadInput
+from lorascope.cli import main
+from lorascope.errors import BadInput, RunFailed
+from lorascope.studio import notes
 from lorascope.studio.notes import (
     FILE,
     add_note,
     append_events,
+    as_shown,
     current_notes,
     merge_events,
     merge_notes,
@@ -20,6 +25,7 @@ from lorascope.studio.notes import (
     searchable,
 )
 from lorascope.study import Study
+from tiny_store import write_store
 
 PLACE = "feature:L1.gate+"
 
@@ -131,3 +137,99 @@ def test_events_from_elsewhere_are_checked() -> None:
     events, unread = parse_events("\n".join([good, *bad]))
     assert len(events) == 1
     assert unread == len(bad)
+
+
+def test_a_later_edit_stands_whatever_another_clock_said(study: Study) -> None:
+    ahead = event(1, "text", "theirs", author="bob") | {"time": "2900-01-01T00:00:00.000000+00:00"}
+    merge_notes(study, json.dumps(ahead) + "\n")
+    add_note(study, PLACE, "text", "mine")
+    add_note(study, PLACE, "text", "mine again")
+    note = notes_of(study)[PLACE]
+    assert note.text == "mine again"
+    assert [e["value"] for e in note.earlier] == ["mine", "theirs"]
+    assert add_note(study, PLACE, "label", "own")["time"] < "2900", "the clock is right for other fields"
+
+
+def test_half_characters_and_foreign_times_are_no_notes(study: Study) -> None:
+    for value in ("half: \ud83e", "\udcff"):
+        with pytest.raises(BadInput, match="half of a character"):
+            add_note(study, PLACE, "text", value)
+    lines = [event(1, "text", "\ud83e"), event(2, "text", "x") | {"time": "yesterday"}]
+    lines += [
+        event(3, "text", "x") | {"time": "2026-02-30T00:00:00.000000+00:00"},
+        event(4, "text", "x", "study\ud83e"),
+    ]
+    assert parse_events("".join(json.dumps(line) + "\n" for line in lines)) == ([], 4)
+
+
+def test_bytes_that_are_no_text_harm_their_line_alone(study: Study) -> None:
+    add_note(study, PLACE, "text", "before")
+    bad = json.dumps(event(1, "text", "latin")).encode().replace(b"latin", b"caf\xe9")
+    with (study.path / FILE).open("ab") as file:
+        file.write(bad + b"\n")
+    assert [e["value"] for e in read_events(study.path / FILE)[0]] == ["before"]
+    assert read_events(study.path / FILE)[1] == 1
+    with pytest.raises(BadInput, match="1 damaged line"):
+        merge_notes(study, "")
+
+
+def test_who_waits_too_long_for_the_file_is_told(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(notes, "PATIENCE", 0.1)
+    with FileLock(study.path / notes.LOCK):
+        with pytest.raises(RunFailed, match="Another process"):
+            add_note(study, PLACE, "text", "x")
+        with pytest.raises(RunFailed, match="Another process"):
+            merge_notes(study, "")
+    assert add_note(study, PLACE, "text", "x")["value"] == "x"
+
+
+def test_notes_say_when_their_place_is_another(study: Study) -> None:
+    (study.path / "adapter").mkdir()
+    (study.path / "adapter" / "adapter_config.json").write_text("{}")
+    write_store(study, [[1.0], [2.0], [3.0]], [1, 2])
+    places = {
+        "feature:L0.gate+": "an earlier adapter's direction",
+        "feature:neuron.L0.1+": "",
+        "trace:train:1": "an earlier trace of this number",
+        "token:train:1:0": "an earlier trace of this number",
+        "trace:train:7": "",
+        "trace:other:0": "",
+        "study": "",
+    }
+    for place in places:
+        add_note(study, place, "text", "seen")
+    append_events(study.path / FILE, [event(1, "label", "old", "feature:L0.up+")])
+
+    def moved() -> dict[str, str]:
+        return {place: as_shown(study, note)["moved"] for place, note in notes_of(study).items()}
+
+    assert moved() == dict.fromkeys([*places, "feature:L0.up+"], "")
+    (study.path / "adapter" / "adapter_config.json").write_text('{"r": 2}')
+    shutil.rmtree(study.path / "scalars")
+    write_store(study, [[1.0], [2.0], [3.0]], [1, 2], tokens=[7, 8, 9])
+    study.summarise({"made": "anew"})
+    assert moved() == places | {"feature:L0.up+": ""}, "a note that says nothing of its time is taken as it is"
+    add_note(study, "trace:train:1", "text", "seen again")
+    assert moved()["trace:train:1"] == ""
+    add_note(study, "trace:train:1", "star", True)
+    shutil.rmtree(study.path / "adapter")
+    study.summarise({"made": "again"})
+    assert moved()["feature:L0.gate+"] == "", "nobody can say"
+
+
+def test_the_command_shows_and_merges(study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    add_note(study, PLACE, "text", "mine")
+    theirs = tmp_path / "theirs.jsonl"
+    theirs.write_text(json.dumps(event(1, "label", "theirs", "trace:train:0")) + "\nno json\n")
+    command = ["notes", str(study.path), "--merge", str(theirs), "--json"]
+    assert main(command) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["merged"] == {str(theirs): {"added": 1, "known": 0, "unread": 1}}
+    assert {note["place"]: note["text"] + note["label"] for note in shown["notes"]} == {
+        PLACE: "mine",
+        "trace:train:0": "theirs",
+    }
+    assert main(["notes", str(study.path)]) == 0
+    assert "mine" in capsys.readouterr().out
+    assert main(["notes", str(study.path), "--merge", "nowhere"]) == 2
+    assert "Cannot read the notes in nowhere" in capsys.readouterr().err

@@ -1,6 +1,5 @@
 """Training: gradients equal plain autograd's, a run resumes to the same weights, batches and rates are as planned."""
 
-import itertools
 import json
 import math
 from dataclasses import replace
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from transformers import LlamaForCausalLM, MambaConfig, MambaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from lorascope import training
+from lorascope import training, training_state
 from lorascope.adapter import Adapter
 from lorascope.attached import attach
 from lorascope.config import Options
@@ -22,17 +21,10 @@ from lorascope.creation import NewConfig, create_study
 from lorascope.errors import BadInput
 from lorascope.models import load_model
 from lorascope.study import Study
-from lorascope.traces import Rendered, Trace, write_traces
+from lorascope.traces import Rendered, write_traces
 from lorascope.training import Learner, Run, TrainConfig, train
-from lorascope.training_plan import (
-    batch_tensors,
-    control_traces,
-    packed_tensors,
-    plan_packs,
-    plan_steps,
-    prepare_packing,
-    rate_at,
-)
+from lorascope.training_plan import batch_tensors, packed_tensors, plan_packs, prepare_packing
+from lorascope.training_state import State
 from tiny_folder import save_tiny
 from tiny_models import tiny_model
 
@@ -95,32 +87,29 @@ def test_packed_sequences_give_the_same_loss_and_gradients(kind: str, tmp_path: 
         model = tiny_model(kind, vocab_size=len(tokenizer), max_position_embeddings=512)
     traces, _ = study.renderer(tokenizer).render_all(study.traces("train")[:5])
     adapter = training.trainable_adapter(model, TrainConfig(), 0, "")
+    with torch.no_grad():  # while b is zero, so is the gradient of a
+        for module in adapter.modules:
+            module.b_OR.normal_(0, 0.05, generator=torch.Generator().manual_seed(0))
     learner, found = Learner(model, adapter), []
     with attach(model, adapter):
         prepare_packing(model)
         for make in (batch_tensors, packed_tensors):
             loss = learner(*make(traces, torch.device("cpu")))
             loss.backward()
-            found.append([float(loss.detach()), *(m.b_OR.grad.clone() for m in adapter.modules)])
+            found.append([float(loss.detach()), *(t.grad.clone() for m in adapter.modules for t in (m.a_RI, m.b_OR))])
             for module in adapter.modules:
                 module.a_RI.grad = module.b_OR.grad = None
     assert packed_tensors(traces, torch.device("cpu")).ids_BT.shape == (1, sum(len(t.ids) for t in traces))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
     for padded, packed in zip(found[0][1:], found[1][1:], strict=True):
         torch.testing.assert_close(padded, packed, rtol=1e-3, atol=1e-4)
+        assert padded.abs().max() > 1e-2
 
 
 def test_a_model_that_mixes_packed_sequences_is_refused() -> None:
     config = MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, state_size=4)
     with pytest.raises(BadInput, match="mixes packed sequences"):
         prepare_packing(MambaForCausalLM(config).eval())
-
-
-def test_packs_hold_every_sequence_once_within_the_budget() -> None:
-    lengths = [5, 9, 3, 3, 12, 1]
-    packs = plan_packs(lengths, 10)
-    assert sorted(i for pack in packs for i in pack) == list(range(6))
-    assert packs == [[4], [1, 5], [0, 2], [3]]
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -252,13 +241,15 @@ def test_recomputed_activations_change_nothing(
     assert counts[1] > counts[0]
 
 
-def cut_training(study: Study, config: TrainConfig, options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run until the interruption before step 8; the state of step 6 is kept."""
+def cut_training(
+    study: Study, config: TrainConfig, options: Options, monkeypatch: pytest.MonkeyPatch, at: int = 8
+) -> None:
+    """Run until the interruption before step 8 (of all that are taken); the state of step 6 is kept."""
     real, count = training.Run.step, [0]
 
     def interrupted(self: Any, *args: Any) -> dict[str, Any]:
         count[0] += 1
-        if count[0] == 8:
+        if count[0] == at:
             raise KeyboardInterrupt
         return real(self, *args)
 
@@ -296,6 +287,102 @@ def test_a_run_continues_only_where_nothing_changed(
     elif change == "tokenizer":
         (study.path / "tokenizer" / "added.json").write_text("{}")
     assert steps_taken(study, config, options, monkeypatch) == (4 if change == "nothing" else 10)
+
+
+def test_a_state_is_never_continued_with_the_weights_of_another_run(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other run dies after its weights are written and before the number of their step."""
+    config, options = TrainConfig(learning_rate="1e-2", **FAST), Options()
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    whole, cut = make_study(tmp_path / "whole", model_folder), make_study(tmp_path / "cut", model_folder)
+    train(whole, config, options)
+    cut_training(cut, config, options, monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(training_state, "write_json", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train(cut, replace(config, weight_decay=0.3, save_every=6), options)
+    train(cut, config, options)
+    ours, theirs = weights_of(cut.path / "adapter"), weights_of(whole.path / "adapter")
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    logs = [[json.loads(line) for line in metrics_lines(study)] for study in (cut, whole)]
+    assert [[row["step"], row.get("loss")] for row in logs[0]] == [[row["step"], row.get("loss")] for row in logs[1]]
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def metrics_lines(study: Study) -> list[str]:
+    return (study.path / "train" / "adapter.jsonl").read_text().splitlines()
+
+
+def test_weights_of_a_state_are_whole_and_named_by_their_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight])
+    weight.sum().backward()
+    optimizer.step()
+    for key, step in (("a" * 64, 3), ("b" * 64, 3), ("b" * 64, 4)):
+        State(tmp_path, key, step).save(optimizer, [weight])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["b" * 16 + "-4.safetensors", "state.json"]
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+
+    def half(tensors: Any, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training_state, "save_file", half)
+    with pytest.raises(KeyboardInterrupt):
+        State(tmp_path, "b" * 64, 4).save(optimizer, [weight])
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+
+
+def test_a_loaded_state_counts_its_steps_where_the_parameter_is(tmp_path: Path) -> None:
+    """A fused AdamW on a GPU wants them there; the meta device stands for it."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight], fused=True)
+    weight.sum().backward()
+    optimizer.step()
+    State(tmp_path, "key", 1).save(optimizer, [weight])
+    elsewhere = torch.nn.Parameter(torch.ones(3, device="meta"))
+    again = torch.optim.AdamW([elsewhere])
+    state = State(tmp_path, "key")
+    state.load(again, [elsewhere])
+    assert state.step == 1
+    assert {tensor.device.type for tensor in again.state[elsewhere].values()} == {"meta"}
+
+
+def test_of_several_rates_those_that_ended_are_not_trained_again(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TrainConfig(learning_rate="1e-3,1e-2", **FAST)
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    whole, cut = make_study(tmp_path / "whole", model_folder), make_study(tmp_path / "cut", model_folder)
+    wanted = train(whole, config, Options())
+    cut_training(cut, config, Options(), monkeypatch, at=18)  # the first rate takes ten steps
+    assert steps_taken(cut, config, Options(), monkeypatch) == 4
+    got = cut.manifest["stages"]["train:adapter"]["result"]
+    timed = {"train_seconds"}
+    assert {k: v for k, v in got.items() if k not in timed} == {k: v for k, v in wanted.items() if k not in timed}
+    ours, theirs = weights_of(cut.path / "adapter"), weights_of(whole.path / "adapter")
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert not [p for p in cut.path.rglob("*") if p.name.startswith((".state", "adapter-lr")) and p.is_dir()]
+
+
+@pytest.mark.parametrize("change", ["rate", "data"])
+def test_a_rate_that_ended_is_trained_again_after_a_change(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    study = make_study(tmp_path, model_folder)
+    config = TrainConfig(learning_rate="1e-3,1e-2", **FAST)
+    cut_training(study, config, Options(), monkeypatch, at=18)
+    if change == "data":
+        write_traces(study.corpus_file("heldout"), study.traces("heldout")[:2])
+    else:
+        config = replace(config, weight_decay=0.3)
+    assert steps_taken(study, config, Options(), monkeypatch) == 20
 
 
 def test_a_torn_last_line_of_the_metrics_is_dropped(
@@ -358,32 +445,6 @@ def test_subsets_and_ranks_train_only_what_was_asked_for(tmp_path: Path, model_f
     assert {m.layer for m in adapter.modules} == {0, 2}
     assert {m.type for m in adapter.modules} == {"gate", "up", "down"}
     assert adapter.modules[0].scale == pytest.approx(16 / math.sqrt(2))
-
-
-def test_every_trace_is_used_once_an_epoch_and_seeds_differ() -> None:
-    lengths = list(np.random.default_rng(0).integers(5, 90, 50))
-    steps = plan_steps(lengths, 8, 2.0, None, 0)
-    per_epoch = math.ceil(50 / 8)
-    assert sorted(i for step in steps[:per_epoch] for i in step) == list(range(50))
-    assert steps == plan_steps(lengths, 8, 2.0, None, 0) != plan_steps(lengths, 8, 2.0, None, 1)
-    assert plan_steps(lengths, 8, 2.0, 3, 0) == steps[:3]
-
-
-def test_the_rate_rises_then_falls_to_zero() -> None:
-    rates = [rate_at(step, 100, 1.0, 0.05) for step in range(100)]
-    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    assert all(a >= b for a, b in itertools.pairwise(rates[5:]))
-    assert rates[-1] < 0.001
-
-
-def test_control_traces_are_answers_only_or_another_problems_thinking() -> None:
-    traces = [Trace(str(i), f"q{i}", f"t{i}", f"a{i}", family="xy"[i % 2]) for i in range(10)]
-    assert all(t.thinking == "" and t.answer for t in control_traces(traces, "answers", 0))
-    shuffled = control_traces(traces, "shuffled", 0)
-    assert all(s.thinking != t.thinking and s.answer == t.answer for s, t in zip(shuffled, traces, strict=True))
-    assert sorted(s.thinking for s in shuffled) == sorted(t.thinking for t in traces)
-    donors = {t.thinking: t.family for t in traces}
-    assert all(donors[s.thinking] == s.family for s in shuffled)
 
 
 @pytest.mark.parametrize(

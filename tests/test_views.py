@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from lorascope.views import (
 )
 from lorascope.views.feature_list import feature_kind, feature_place, strongest_directions, strongest_latents
 from lorascope.views.gains import gain_sentence, recovery_sentence
+from lorascope.views.kept import kept_once
 from lorascope.views.maps import signed_map
 from lorascope.views.one_trace import trace_features
 from lorascope.views.reading import json_lines, ready
@@ -376,3 +379,19 @@ def test_explanation_scores_are_the_means_of_the_rows(study: Study) -> None:
     assert found["own"]["n"] == len(own)
     assert found["gain"]["value"] == pytest.approx(found["own"]["value"] - found["wrong"]["value"], abs=1e-3)
     assert view["rows"][1]["n"] == 56
+
+
+def test_what_several_ask_for_at_once_is_computed_once() -> None:
+    computed = []
+
+    @kept_once(maxsize=4)
+    def slow(number: int, more: int = 0) -> int:
+        computed.append(number)
+        time.sleep(0.05)
+        return number + more + (slow(number - 1) if number else 0)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(slow, [2] * 4 + [1] * 4)) == [3] * 4 + [1] * 4
+    assert sorted(computed) == [0, 1, 2]
+    assert slow(2, more=1) == 4
+    assert sorted(computed) == [0, 1, 2, 2], "other arguments are another value"

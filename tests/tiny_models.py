@@ -3,7 +3,16 @@
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from lorascope.adapter import Adapter, initial_adapter
 
@@ -16,14 +25,19 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
 }
+KINDS: dict[str, Any] = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "falcon": (FalconConfig, FalconForCausalLM),
+    "bloom": (BloomConfig, BloomForCausalLM),
+}
 
 
 def tiny_model(kind: str = "llama", **changes: Any) -> Any:
     """A random fp32 model in eval mode, large enough weights that every part matters."""
     torch.manual_seed(0)
-    sizes = SIZES | {"initializer_range": 0.2} | changes
-    model = LlamaForCausalLM(LlamaConfig(**sizes)) if kind == "llama" else Qwen2ForCausalLM(Qwen2Config(**sizes))
-    return model.eval()
+    config, model = KINDS[kind]
+    return model(config(**SIZES | {"initializer_range": 0.2} | changes)).eval()
 
 
 def random_adapter(model: Any, rank: int = 1, seed: int = 1, **choice: Any) -> Adapter:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save as to_safetensors
 
 from lorascope.adapter import GROUPS, Adapter, direction_layer, direction_type, select
-from lorascope.attached import attach
+from lorascope.attached import attach, find_module
 from lorascope.config import Options
 from lorascope.errors import BadInput
 from lorascope.kl import assistant_positions
@@ -38,7 +38,10 @@ KINDS = ("direction", "layer", "type", "group")
 
 @dataclass(frozen=True)
 class AblateConfig:
-    """Switch off directions, layers, types or groups, one at a time, and measure KL(adapted ‖ edited)."""
+    """Switch off directions, layers, types or groups, one at a time, and measure KL(adapted ‖ edited).
+
+    An adapter that adapts the LM head is refused.
+    """
 
     by: str = "direction,layer,type,group"
     """What to switch off together: direction, layer, type, group, or a comma list of these."""
@@ -70,7 +73,7 @@ def ablate(study: Study, config: AblateConfig, options: Options) -> dict[str, An
     """Measure all targets of some kinds; writes `ablation/METHOD-KIND.parquet` and the floor beside each table.
 
     Raises:
-        BadInput: an option makes no sense.
+        BadInput: an option makes no sense, or the adapter adapts the LM head.
         MissingStage: there is no adapter, no recorded training corpus (--to mean) or no screening (--top).
     """
     kinds = check_config(config)
@@ -145,6 +148,8 @@ def load_inputs(study: Study, config: AblateConfig, options: Options) -> Inputs:
     """What every kind of target needs, loaded once."""
     model, tokenizer = load_model(study.model_name, device=options.device, dtype=options.dtype)
     model.requires_grad_(False)
+    adapter = Adapter.load(study.path / "adapter")
+    refuse_head(model, adapter)
     rendered, counts = study.renderer(tokenizer).render_all(study.traces(config.corpus))
     chosen, cut = first_tokens(rendered[: config.traces], config.max_tokens)
     about = {
@@ -155,7 +160,18 @@ def load_inputs(study: Study, config: AblateConfig, options: Options) -> Inputs:
         "length_rule": counts,
         "to": config.to,
     }
-    return model, Adapter.load(study.path / "adapter"), chosen, about
+    return model, adapter, chosen, about
+
+
+def refuse_head(model: Any, adapter: Adapter) -> None:
+    """Raise BadInput for directions on the LM head.
+
+    Runs are compared by the hidden states before it, where such a direction would seem to do nothing.
+    """
+    head = model.get_output_embeddings()
+    for part in adapter.modules:
+        if find_module(model, part) is head:
+            raise BadInput(f"The adapter adapts the LM head ({part.path}), which ablate cannot measure; use another.")
 
 
 def run_exact(
@@ -273,7 +289,7 @@ def make_targets(addresses: Sequence[str], kind: str) -> list[Target]:
     for name, members in names.items():
         columns = np.zeros(len(addresses), dtype=bool)
         columns[[index[a] for a in members]] = True
-        # A module outside the layers (an LM head) can only be edited in a whole pass.
+        # A module outside the layers (a projection of the embeddings) can only be edited in a whole pass.
         first = min(-1 if (layer := direction_layer(a)) is None else layer for a in members)
         targets.append(Target(kind, name, columns, max(first, 0)))
     return targets

@@ -5,13 +5,15 @@ Shapes: B = sequences, T = tokens, N = directions, R = directions of one module,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorascope.adapter import AdaptedModule, Adapter, select
@@ -75,7 +77,7 @@ class Attached:
     edits: list[ActiveEdit] = field(default_factory=list)
     in_prompt: bool = False
     """True during the prefill of a generation: edits on generated tokens are then at rest."""
-    _head_checked: bool = False
+    _head: Callable[[Tensor], Tensor] | None = None
 
     @property
     def addresses(self) -> list[str]:
@@ -106,14 +108,14 @@ class Attached:
         return Trunk(hidden, reading.scalars())
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits [..., V] of hidden states [..., D] that `trunk` gave.
+        """Logits [..., V] of hidden states [..., D] that `trunk` gave, fp32 whatever the base's precision.
 
         Raises:
             BadInput: the model computes its logits in a way that this does not reproduce.
         """
-        if not self._head_checked:
-            self._check_head()
-        return apply_head(self.model, hidden)
+        if self._head is None:
+            self._head = self._checked_head()
+        return self._head(hidden)
 
     @contextmanager
     def tap(self) -> Iterator[Reading]:
@@ -184,23 +186,45 @@ class Attached:
         return ids_BT.to(self.device)
 
     @torch.no_grad()
-    def _check_head(self) -> None:
+    def _checked_head(self) -> Callable[[Tensor], Tensor]:
+        head = head_of(self.model)
         ids = torch.tensor([[1, 2, 3]], device=self.device) % self.model.config.get_text_config().vocab_size
         hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        logits, ours = self.model(input_ids=ids, use_cache=False).logits, apply_head(self.model, hidden)
-        if not torch.allclose(logits.float(), ours.float(), rtol=1e-3, atol=1e-3 * float(logits.abs().max())):
+        logits, ours = self.model(input_ids=ids, use_cache=False).logits, head(hidden)
+        # Scaling and soft cap of a low-precision model round at every step.
+        tolerance = 1e-3 if logits.dtype == torch.float32 else 2e-2
+        if not torch.allclose(logits.float(), ours, rtol=tolerance, atol=tolerance * float(logits.abs().max())):
             raise BadInput("This model does not compute its logits as head(hidden); this stage cannot use it.")
-        self._head_checked = True
+        return head
 
 
-def apply_head(model: Any, hidden: Tensor) -> Tensor:
-    """The LM head, with the scaling and soft cap that some configs name (Granite, Cohere, Gemma)."""
-    config = model.config.get_text_config()
-    logits: Tensor = model.get_output_embeddings()(hidden)
+def head_of(model: Any) -> Callable[[Tensor], Tensor]:
+    """The LM head, hidden states [..., D] to fp32 logits [..., V], with what some configs scale or cap them by.
+
+    A low-precision head multiplies in fp32, its weight cast once and held as long as the function: logits rounded to
+    bfloat16 are off by more than what a single direction does to them.
+    """
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
     factor = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
-    logits = logits if factor == 1.0 else logits * factor
     cap = getattr(config, "final_logit_softcapping", None)
-    return torch.tanh(logits / cap) * cap if cap else logits
+    product: Callable[[Tensor], Tensor] = head
+    # One that is of another type, or adapted, or that accelerate has hooks on, runs as it is.
+    own = type(head) is nn.Linear and "forward" not in head.__dict__
+    if own and head.weight.dtype in (torch.bfloat16, torch.float16):
+        bias_V = None if head.bias is None else head.bias.detach().float()
+        product = partial(wide_linear, weight_VD=head.weight.detach().float(), bias_V=bias_V)
+
+    def logits(hidden: Tensor) -> Tensor:
+        found = product(hidden).float()
+        found = found if factor == 1.0 else found * factor
+        return torch.tanh(found / cap) * cap if cap else found
+
+    return logits
+
+
+def wide_linear(hidden: Tensor, weight_VD: Tensor, bias_V: Tensor | None = None) -> Tensor:
+    """`hidden·weightᵀ + bias` [..., V] of hidden states [..., D] in any precision, by weights in fp32."""
+    return F.linear(hidden.float(), weight_VD, bias_V)
 
 
 def apply_edit(edit: Edit, z_BTR: Tensor, local: Tensor, columns: Tensor) -> Tensor:
@@ -265,3 +289,16 @@ def find_module(model: nn.Module, module: AdaptedModule) -> Any:
             f"{width} to {height}; is it the adapter of another model?"
         )
     return linear
+
+
+def decoder_layers(model: nn.Module, adapter: Adapter) -> nn.ModuleList:
+    """The list of decoder layers that the adapter's modules are in, whose numbers are those in addresses.
+
+    Raises:
+        BadInput: the adapter has no module in a numbered layer.
+    """
+    for module in adapter.modules:
+        match = re.match(r"(.*?)\.\d+\.", module.path)
+        if match and isinstance(layers := model.get_submodule(match[1]), nn.ModuleList):
+            return layers
+    raise BadInput("The adapter adapts no numbered decoder layer; this stage cannot use it.")

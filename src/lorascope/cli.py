@@ -51,6 +51,7 @@ COMMANDS = {
     "lens": Command("logit_lens", "LensConfig", "read_lens", "tokens that directions and latents read and write"),
     "steer": Command("steering", "SteerConfig", "steer_text", "text with features pushed, scaled, clamped or off"),
     "studio": Command("studio", "StudioConfig", "serve", "look, ask, steer and note in the browser"),
+    "notes": Command("studio.notes", "NotesConfig", "show_notes", "notes of the studio; take in those of another copy"),
     "export": Command("export", "ExportConfig", "export_study", "files for PEFT, SAELens, Neuronpedia, or as CSV"),
     "report": Command("report", "ReportConfig", "write_report", "one HTML file of everything"),
 }

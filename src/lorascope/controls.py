@@ -27,11 +27,11 @@ from lorascope.adapter import (
     linear_modules,
     locate_modules,
 )
-from lorascope.attached import Attached, find_module
+from lorascope.attached import Attached, decoder_layers, find_module
 from lorascope.errors import BadInput, MissingStage
 from lorascope.features import DIFFERENCE
 from lorascope.fused import SharedInput, shared_inputs
-from lorascope.sinks import decoder_layers, is_sink, middle_norms
+from lorascope.sinks import is_sink, middle_norms
 from lorascope.store import Floats
 from lorascope.study import Study
 from lorascope.traces import Rendered

@@ -9,6 +9,7 @@ Shapes: T = tokens (leading dimensions flattened), D = model width, I = inner wi
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorascope.adapter import AdaptedModule, Adapter
-from lorascope.attached import MISSING, Attached, find_module
+from lorascope.attached import MISSING, Attached, find_module, wide_linear
 from lorascope.rank1 import Linear, apply_linear, backward_linear, forward_linear
 
 HEAD_CHUNK = 128
@@ -106,18 +107,22 @@ class HeadLossFunction(torch.autograd.Function):
         loss = hidden_MD.new_zeros((), dtype=torch.float32)
         slopes = []
         slope_VD = torch.zeros_like(weight_VD) if needs_weight else None
+        # Logits rounded to bfloat16 are off by more than what a single direction does to them.
+        wide_VD = weight_VD.float()
         for hidden, targets in zip(hidden_MD.split(HEAD_CHUNK), targets_M.split(HEAD_CHUNK), strict=True):
-            scores = F.linear(hidden, weight_VD).float()
+            scores = wide_linear(hidden, wide_VD)
             wanted = scores.gather(1, targets[:, None])
             largest = scores.amax(dim=1, keepdim=True)
             total = scores.sub_(largest).exp_().sum(dim=1, keepdim=True)
             loss = loss + (total.log() + largest - wanted).sum()
+            if not (needs_hidden or needs_weight):
+                continue
+            # Formed whole in fp32: of a token that the model is sure of, p - 1 is less than the rounding of p.
+            slope = scores.div_(total).scatter_add_(1, targets[:, None], torch.full_like(total, -1)).to(weight_VD.dtype)
             if needs_hidden:
-                slope = (scores.to(weight_VD.dtype) @ weight_VD).float() / total - weight_VD[targets].float()
-                slopes.append(slope.to(hidden.dtype))
+                slopes.append((slope @ weight_VD).to(hidden.dtype))
             if slope_VD is not None:
-                slope_VD.addmm_(scores.to(weight_VD.dtype).T, (hidden / total).to(weight_VD.dtype))
-                slope_VD.index_add_(0, targets, hidden.to(weight_VD.dtype), alpha=-1)
+                slope_VD.addmm_(slope.T, hidden.to(weight_VD.dtype))
         ctx.save_for_backward(torch.cat(slopes) if slopes else None, slope_VD)
         return loss
 
@@ -152,7 +157,10 @@ def plain_head(model: Any) -> Tensor | None:
 def norm_form(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     """The training form of an RMS norm, None for other modules."""
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    weight = getattr(module, "weight", None)  # Gemma 3n and 4 have norms without one
     if not type(module).__name__.endswith("RMSNorm") or not isinstance(eps, float):
+        return None
+    if not isinstance(weight, Tensor) or weight.ndim != 1:
         return None
     return lambda x: NormFunction.apply(x, module.weight, eps)
 
@@ -192,15 +200,18 @@ def as_linear(module: nn.Linear, parts: dict[int, AdaptedModule]) -> Linear:
 
 @torch.no_grad()
 def agrees(module: Any, form: Callable[[Tensor], Tensor]) -> bool:
-    """Whether a form gives what the module's own forward gives for random inputs."""
+    """Whether a form gives what the module's own forward gives for random inputs; not where either fails."""
     # An RMS norm has a vector of its input's width, a linear map [out, in]; a gated MLP begins with its gate's.
     weight = getattr(module, "gate_proj", module).weight
     width = weight.shape[-1]
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, width, generator=generator).to(weight.device, weight.dtype)
-    wanted, got = module(x).float(), form(x).float()
     tolerance = 1e-4 if weight.dtype == torch.float32 else 3e-2
-    return bool((wanted - got).abs().max() <= tolerance * wanted.abs().max())
+    try:
+        wanted, got = module(x).float(), form(x).float()
+        return bool((wanted - got).abs().max() <= tolerance * wanted.abs().max())
+    except Exception:  # its forward takes or gives something else, and fails in any of the ways that code can
+        return False
 
 
 @contextmanager
@@ -230,16 +241,16 @@ class SharedInput:
     def __init__(self, members: list[AdaptedModule]) -> None:
         self.a_GI = torch.cat([part.a_RI for part in members])
         self.size, self.served = len(members), 0
-        self.x: Tensor | None = None
+        self.x: weakref.ref[Tensor] | None = None  # an edited member never asks, and the others would wait for it
         self.z: Tensor
 
     def scalars(self, x: Tensor, rows: slice) -> Tensor:
         """Scalars [..., R] of one member, whose read vectors are `rows` of all of the group's."""
-        if x is not self.x:
-            self.x, self.z, self.served = x, x.float() @ self.a_GI.T, 0
+        if self.x is None or self.x() is not x:
+            self.x, self.z, self.served = weakref.ref(x), x.float() @ self.a_GI.T, 0
         self.served += 1
         if self.served == self.size:
-            self.x = None  # nobody else will ask, so the input need not be held
+            self.x = None  # whoever comes next is of another forward pass
         return self.z[..., rows]
 
 

@@ -53,7 +53,7 @@ def compare_hidden(
     """Compare changed runs with one reference from their last hidden states, `chunk` positions at a time.
 
     Args:
-        head: maps [m, D] to new logits [m, V] of any dtype.
+        head: maps [m, D] to new logits [m, V]; rounded to bfloat16 they hide what single directions do.
         targets_M: the ids that came next (int64).
     """
     kl, ce = (torch.zeros(len(hidden_q_QMD), len(targets_M)) for _ in range(2))

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from lorascope import edits
 from lorascope.adapter import direction_layer
-from lorascope.attached import Attached
+from lorascope.attached import Attached, decoder_layers
 from lorascope.fused import fused_reading
 from lorascope.kl import Changes, assistant_positions, compare_hidden, predicted_segments
 from lorascope.progress import progress
-from lorascope.restart import keep_hidden, start_at
+from lorascope.restart import Kept, keep_hidden, start_at
 from lorascope.traces import SEGMENT_NAMES, Rendered, pad_ids, plan_batches
 
 PARTS = ("all", "think", "answer", "special")
@@ -49,8 +49,8 @@ class Reference:
     targets_M: Tensor
     trace_M: NDArray[np.int64]
     segment_M: NDArray[np.uint8]
-    hidden: list[Tensor]
-    """Output of each layer [B, T, D]."""
+    hidden: list[Kept]
+    """Output of each layer."""
     last_MD: Tensor
     """Final hidden states at the scored positions."""
 
@@ -110,7 +110,7 @@ def run_reference(attached: Attached, traces: Sequence[Rendered], rows: Sequence
     counts = [len(p) for p in positions]
     rows_M = torch.from_numpy(np.repeat(np.arange(len(rows)), counts)).to(attached.device)
     positions_M = torch.from_numpy(np.concatenate(positions)).to(attached.device)
-    with keep_hidden(attached.model) as hidden:
+    with keep_hidden(decoder_layers(attached.model, attached.adapter)) as hidden:
         last = last_hidden(attached, ids_BT)
     return Reference(
         ids_BT=ids_BT,
@@ -141,7 +141,8 @@ def edited_run(attached: Attached, reference: Reference, layer: int, gates_GN: T
         if layer == 0:
             hidden = last_hidden(attached, ids_BT)
         else:
-            with start_at(attached.model, layer, reference.hidden[layer - 1].repeat(copies, 1, 1)):
+            layers = decoder_layers(attached.model, attached.adapter)
+            with start_at(layers, layer, reference.hidden[layer - 1].repeat(copies)):
                 hidden = last_hidden(attached, ids_BT)
     own = [part[reference.rows_M, reference.positions_M] for part in hidden.split(size)]
     return compare_hidden(attached.head, reference.last_MD, own, reference.targets_M)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lorascope.adapter import AdaptedModule, Adapter
-from lorascope.attached import Attached, attach, find_module
+from lorascope.attached import Attached, attach, decoder_layers, find_module
 from lorascope.config import Options
 from lorascope.controls import (
     Probe,
@@ -37,7 +37,7 @@ from lorascope.fused import fused_reading
 from lorascope.memory import choose_budget
 from lorascope.models import load_model, load_tokenizer
 from lorascope.progress import progress
-from lorascope.sinks import SINK_RATIO, decoder_layers, is_sink, middle_norms
+from lorascope.sinks import SINK_RATIO, is_sink, middle_norms
 from lorascope.store import INDEX, PLAN, Store, read_json, store_folder
 from lorascope.store_writer import Shard, StorePlan, StoreWriter, plan_shards
 from lorascope.study import Study, whole_folder, write_json

@@ -5,36 +5,35 @@ Shapes: B = sequences, T = tokens, D = model width.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from lorascope.errors import BadInput
 
+@dataclass(frozen=True)
+class Kept:
+    """What one layer gave."""
 
-def decoder_layers(model: Any) -> nn.ModuleList:
-    """The model's list of decoder layers, found by its length.
+    hidden_BTD: Tensor
+    entries: int | None = None
+    """Length of the tuple that began with the hidden states (Bloom, Falcon, MPT, GPT-Neo); None where it was none."""
 
-    Raises:
-        BadInput: there is no such list, or more than one.
-    """
-    count = model.config.get_text_config().num_hidden_layers
-    found = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-    if len(found) != 1:
-        raise BadInput(f"The decoder layers of {type(model).__name__} were not found; this stage cannot use it.")
-    return found[0]
+    def repeat(self, copies: int) -> "Kept":
+        """The same for a batch of so many copies of the sequences."""
+        return replace(self, hidden_BTD=self.hidden_BTD.repeat(copies, 1, 1))
 
 
 @contextmanager
-def keep_hidden(model: Any) -> Iterator[list[Tensor]]:
-    """Collect the output [B, T, D] of every layer in the one forward pass inside."""
-    kept: list[Tensor] = []
+def keep_hidden(layers: nn.ModuleList) -> Iterator[list[Kept]]:
+    """Collect the output of every layer in the one forward pass inside."""
+    kept: list[Kept] = []
 
     def keep(_: object, __: object, output: Any) -> None:
-        kept.append(output if isinstance(output, Tensor) else output[0])
+        kept.append(Kept(output) if isinstance(output, Tensor) else Kept(output[0], len(output)))
 
-    handles = [layer.register_forward_hook(keep) for layer in decoder_layers(model)]
+    handles = [layer.register_forward_hook(keep) for layer in layers]
     try:
         yield kept
     finally:
@@ -43,18 +42,20 @@ def keep_hidden(model: Any) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def start_at(model: Any, layer: int, hidden_BTD: Tensor) -> Iterator[None]:
-    """Inside, forward passes skip the layers before `layer`; it gets `hidden_BTD` as its input."""
-    skipped = list(decoder_layers(model))[:layer]
+def start_at(layers: nn.ModuleList, layer: int, kept: Kept) -> Iterator[None]:
+    """Inside, forward passes skip the layers before `layer`; it gets the hidden states in `kept` as its input."""
+    hidden_BTD, entries = kept.hidden_BTD, kept.entries
+    output = hidden_BTD if entries is None else (hidden_BTD, *[None] * (entries - 1))
+    skipped = list(layers)[:layer]
     try:
         for module in skipped:
-            module.forward = partial(pass_on, hidden_BTD)
+            module.forward = partial(pass_on, output)
         yield
     finally:
         for module in skipped:
             module.__dict__.pop("forward", None)
 
 
-def pass_on(hidden_BTD: Tensor, *_: object, **__: object) -> Tensor:
+def pass_on(output: Any, *_: object, **__: object) -> Any:
     """What a skipped layer does."""
-    return hidden_BTD
+    return output

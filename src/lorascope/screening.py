@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lorascope import edits
-from lorascope.attached import Attached, apply_head, find_module
+from lorascope.attached import Attached, find_module, head_of, wide_linear
 from lorascope.fused import agrees, forwards, norm_form, plain_head
 from lorascope.kl import CHUNK, assistant_positions
 from lorascope.progress import progress
@@ -221,35 +221,38 @@ def label_slopes(attached: Attached, hidden_MD: Tensor, draws_KM: Tensor, signs_
     model, device = attached.model, hidden_MD.device
     draws_KM, signs_KM = draws_KM.to(device), signs_KM.to(device)
     weight_VD = plain_head(model)
+    wide_VD = None if weight_VD is None else weight_VD.detach().float()
+    head = head_of(model) if wide_VD is None else partial(wide_linear, weight_VD=wide_VD)
     labels, means = [], []
     for start in range(0, len(hidden_MD), CHUNK):
         part = slice(start, start + CHUNK)
-        p_MV = torch.softmax(apply_head(model, hidden_MD[part]).float(), dim=-1)
-        if weight_VD is not None:
-            means.append((p_MV.to(weight_VD.dtype) @ weight_VD).float())
+        p_MV = torch.softmax(head(hidden_MD[part]), dim=-1)
+        if wide_VD is not None:
+            # In fp32: where the model is sure, the mean is nearer to the label's row than a rounded mean to itself.
+            means.append(p_MV @ wide_VD)
         cdf_MV = p_MV.cumsum_(dim=-1)
         wanted_MK = draws_KM[:, part].T * cdf_MV[:, -1:]
         labels.append(torch.searchsorted(cdf_MV, wanted_MK.contiguous(), right=True).clamp_(max=cdf_MV.shape[1] - 1))
     labels_KM = torch.cat(labels).T
-    if weight_VD is not None:
+    if wide_VD is not None:
         mean_MD = torch.cat(means)
         for labels_M, signs_M in zip(labels_KM, signs_KM, strict=True):
-            yield (weight_VD[labels_M].float() - mean_MD) * signs_M[:, None]
+            yield (wide_VD[labels_M] - mean_MD) * signs_M[:, None]
         return
     for labels_M, signs_M in zip(labels_KM, signs_KM, strict=True):
         yield torch.cat(
             [
-                head_slope(model, *parts)
+                head_slope(head, *parts)
                 for parts in zip(hidden_MD.split(CHUNK), labels_M.split(CHUNK), signs_M.split(CHUNK), strict=True)
             ]
         )
 
 
-def head_slope(model: Any, hidden_MD: Tensor, labels_M: Tensor, signs_M: Tensor) -> Tensor:
+def head_slope(head: Callable[[Tensor], Tensor], hidden_MD: Tensor, labels_M: Tensor, signs_M: Tensor) -> Tensor:
     """The same gradient through a head that is more than a product."""
     with torch.enable_grad():
         hidden = hidden_MD.detach().requires_grad_()
-        logp_MV = F.log_softmax(apply_head(model, hidden).float(), dim=-1)
+        logp_MV = F.log_softmax(head(hidden), dim=-1)
         total = (logp_MV.gather(1, labels_M[:, None])[:, 0] * signs_M).sum()
         return torch.autograd.grad(total, hidden)[0]
 

@@ -3,7 +3,6 @@
 Shape legend: B traces of a batch, T tokens, D hidden width.
 """
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,9 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-
-from lorascope.adapter import Adapter
-from lorascope.errors import BadInput
 
 SINK_RATIO = 10.0
 """A token is an attention sink when its hidden state entering the middle decoder layer is this many times longer
@@ -40,16 +36,3 @@ def middle_norms(layers: nn.ModuleList) -> Iterator[list[Tensor]]:
         yield norms
     finally:
         handle.remove()
-
-
-def decoder_layers(model: nn.Module, adapter: Adapter) -> nn.ModuleList:
-    """The list of decoder layers that the adapter's modules are in.
-
-    Raises:
-        BadInput: the adapter has no module in a numbered layer.
-    """
-    for module in adapter.modules:
-        match = re.match(r"(.*?)\.\d+\.", module.path)
-        if match and isinstance(layers := model.get_submodule(match[1]), nn.ModuleList):
-            return layers
-    raise BadInput("The adapter adapts no numbered decoder layer; lorascope cannot tell attention sinks in it.")

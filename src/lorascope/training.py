@@ -5,7 +5,6 @@ The loss is the mean negative log-likelihood, in nats, of the assistant's tokens
 Shapes: B = sequences, T = tokens, M = supervised positions of a batch, D = model width.
 """
 
-import json
 import math
 import os
 import shutil
@@ -18,19 +17,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lorascope.adapter import Adapter, initial_adapter
-from lorascope.attached import apply_head, attach
+from lorascope.attached import attach, head_of
 from lorascope.config import Options
 from lorascope.errors import BadInput, RunFailed
 from lorascope.fused import fused, head_loss, plain_head
 from lorascope.kl import assistant_positions
 from lorascope.models import load_model
 from lorascope.progress import progress
-from lorascope.study import Study, atomic_write_text, digest, put_folder, whole_folder, write_json
+from lorascope.study import Study, digest, put_folder, whole_folder
 from lorascope.traces import Rendered, plan_batches
 from lorascope.training_plan import (
     batch_tensors,
@@ -41,6 +39,7 @@ from lorascope.training_plan import (
     prepare_packing,
     rate_at,
 )
+from lorascope.training_state import Metrics, State
 
 HEAD_CHUNK = 512
 """Supervised positions whose logits exist at once."""
@@ -115,10 +114,13 @@ def train(study: Study, config: TrainConfig, options: Options) -> dict[str, Any]
 
     def work() -> dict[str, Any]:
         rates = learning_rates(config)
-        results = [train_once(study, config, options, rate, len(rates) > 1) for rate in rates]
+        names = [name] if len(rates) == 1 else [tagged(name, rate) for rate in rates]
+        results = [train_once(study, config, options, *run) for run in zip(rates, names, strict=True)]
         best = min(results, key=lambda result: result["heldout_loss"])
         if len(rates) > 1:
             best = keep_best(study, name, best, results)
+        for own in names:
+            shutil.rmtree(state_folder(study, own), ignore_errors=True)
         return best
 
     outputs = [name, f"train/{name}.jsonl"]
@@ -171,9 +173,9 @@ def checkpoint_steps(config: TrainConfig) -> set[int]:
 
 def keep_best(study: Study, name: str, best: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, Any]:
     """Move the weights of the best learning rate into place and record what all of them gave."""
-    rate, log = best["learning_rate"], f"train/{name}.jsonl"
-    put_folder(study.path / tagged(name, rate), study.path / name)
-    (study.path / tagged(log, rate)).replace(study.path / log)
+    own = tagged(name, best["learning_rate"])
+    put_folder(study.path / own, study.path / name)
+    metrics_file(study, own).replace(metrics_file(study, name))
     for result in results:
         shutil.rmtree(study.path / tagged(name, result["learning_rate"]), ignore_errors=True)
     tried = [{key: result[key] for key in ("learning_rate", "heldout_loss")} for result in results]
@@ -182,8 +184,17 @@ def keep_best(study: Study, name: str, best: dict[str, Any], results: list[dict[
 
 def tagged(name: str, rate: float) -> str:
     """A sibling name for one of several learning rates."""
-    stem, dot, end = name.partition(".jsonl")
-    return f"{stem}-lr{rate:g}{dot}{end}"
+    return f"{name}-lr{rate:g}"
+
+
+def metrics_file(study: Study, name: str) -> Path:
+    """Where a run of that name writes its metrics."""
+    return study.path / "train" / f"{name}.jsonl"
+
+
+def state_folder(study: Study, name: str) -> Path:
+    """Where a run of that name keeps what it continues from."""
+    return study.path / "train" / f".state-{digest(name)[:8]}"
 
 
 class Learner(nn.Module):
@@ -222,7 +233,7 @@ class Learner(nn.Module):
         return loss
 
     def _chunk_loss(self, hidden: Tensor, target: Tensor) -> Tensor:
-        return F.cross_entropy(apply_head(self.model, hidden).float(), target, reduction="sum")
+        return F.cross_entropy(head_of(self.model)(hidden), target, reduction="sum")
 
 
 def trainable_adapter(model: Any, config: TrainConfig, seed: int, base_name: str) -> Adapter:
@@ -267,68 +278,19 @@ def heldout_loss(learner: Any, traces: Sequence[Rendered], budget: int, device: 
     return total / count
 
 
-@dataclass
-class State:
-    """What a run continues from: the step it is at, and where its files are."""
+def train_once(study: Study, config: TrainConfig, options: Options, rate: float, name: str) -> dict[str, Any]:
+    """One training run at one learning rate; saves the weights under `name` and returns the headline numbers.
 
-    folder: Path
-    key: str
-    step: int = 0
-
-    def save(self, optimizer: Any, parameters: Sequence[Tensor]) -> None:
-        """Write parameters and AdamW's moments; the number of the step goes last, so half a state is none."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        tensors: dict[str, Tensor] = {}
-        for i, p in enumerate(parameters):
-            moments = optimizer.state[p]
-            tensors |= {f"{i}.value": p.detach(), f"{i}.m": moments["exp_avg"], f"{i}.v": moments["exp_avg_sq"]}
-        save_file({k: v.contiguous() for k, v in tensors.items()}, self.folder / f"{self.step}.safetensors")
-        write_json(self.folder / "state.json", {"key": self.key, "step": self.step})
-        for old in self.folder.glob("*.safetensors"):
-            if old.stem != str(self.step):
-                old.unlink()
-
-    def load(self, optimizer: Any, parameters: Sequence[Tensor]) -> None:
-        """Continue from a saved state of the same run, if there is one."""
-        file = self.folder / "state.json"
-        saved = json.loads(file.read_text()) if file.exists() else {}
-        if saved.get("key") != self.key:
-            return
-        self.step = saved["step"]
-        tensors = load_file(self.folder / f"{self.step}.safetensors")
-        for i, p in enumerate(parameters):
-            p.data.copy_(tensors[f"{i}.value"])
-            optimizer.state[p] = {
-                "step": torch.tensor(float(self.step)),
-                "exp_avg": tensors[f"{i}.m"].to(p.device),
-                "exp_avg_sq": tensors[f"{i}.v"].to(p.device),
-            }
-
-
-class Metrics:
-    """`train/NAME.jsonl`: one line per step; on resuming, lines after the resumed step are dropped."""
-
-    def __init__(self, path: Path, step: int) -> None:
-        lines = path.read_text(encoding="utf-8").split("\n") if path.exists() and step else [""]
-        # What follows the last line break is nothing, or a line that was cut off.
-        rows = [json.loads(line) for line in lines[:-1]]
-        self.path = path
-        self.rows: list[dict[str, Any]] = [row for row in rows if row["step"] <= step]
-        atomic_write_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
-
-    def add(self, **row: Any) -> None:
-        """Append one row."""
-        self.rows.append(row)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-
-
-def train_once(study: Study, config: TrainConfig, options: Options, rate: float, several: bool) -> dict[str, Any]:
-    """One training run at one learning rate; saves the weights and returns the headline numbers."""
-    name = run_name(config)
-    folder, log_name = (tagged(name, rate), tagged(f"{name}.jsonl", rate)) if several else (name, f"{name}.jsonl")
+    A run that has come to its end already is not run again.
+    """
     dtype = "float32" if config.full else options.dtype
     model, tokenizer = load_model(study.model_name, device=options.device, dtype=dtype)
+    files = [study.fingerprint(file) for file in TRAINED_ON]
+    key = digest([asdict(config), rate, options.seed, str(model.dtype), model.device.type, files])
+    state, log = State(state_folder(study, name), key), metrics_file(study, name)
+    done = state.result()
+    if done is not None and (study.path / name).exists() and log.exists():
+        return done
     if config.gradient_checkpointing:  # renamed in transformers 5.24
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     if config.pack:
@@ -344,8 +306,6 @@ def train_once(study: Study, config: TrainConfig, options: Options, rate: float,
     adapter = None if config.full else trainable_adapter(model, config, options.seed, study.model_name)
     lengths = [len(r.ids) for r in rendered]
     steps = plan_steps(lengths, config.batch, config.epochs, config.max_steps, options.seed)
-    files = [study.fingerprint(name) for name in TRAINED_ON]
-    key = digest([asdict(config), rate, options.seed, str(model.dtype), model.device.type, files])
     with ExitStack() as stack:
         if adapter is not None:
             stack.enter_context(attach(model, adapter))
@@ -353,18 +313,17 @@ def train_once(study: Study, config: TrainConfig, options: Options, rate: float,
         learner: Any = Learner(model, adapter)
         if config.compile:
             learner = torch.compile(learner, dynamic=True)
-        run = Run(config, rate, rendered, heldout, steps, adapter, study.path / folder)
-        state = State(study.path / "train" / f".state-{digest(folder)[:8]}", key)
-        summary = run.loop(learner, state, study.path / "train" / log_name)
-    with whole_folder(study.path / folder) as new:
+        run = Run(config, rate, rendered, heldout, steps, adapter, study.path / name)
+        summary = run.loop(learner, state, log)
+    with whole_folder(study.path / name) as new:
         if adapter is not None:
             detached(adapter).save(new)
         else:
             model.save_pretrained(new)
             tokenizer.save_pretrained(new)
-    for file in state.folder.glob("*"):
-        file.unlink()
-    return summary | {"learning_rate": rate, "length_rule": counts, "traces": len(rendered)}
+    result = summary | {"learning_rate": rate, "length_rule": counts, "traces": len(rendered)}
+    state.finish(result)
+    return result
 
 
 @dataclass

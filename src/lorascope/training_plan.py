@@ -41,16 +41,18 @@ def control_traces(traces: Sequence[Trace], control: str, seed: int) -> list[Tra
 def plan_steps(lengths: Sequence[int], batch: int, epochs: float, max_steps: int | None, seed: int) -> list[list[int]]:
     """Which traces each step takes: every epoch all of them once, in batches of like length, in a seeded order.
 
-    Lengths are sorted within windows of 8 batches, so that padding is small and order still random.
+    Lengths are sorted within windows of 8 batches, so that padding is small and order still random. What is
+    left over in an epoch is a smaller batch.
     """
     rng = np.random.default_rng(seed)
-    total = math.ceil(len(lengths) * epochs / batch)
+    total = math.ceil(math.ceil(len(lengths) / batch) * epochs)
     total = total if max_steps is None else min(total, max_steps)
     steps: list[list[int]] = []
     while len(steps) < total:
         order = rng.permutation(len(lengths))
         batches = []
-        for window in np.array_split(order, math.ceil(len(order) / (8 * batch))):
+        for start in range(0, len(order), 8 * batch):
+            window = order[start : start + 8 * batch]
             window = window[np.argsort([lengths[i] for i in window], kind="stable")]
             batches += [window[i : i + batch].tolist() for i in range(0, len(window), batch)]
         steps += [batches[i] for i in rng.permutation(len(batches))]
@@ -58,8 +60,11 @@ def plan_steps(lengths: Sequence[int], batch: int, epochs: float, max_steps: int
 
 
 def rate_at(step: int, total: int, peak: float, warmup: float) -> float:
-    """Learning rate of step 0..total-1: linear over the warm-up, then a cosine to zero."""
-    rise = max(1, round(warmup * total))
+    """Learning rate of step 0..total-1: linear over the warm-up, then a cosine to zero.
+
+    As transformers' cosine schedule, but a step ahead in the warm-up, where that one's first step has a rate of zero.
+    """
+    rise = round(warmup * total)
     if step < rise:
         return peak * (step + 1) / rise
     return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise)))

@@ -192,17 +192,21 @@ def execute_answers(vocabulary: Vocabulary) -> Answer:
     return answer
 
 
-def borrow_explanations(features: Sequence[str], groups: Sequence[str], seed: int) -> dict[str, str | None]:
+def borrow_explanations(
+    features: Sequence[str], groups: Sequence[str], texts: Sequence[str], seed: int
+) -> dict[str, str | None]:
     """For each feature another one whose explanation it is given as a control.
 
     Features stand in a circle in the order of a hash of seed and name, and each borrows from the next one of another
-    group (the two polarities of a direction are a group); None only when there is no other group. So a feature that is
-    explained later changes the control of those just before it and of no other, whose scores need not be paid again.
+    group (the two polarities of a direction are a group) that is explained by another text; None where there is none.
+    So a feature that is explained later changes the control of those just before it and of no other, whose scores need
+    not be paid again.
     """
     order = sorted(range(len(features)), key=lambda k: digest([seed, "borrow", features[k]]))
     out: dict[str, str | None] = {}
     for place, number in enumerate(order):
         others = (order[(place + step) % len(order)] for step in range(1, len(order)))
-        lender = next((k for k in others if groups[k] != groups[number]), None)
+        fits = (k for k in others if groups[k] != groups[number] and texts[k] != texts[number])
+        lender = next(fits, None)
         out[features[number]] = None if lender is None else features[lender]
     return out

@@ -165,7 +165,8 @@ def _score_all(study: Study, job: Job, explainer: Explainer, explained: dict[str
     """Score each explanation beside its controls; rows without scores say why. Kept in `KIND.jsonl`."""
     path = study.path / "explanations" / f"{job.kind}.jsonl"
     able = [feature for feature, row in explained.items() if row["text"] is not None]
-    lenders = borrow_explanations(able, [cluster_of(f) for f in able], job.seed)
+    texts = [explained[feature]["text"] for feature in able]
+    lenders = borrow_explanations(able, [cluster_of(feature) for feature in able], texts, job.seed)
     settings = [METHOD, explainer.scoring_settings, job.config.corpus, job.config.examples, job.config.window, job.seed]
     keys: dict[str, str] = {}
     for feature, row in explained.items():

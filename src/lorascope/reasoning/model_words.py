@@ -56,6 +56,6 @@ def word_log_probability(study: Study, store: Store, position_P: Ints, first_ids
                 places = range(parts[i].start, parts[i].stop, CHUNK)
                 for part in [slice(first, min(first + CHUNK, parts[i].stop)) for first in places]:
                     at = torch.from_numpy(position_P[part] - starts[i]).to(hidden_BTD.device)
-                    logp_PV = attached.head(hidden_BTD[row, at]).float().log_softmax(dim=-1)
+                    logp_PV = attached.head(hidden_BTD[row, at]).log_softmax(dim=-1)
                     out_P[part] = logp_PV[:, wanted.to(logp_PV.device)].logsumexp(dim=-1).cpu().numpy()
     return out_P

@@ -7,7 +7,7 @@ from lorascope.steering.moves import MODES, Steer
 from lorascope.steering.panel import Panel, open_panel
 from lorascope.steering.passes import TARGETS
 from lorascope.steering.stage import SteerConfig, steer_text
-from lorascope.steering.stream import Bench, StreamedToken, open_bench, steer_stream
+from lorascope.steering.stream import Bench, StreamedToken, open_bench, refreshed, steer_stream
 
 __all__ = [
     "MODES",
@@ -19,6 +19,7 @@ __all__ = [
     "StreamedToken",
     "open_bench",
     "open_panel",
+    "refreshed",
     "steer_stream",
     "steer_text",
 ]

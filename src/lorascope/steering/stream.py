@@ -6,7 +6,7 @@ left at any time. Shape legend: T tokens of one pass, N directions, V vocabulary
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypedDict
 
 import torch
@@ -59,6 +59,12 @@ def open_bench(study: Study, options: Options, corpus: str = "train") -> Iterato
     model, tokenizer = load_model(study.model_name, device=options.device, dtype=options.dtype)
     with attach(model, adapter) as attached:
         yield Bench(attached, study.renderer(tokenizer), panel)
+
+
+def refreshed(bench: Bench, study: Study) -> Bench:
+    """The same model and adapter with the SAE, the units and the rendering of prompts that the study has by now."""
+    panel = open_panel(study, bench.attached.adapter, bench.panel.corpus)
+    return replace(bench, renderer=study.renderer(bench.renderer.tokenizer), panel=panel)
 
 
 def steer_stream(

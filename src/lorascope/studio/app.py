@@ -125,11 +125,11 @@ def json_endpoint(study: Study, view: Callable[..., dict[str, Any]]) -> Callable
     def answer(request: Request) -> Response:
         before = study_state(study)
         try:
-            status, value = 200, view(study, request.path_params, dict(request.query_params))
+            status, text = 200, dumped(view(study, request.path_params, dict(request.query_params)))
         except Exception as error:
-            status, text = outcome(error, study_state(study) != before)
-            value = {"error": text}
-        return Response(dumped(value), status, media_type="application/json")
+            status, said = outcome(error, study_state(study) != before)
+            text = dumped({"error": said})
+        return Response(text, status, media_type="application/json")
 
     return answer
 
@@ -151,9 +151,13 @@ def html_endpoint(study: Study, page: Page) -> Callable[..., Any]:
     return answer
 
 
-def dumped(value: Any) -> str:
-    """Compact JSON without NaN."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+def dumped(value: Any) -> bytes:
+    """Compact JSON without NaN, as UTF-8.
+
+    Raises:
+        ValueError: a number or a text in it can be no part of that.
+    """
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
 
 
 def add_files(app: Any) -> None:
@@ -182,32 +186,35 @@ def static_text(name: str) -> str:
 def add_notes(app: Any, study: Study) -> None:
     """Writing, merging and exporting notes; and the state of the study."""
     from fastapi import Body, Request, Response
+    from fastapi.concurrency import run_in_threadpool
 
     def state() -> dict[str, str]:
         return {"state": state_of(study)}
 
-    def write(event: dict[str, Any] = Body()) -> Response:  # noqa: B008 (FastAPI's way to name a body)
+    def saved(save: Callable[[], dict[str, Any]]) -> Response:
         try:
-            written = add_note(study, event.get("place", ""), event.get("field", ""), event.get("value"))
+            status, value = 200, save()
         except BadInput as error:
-            return Response(dumped({"error": str(error)}), 400, media_type="application/json")
+            status, value = 400, {"error": str(error)}
+        except RunFailed as error:
+            status, value = 503, {"error": str(error)}
         except OSError as error:
-            text = f"The note was not saved: {error.strerror or error}."
-            return Response(dumped({"error": text}), 507, media_type="application/json")
-        return Response(dumped(written), media_type="application/json")
+            status, value = 507, {"error": f"The notes were not saved: {error.strerror or error}."}
+        return Response(dumped(value), status, media_type="application/json")
+
+    def write(event: dict[str, Any] = Body()) -> Response:  # noqa: B008 (FastAPI's way to name a body)
+        return saved(lambda: add_note(study, event.get("place", ""), event.get("field", ""), event.get("value")))
 
     async def merge(request: Request) -> Response:
-        try:
-            found: dict[str, Any] = merge_notes(study, (await request.body()).decode("utf-8", "replace"))
-        except (BadInput, OSError) as error:
-            return Response(dumped({"error": str(error)}), 400, media_type="application/json")
-        return Response(dumped(found), media_type="application/json")
+        text = (await request.body()).decode("utf-8", "surrogateescape")
+        # in a thread: somebody else may be writing, and other pages go on meanwhile
+        return await run_in_threadpool(saved, lambda: merge_notes(study, text))
 
     def export() -> Response:
         path = study.path / FILE
-        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        content = path.read_bytes() if path.is_file() else b""
         headers = {"content-disposition": f'attachment; filename="{FILE}"'}
-        return Response(text, media_type="application/x-ndjson", headers=headers)
+        return Response(content, media_type="application/x-ndjson", headers=headers)
 
     app.add_api_route("/state.json", state, methods=["GET"])
     app.add_api_route("/notes", write, methods=["POST"])

@@ -3,6 +3,7 @@
 A layer around the application in the ASGI interface; it knows nothing of the pages.
 """
 
+import hashlib
 import hmac
 import ipaddress
 import json
@@ -11,6 +12,7 @@ import socket
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import parse_qsl, quote, urlencode
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -45,16 +47,27 @@ class Rules:
     """Host names that requests may be addressed to; numeric addresses are also let through unless bound to loopback."""
     loopback: bool
     token: str | None
-    """Needed for whatever writes or generates; None when bound to loopback."""
+    """Needed for everything: it comes with the first address and stays as a cookie, or stands in a header. None: no
+    token is asked for."""
+
+    @property
+    def cookie(self) -> str:
+        """The cookie's name, another for each token: cookies are shared by all ports of a host."""
+        return f"lorascope-{hashlib.sha256(str(self.token).encode()).hexdigest()[:12]}"
 
 
-def rules_for(host: str) -> Rules:
-    """The rules of a server that is bound to this host."""
+def rules_for(host: str, *, token: bool = False) -> Rules:
+    """The rules of a server that is bound to this host.
+
+    Args:
+        token: ask for a token on loopback too, where other users of this machine might come from.
+    """
     local = {"localhost", "127.0.0.1", "::1"}
+    secret = secrets.token_urlsafe(24)
     if is_loopback(host):
-        return Rules(frozenset(local | {host}), True, None)
+        return Rules(frozenset(local | {host}), True, secret if token else None)
     own = {host, socket.gethostname(), socket.getfqdn()}
-    return Rules(frozenset(name.lower() for name in local | own if name), False, secrets.token_urlsafe(24))
+    return Rules(frozenset(name.lower() for name in local | own if name), False, secret)
 
 
 def is_loopback(host: str) -> bool:
@@ -79,6 +92,14 @@ def guarded(application: Application, rules: Rules) -> Application:
         if refused := reason_to_refuse(scope["method"], scope["path"], headers, rules):
             await answer(send, *refused)
             return
+        if rules.token is not None:
+            path, rest, given = without_token(scope["path"], scope["query_string"])
+            if scope["method"] in SAFE and is_token(given, rules):
+                await let_in(send, path, rest, rules)
+                return
+            if not any(is_token(one, rules) for one in tokens_of(headers, rules)):
+                await answer(send, 401, "This studio needs its token: open the address that lorascope studio printed.")
+                return
         limit = MERGE_LIMIT if scope["path"] in LARGE_BODIES else BODY_LIMIT
         await application(scope, limited(receive, limit), with_headers(send))
 
@@ -98,14 +119,37 @@ def reason_to_refuse(method: str, path: str, headers: dict[str, str], rules: Rul
     length = headers.get("content-length", "0")
     if not length.isdigit() or int(length) > (MERGE_LIMIT if path in LARGE_BODIES else BODY_LIMIT):
         return 413, "The request is too long."
-    if method in SAFE:
-        return None
-    if method != "POST":
+    if method not in (*SAFE, "POST"):
         return 405, "The studio takes GET and POST."
-    given = headers.get(TOKEN_HEADER, "").encode()
-    if rules.token is not None and not hmac.compare_digest(given, rules.token.encode()):
-        return 401, "Writing and generating need the token: open the address that lorascope studio printed."
     return None
+
+
+def without_token(path: str, query: bytes) -> tuple[str, list[tuple[str, str]], str]:
+    """The path as a Location may hold it, the query without its token, and the token."""
+    pairs = parse_qsl(query.decode("latin-1"), keep_blank_values=True)
+    rest = [(name, value) for name, value in pairs if name != "token"]
+    return "/" + quote(path.lstrip("/")), rest, dict(pairs).get("token", "")
+
+
+def tokens_of(headers: dict[str, str], rules: Rules) -> list[str]:
+    """Tokens that a request carries: in the header, and in this studio's cookie."""
+    cookies = [pair.strip().partition("=") for pair in headers.get("cookie", "").split(";")]
+    return [headers.get(TOKEN_HEADER, ""), *(value for name, _, value in cookies if name == rules.cookie)]
+
+
+def is_token(given: str, rules: Rules) -> bool:
+    """Whether this is the studio's token, compared in constant time."""
+    return rules.token is not None and hmac.compare_digest(given.encode(), rules.token.encode())
+
+
+async def let_in(send: Send, path: str, rest: list[tuple[str, str]], rules: Rules) -> None:
+    """Keep the token as a cookie and go on to the address without it, which may then be shown and shared."""
+    where = path + (f"?{urlencode(rest)}" if rest else "")
+    kept = f"{rules.cookie}={rules.token}; Path=/; HttpOnly; SameSite=Lax"
+    headers = [(b"location", where.encode()), (b"set-cookie", kept.encode()), (b"content-length", b"0")]
+    secured = with_headers(send)
+    await secured({"type": "http.response.start", "status": 303, "headers": headers})
+    await secured({"type": "http.response.body", "body": b""})
 
 
 def host_allowed(host: str, rules: Rules) -> bool:

@@ -6,19 +6,24 @@ steered, a random control, the base model) go forward together, a token each in 
 
 import contextlib
 import itertools
+import json
 import queue
 import threading
 import time
 import traceback
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from lorascope.config import Options
 from lorascope.errors import BadInput, RunFailed
+from lorascope.report.tokens import shown_text
+from lorascope.studio.notes import whole_text
 from lorascope.study import Study
+from lorascope.views.feature_list import feature_kind
 from lorascope.views.kept import stamp
+from lorascope.views.reading import json_file
 
 Event = dict[str, Any]
 
@@ -27,7 +32,12 @@ RUNS = {
     "steered": "adapter, steered",
     "control": "steered along random vectors",
     "base": "base model",
+    "base_steered": "base model, steered",
 }
+MOVED = ("steered", "control", "base_steered")
+"""Runs in which features are moved."""
+TARGETS = {"control": "control", "base": "base", "base_steered": "base"}
+"""What a run is steered on, where that is not the adapted model."""
 LONGEST_PROMPT = 8_000
 MOST_TOKENS = 2_048
 MOST_FEATURES = 8
@@ -52,20 +62,27 @@ class Request:
     seed: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Job:
-    """A request on its way, with what it has to say so far."""
+    """A request on its way, with what it has to say so far. Each is itself alone."""
 
     request: Request
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     events: "queue.SimpleQueue[Event]" = field(default_factory=queue.SimpleQueue)
     stopped: threading.Event = field(default_factory=threading.Event)
+    wake: Callable[[], None] = lambda: None
+    """Called in the engine's thread after every event, by whoever listens."""
 
-    def next_event(self, seconds: float) -> Event | None:
-        """The next thing to tell the page, None when there is none for so long."""
+    def say(self, event: Event) -> None:
+        """Tell the page something."""
+        self.events.put(event)
+        self.wake()
+
+    def heard(self) -> Iterator[Event]:
+        """What was said since the last time."""
         with contextlib.suppress(queue.Empty):
-            return self.events.get(timeout=seconds)
-        return None
+            while True:
+                yield self.events.get_nowait()
 
 
 def read_request(body: Mapping[str, Any]) -> Request:
@@ -79,16 +96,20 @@ def read_request(body: Mapping[str, Any]) -> Request:
         raise BadInput("Type a prompt first.")
     if len(prompt) > LONGEST_PROMPT:
         raise BadInput(f"A prompt may have at most {LONGEST_PROMPT:,} characters.")
-    if not isinstance(runs, list) or not runs or not all(run in RUNS for run in runs):
+    if not whole_text(prompt):
+        raise BadInput("The prompt holds half of a character (a lone surrogate); type that character again.")
+    if not isinstance(runs, list) or not runs or not all(isinstance(run, str) and run in RUNS for run in runs):
         raise BadInput(f"Runs are some of {', '.join(RUNS)}.")
     steers, watch = body.get("steers", []), body.get("watch", [])
     if not isinstance(steers, list) or not isinstance(watch, list) or not all(isinstance(f, str) for f in watch):
         raise BadInput("Steers and watched features are lists.")
+    if len(steers) > MOST_FEATURES:
+        raise BadInput(f"At most {MOST_FEATURES} moves at once.")
     moves = tuple(read_move(move) for move in steers)
     watched = tuple(dict.fromkeys([*(feature for feature, _, _ in moves), *watch]))
     if len(watched) > MOST_FEATURES:
         raise BadInput(f"At most {MOST_FEATURES} features at once.")
-    if not moves and any(run in ("steered", "control") for run in runs):
+    if not moves and any(run in MOVED for run in runs):
         raise BadInput("Choose how to steer a feature first, or leave out the steered runs.")
     return Request(
         prompt,
@@ -140,8 +161,8 @@ class Live:
     def open(self) -> None:
         """Begin to load the model, unless it is there or on its way."""
         with self.changed:
-            if self.thread is None or not self.thread.is_alive():
-                self.enter("loading", f"Loading {self.study.model_name}")
+            if self.thread is None:
+                self.enter("loading", "Loading the model")
                 self.thread = threading.Thread(target=self.work, daemon=True)
                 self.thread.start()
 
@@ -162,8 +183,8 @@ class Live:
             job = Job(request)
             self.waiting.append(job)
             self.changed.notify_all()
-        self.open()
-        return job
+            self.open()
+            return job
 
     def stop(self, job_id: str) -> bool:
         """Stop a generation, running or waiting; whether it was there."""
@@ -192,60 +213,98 @@ class Live:
         try:
             while True:
                 self.serve_one_model()
-        except (BadInput, RunFailed) as error:
-            self.fail(str(error))
         except Exception as error:
-            traceback.print_exc()
-            self.fail(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+            self.fail(failed(error))
 
     def serve_one_model(self) -> None:
-        """Serve jobs with one state of the adapter; returns when the study has another one."""
-        from lorascope.steering import open_bench
+        """Serve jobs with one state of model and adapter; returns when the study has another one.
 
-        weights = self.study.require(WEIGHTS, "lorascope train STUDY")
-        state = stamp(weights)
+        The SAE, the examples and the way to render are read anew whenever they changed: stages may run while a page is
+        open.
+        """
+        from lorascope.steering import open_bench, refreshed
+
+        self.study.require(WEIGHTS, "lorascope train STUDY")
+        model, features = model_state(self.study), feature_state(self.study)
         self.enter("loading", f"Loading {self.study.model_name}")
         with open_bench(self.study, self.options) as bench:
             self.enter("ready", "")
             while True:
                 job = self.take()
-                if not weights.is_file() or stamp(weights) != state:
+                if model_state(self.study) != model:
                     with self.changed:
                         self.waiting.insert(0, job)
                         self.running = None
                     return
-                for event in job_events(bench, job):
-                    if event["event"] in ENDS:
-                        self.finish()  # before the page hears of it, so that it asks for no stale queue
-                    job.events.put(event)
+                try:
+                    if (now := feature_state(self.study)) != features:
+                        bench, features = refreshed(bench, self.study), now
+                except Exception as error:
+                    self.tell(job, failed(error))
+                    continue
+                for event in job_events(self.study, bench, job):
+                    self.tell(job, event)
 
-    def finish(self) -> None:
-        """Nothing runs any more."""
-        with self.changed:
-            self.running = None
+    def tell(self, job: Job, event: Event) -> None:
+        """Have a job say something; at its end nothing runs any more before the page hears of it, so that it asks for
+        no stale queue."""
+        if event["event"] in ENDS:
+            with self.changed:
+                self.running = None
+        job.say(event)
 
-    def fail(self, text: str) -> None:
-        """Say to all that wait why nothing will come."""
+    def fail(self, event: Event) -> None:
+        """Say to all that wait why nothing will come; who asks from now on has the model loaded anew."""
         with self.changed:
-            self.enter("failed", text)
+            self.enter("failed", event["error"])
             jobs = [*self.waiting, *([self.running] if self.running else [])]
-            self.waiting, self.running = [], None
+            self.waiting, self.running, self.thread = [], None, None
         for job in jobs:
-            job.events.put({"event": "failed", "error": text})
+            job.say(event)
 
 
-def job_events(bench: Any, job: Job) -> Iterator[Event]:
-    """What a page is told while its request is served: `start`, `token` of each run in turn, `done` or `failed`."""
+def model_state(study: Study) -> tuple[Any, ...]:
+    """What changes whenever the loaded model is no longer the study's."""
+    return study.model_name, stamps(study, "adapter/[!.]*"), stamps(study, "tokenizer/[!.]*")
+
+
+def feature_state(study: Study) -> tuple[Any, ...]:
+    """What changes whenever the features, their units or the rendering of prompts are no longer the study's."""
+    manifest = study.manifest
+    rendering = tuple(manifest[key] for key in ("system", "markup", "max_tokens", "too_long"))
+    return rendering, stamps(study, "sae/[!.]*"), stamps(study, "examples/train/*-stats.parquet")
+
+
+def stamps(study: Study, pattern: str) -> tuple[tuple[str, int, int], ...]:
+    """Name, size and time of the study's files of a pattern."""
+    found = []
+    for path in sorted(study.path.glob(pattern)):
+        with contextlib.suppress(OSError):  # being re-made
+            found.append((path.name, *stamp(path)))
+    return tuple(found)
+
+
+def failed(error: Exception) -> Event:
+    """The event that says why nothing more comes; of what nobody foresaw, the traceback goes to the terminal."""
+    if isinstance(error, BadInput | RunFailed):
+        return {"event": "failed", "error": str(error)}
+    traceback.print_exception(error)
+    return {"event": "failed", "error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+
+
+def job_events(study: Study, bench: Any, job: Job) -> Iterator[Event]:
+    """What a page is told while its request is served: `start`, `token` of each run in turn, `done` or `failed`.
+
+    Whatever goes wrong is this request's failure alone.
+    """
     request = job.request
+    streams: dict[str, Any] = {}
     try:
         streams = open_streams(bench, request)
-    except (BadInput, RunFailed) as error:
-        yield {"event": "failed", "error": str(error)}
-        return
-    scales = {name: bench.panel.p99.get(name) for name in request.watch}
-    yield {"event": "start", "runs": {run: RUNS[run] for run in request.runs}, "scales": scales}
-    began, count, ended = time.monotonic(), 0, dict.fromkeys(request.runs, False)
-    try:
+        scales = {name: bench.panel.p99.get(name) for name in request.watch}
+        runs = {run: RUNS[run] for run in request.runs}
+        yield {"event": "start", "runs": runs, "scales": scales, "levels": levels_of(study, request.watch)}
+        began, count, ended = time.monotonic(), 0, dict.fromkeys(request.runs, False)
         while streams and not job.stopped.is_set():
             for run in list(streams):
                 token = next(streams[run], None)
@@ -254,16 +313,23 @@ def job_events(bench: Any, job: Job) -> Iterator[Event]:
                     del streams[run]
                 else:
                     count += 1
-                    yield {"event": "token", "run": run} | token
+                    yield {"event": "token", "run": run, "shown": shown_text(token["text"])} | token
+        rate = count / max(time.monotonic() - began, 1e-9)
     except Exception as error:
-        traceback.print_exc()
-        yield {"event": "failed", "error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+        yield failed(error)
         return
     finally:
         for stream in streams.values():
             stream.close()
-    rate = count / max(time.monotonic() - began, 1e-9)
     yield {"event": "done", "stopped": job.stopped.is_set(), "ended": ended, "tokens_per_second": round(rate, 2)}
+
+
+def levels_of(study: Study, features: tuple[str, ...]) -> dict[str, float | None]:
+    """The activation above which each feature fires, as on the other pages: 0 for a latent, None where not known."""
+    known = json_file(study, "examples/levels.json") or {}
+    default = {"latent": 0.0}
+    kinds = {name: feature_kind(name) for name in features}
+    return {name: known.get(kind, {}).get(name, default.get(kind)) for name, kind in kinds.items()}
 
 
 def open_streams(bench: Any, request: Request) -> dict[str, Any]:
@@ -274,24 +340,27 @@ def open_streams(bench: Any, request: Request) -> dict[str, Any]:
     ids = bench.renderer.prompt_ids(request.prompt)
     sampling = Sampling(request.max_new_tokens, temperature=request.temperature, seed=request.seed)
     moves = [Steer(feature, amount, mode) for feature, amount, mode in request.steers]
-    streams = {}
-    for run in request.runs:
-        steers = moves if run in ("steered", "control") else []
-        target = run if run in ("control", "base") else "adapter"
-        streams[run] = steer_stream(
-            bench, ids, steers=steers, watch=request.watch, target=target, where=request.where, sampling=sampling
+    return {
+        run: steer_stream(
+            bench,
+            ids,
+            steers=moves if run in MOVED else [],
+            watch=request.watch,
+            target=TARGETS.get(run, "adapter"),
+            where=request.where,
+            sampling=sampling,
         )
-    return streams
+        for run in request.runs
+    }
 
 
-def sample_prompts(study: Study, count: int = 12) -> list[str]:
-    """The questions of the first traces of the held-out corpus, or of the first there is."""
-    import json
-
+def sample_prompts(study: Study, count: int = 12) -> tuple[str, list[str]]:
+    """A corpus, the held-out one or else the first there is, and the questions of its first traces."""
     corpora = study.corpora()
     for corpus in [name for name in ("heldout", *corpora) if name in corpora][:1]:
         path = study.corpus_file(corpus)
         if path.is_file():
             with path.open(encoding="utf-8") as file:
-                return [str(json.loads(line).get("question") or "") for line in itertools.islice(file, count)]
-    return []
+                questions = [str(json.loads(line).get("question") or "") for line in itertools.islice(file, count)]
+            return corpus, [question for question in questions if question.strip()]
+    return "", []

@@ -11,9 +11,9 @@ from typing import Any
 
 from lorascope.errors import BadInput, MissingStage, RunFailed
 from lorascope.features import KINDS
-from lorascope.studio.live import MOST_FEATURES, RUNS, WEIGHTS, sample_prompts
+from lorascope.studio.live import LONGEST_PROMPT, MOST_FEATURES, RUNS, WEIGHTS, sample_prompts
 from lorascope.studio.measuring import Measurement, known_effects, measure
-from lorascope.studio.notes import FILE, Note, current_notes, read_events, searchable
+from lorascope.studio.notes import FILE, Note, as_shown, current_notes, read_events, searchable
 from lorascope.study import Study, digest
 from lorascope.views import (
     ablation_view,
@@ -239,8 +239,7 @@ def steps_around(study: Study, corpus: str, feature: str, step: int) -> Json:
 def notes_at(study: Study, places: list[str]) -> dict[str, Json]:
     """The notes of some places, empty ones for those without any."""
     notes = current_notes(read_events(study.path / FILE)[0])
-    blank = {"text": "", "label": "", "star": False, "tags": (), "earlier": ()}
-    return {place: vars(notes[place]) if place in notes else blank for place in places}
+    return {place: as_shown(study, notes.get(place, Note(place))) for place in places}
 
 
 def compare_page(study: Study, path: Parts, query: Parts) -> Json:
@@ -305,7 +304,7 @@ def fires_page(study: Study, path: Parts, query: Parts) -> Json:
 def notes_page(study: Study, path: Parts, query: Parts) -> Json:
     """All notes, newest first."""
     events, unread = read_events(study.path / FILE)
-    notes = [vars(note) | {"earlier": len(note.earlier)} for note in current_notes(events).values()]
+    notes = [as_shown(study, note) | {"earlier": len(note.earlier)} for note in current_notes(events).values()]
     tag = query.get("tag", "")
     tags = sorted({name for note in notes for name in note["tags"]})
     shown = [note for note in notes if not tag or tag in note["tags"]]
@@ -319,7 +318,9 @@ def live_page(study: Study, path: Parts, query: Parts) -> Json:
         command = f"lorascope train {study.path}"
         return {"available": False, "missing": {"what": "the adapter", "run": command}}
     features = listed_features(query, MOST_FEATURES)
-    return {"available": True, "features": features, "prompts": sample_prompts(study), "runs": RUNS}
+    corpus, prompts = sample_prompts(study)
+    about = {"features": features, "prompts": prompts, "prompts_from": corpus, "runs": RUNS}
+    return {"available": True, "longest": LONGEST_PROMPT} | about
 
 
 PAGES = (

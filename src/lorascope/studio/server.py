@@ -1,6 +1,7 @@
 """`lorascope studio`: the web server, bound to this machine unless told otherwise."""
 
 import contextlib
+import os
 import socket
 import sys
 import threading
@@ -24,11 +25,13 @@ class StudioConfig:
     """Open the study in the browser: map, features, traces, notes, and the model live."""
 
     host: str = "127.0.0.1"
-    """Address to bind to; any other than loopback asks for a token wherever something is written or generated."""
+    """Address to bind to; any other than loopback asks for a token, which is in the address that is printed."""
     port: int = 0
     """Port to listen on (default: the first free one from 8700)."""
     open: bool = True
-    """Open a browser window."""
+    """Open a browser window; not in an SSH session, nor with --token: others can read a browser's command line."""
+    token: bool = False
+    """Ask for a token on loopback too: on a machine that others use, their programs reach loopback as well."""
 
 
 def serve(study: Study, config: StudioConfig, options: Options) -> dict[str, Any]:
@@ -45,16 +48,21 @@ def serve(study: Study, config: StudioConfig, options: Options) -> dict[str, Any
     from lorascope.studio.pages import warm_up
 
     bound = bind(config.host, config.port)
-    rules = rules_for(config.host)
-    url = address_of(config.host, bound.getsockname()[1])
-    shown = url + (f"#token={rules.token}" if rules.token else "")
+    port = bound.getsockname()[1]
+    rules = rules_for(config.host, token=config.token)
+    query = f"?token={rules.token}" if rules.token else ""
+    url = address_of(config.host, port)
     first_view(study)
-    print(f"The studio of {study.path} is at {shown} (stop with Ctrl-C).", file=sys.stderr, flush=True)
+    print(f"The studio of {study.path} is at {url}{query} (stop with Ctrl-C).", file=sys.stderr)
+    connection = os.environ.get("SSH_CONNECTION", "")
+    for line in ways_in(config.host, port, query, connection):
+        print(line, file=sys.stderr)
+    sys.stderr.flush()
     later = threading.Timer(LATER, warm_up, (study,))
     later.daemon = True
     later.start()
-    if config.open:
-        threading.Timer(0.5, webbrowser.open, (shown,)).start()
+    if config.open and not connection and not config.token:
+        threading.Timer(0.5, webbrowser.open, (url + query,)).start()
     settings = uvicorn.Config(
         guarded(make_app(study, options), rules),
         log_level="warning",
@@ -89,3 +97,21 @@ def address_of(host: str, port: int) -> str:
     """The address to open, for hosts that stand for all addresses the local one."""
     name = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     return f"http://{name}:{port}/"
+
+
+def ways_in(host: str, port: int, query: str, connection: str) -> list[str]:
+    """Sentences on how else to reach the studio: from other machines, and through an SSH session.
+
+    Args:
+        query: what carries the token, "" without one.
+        connection: the variable SSH_CONNECTION: client, its port, server, its port; "" outside a session.
+    """
+    lines = []
+    if host in ("0.0.0.0", "::"):
+        lines.append(f"From other machines it is at {address_of(socket.gethostname(), port)}{query}")
+    if len(parts := connection.split()) == 4:
+        near = address_of(host, port).removeprefix("http://").rstrip("/")
+        user = os.environ.get("USER", "")
+        lines.append(f"On your own machine: ssh -N -L {port}:{near} {user}{'@' if user else ''}{parts[2]}")
+        lines.append(f"and there open http://127.0.0.1:{port}/{query}")
+    return lines

@@ -4,7 +4,6 @@ Shape legend: T tokens, N directions.
 """
 
 import contextlib
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy.typing as npt
 
 from lorascope.store import INDEX, Store, store_folder
 from lorascope.study import Study, digest, read_json, write_json
-from lorascope.views.kept import stamp
+from lorascope.views.kept import kept_once, stamp
 
 CACHE = ".views"
 """Folder in the study for what can be computed again; names with a dot are no stage's input."""
@@ -71,7 +70,7 @@ def typical_effects(study: Study, corpus: str, source: str = "adapter") -> dict[
     return kept_medians(folder, *(stamp(index) if index.is_file() else (0, 0)))
 
 
-@lru_cache(maxsize=8)
+@kept_once(maxsize=24)
 def kept_medians(folder: Path, size: int, modified: int) -> dict[str, float]:
     """`typical_effects` of one state of a store."""
     store = Store.open(folder)

@@ -2,7 +2,6 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import pyarrow.compute as pc
@@ -11,7 +10,7 @@ from lorascope.adapter import GROUPS
 from lorascope.errors import BadInput, MissingStage
 from lorascope.study import Study
 from lorascope.views.feature_list import CLASSES, feature_table
-from lorascope.views.kept import State, stamp, study_state
+from lorascope.views.kept import State, kept_once, stamp, study_state
 from lorascope.views.one_feature import open_features, vocabulary_of
 from lorascope.views.reading import Json, explanations, path_of, read_table
 
@@ -143,7 +142,7 @@ def ordered(rows: list[Json], query: FeatureQuery) -> list[Json]:
     return sorted(known, key=lambda row: row[key], reverse=query.order == "falling") + unknown
 
 
-@lru_cache(maxsize=4)
+@kept_once(maxsize=4)
 def feature_index(study: Study, corpus: str, state: State) -> Json:
     """The table with top tokens and the text that a search looks through (of all explainers), of one state of the
     study."""

@@ -2,12 +2,15 @@
 
 import contextlib
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, wraps
 from pathlib import Path
-from typing import Any
+from threading import Lock, RLock
+from typing import Any, ParamSpec, TypeVar
 
 from lorascope.study import Study, is_shared
 
+P = ParamSpec("P")
+R = TypeVar("R")
 State = tuple[tuple[str, int, int], ...]
 MOST = 64
 """How many views are kept."""
@@ -32,12 +35,35 @@ def study_state(study: Study) -> State:
     return tuple(found)
 
 
+def kept_once(maxsize: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """`lru_cache` whose value one thread computes while others that ask for the same wait, instead of all computing it.
+
+    A value may be made of others kept so, as long as none is made of itself: threads then wait in one order.
+    """
+
+    def keep(function: Callable[P, R]) -> Callable[P, R]:
+        cached = lru_cache(maxsize=maxsize)(function)
+        lock_of = lru_cache(maxsize=4 * maxsize)(lambda *key: RLock())
+        finding = Lock()
+
+        @wraps(function)
+        def kept(*args: P.args, **kwargs: P.kwargs) -> R:
+            with finding:
+                lock = lock_of(args, *sorted(kwargs.items()))
+            with lock:
+                return cached(*args, **kwargs)  # type: ignore[arg-type]  # a parameter specification is not Hashable
+
+        return kept
+
+    return keep
+
+
 def kept_view(study: Study, view: Callable[..., Any], *arguments: Any) -> Any:
     """`view(study, *arguments)`, computed once per state of the study. Shared between callers: do not change it."""
     return remembered(view, study, arguments, study_state(study))
 
 
-@lru_cache(maxsize=MOST)
+@kept_once(maxsize=MOST)
 def remembered(view: Callable[..., Any], study: Study, arguments: tuple[Any, ...], state: State) -> Any:
     """`kept_view` of one state of the study."""
     return view(study, *arguments)

@@ -23,7 +23,7 @@ from lorascope.views.ablation_tables import direction_kl
 from lorascope.views.category_shares import feature_category
 from lorascope.views.effects import typical_effects
 from lorascope.views.feature_list import TOO_FEW, decoder_effects, feature_kind, feature_place
-from lorascope.views.kept import stamp
+from lorascope.views.kept import kept_once, stamp
 from lorascope.views.lens import feature_lens
 from lorascope.views.maps import signed_map
 from lorascope.views.reading import Json, explanations, feature_rows, missing, ready
@@ -116,7 +116,7 @@ def open_features(study: Study, corpus: str, kind: str) -> FeatureSet:
     return kept_features(study, corpus, kind, tuple(stamp(path) for path in files))
 
 
-@lru_cache(maxsize=6)
+@kept_once(maxsize=24)
 def kept_features(study: Study, corpus: str, kind: str, state: tuple[tuple[int, int], ...]) -> FeatureSet:
     """`load_features` of one state of its files."""
     return load_features(study, corpus, kind)

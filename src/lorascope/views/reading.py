@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from lorascope.errors import RunFailed
 from lorascope.explained import current_rows
 from lorascope.study import Study, read_json
-from lorascope.views.kept import kept_view, of_other_features, stamp
+from lorascope.views.kept import kept_once, kept_view, of_other_features, stamp
 
 Json = dict[str, Any]
 
@@ -94,7 +94,7 @@ def current_explanations(study: Study, kind: str) -> tuple[Json, ...]:
     return current_rows(study, kind, json_lines(study, f"explanations/{kind}.jsonl"))
 
 
-@lru_cache(maxsize=8)
+@kept_once(maxsize=32)
 def parsed_lines(path: Path, size: int, modified: int) -> tuple[Json, ...]:
     """`json_lines` of one state of a file."""
     lines = path.read_text(encoding="utf-8").split("\n")

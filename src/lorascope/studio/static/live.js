@@ -11,14 +11,21 @@ const MODES = {
   clamp: { name: "clamp to", low: -4, high: 8, step: 0.25, start: 1 },
   off: { name: "off" },
 };
+const NUMBERS = ["tokens", "temperature", "seed"];
+const LONGEST_SHARED = 2000; // characters of a prompt in the address; mail programs cut longer ones
+const BROKEN = "The answer broke off; is lorascope studio still running?";
 const form = one("#ask");
 if (form) {
   const moves = []; // {id, mode, amount, element}
   let job = "";
   let asked = false; // from then on the line under the buttons is about what was asked
+  let over = true; // the answer has come to its end
   let aborter = null;
   let poll = 0;
   let scales = {};
+  let levels = {};
+  let tops = {}; // largest activation of each feature so far, the scale of one whose usual strength is not known
+  let moved = false; // a scale has moved since the tokens were shaded
   const runs = new Map(); // name of a run -> {tokens, box, strips}
 
   // --- the model ---
@@ -40,7 +47,7 @@ if (form) {
   ask("/live/open", { method: "POST", body: "{}" }).then(state).catch((error) => { one("#said").textContent = error.message; });
 
   // --- features ---
-  function addFeature(id) {
+  function addFeature(id, wanted = "watch", given = "") {
     if (!id || moves.some((move) => move.id === id)) return;
     if (moves.length >= MOST) { toast(`At most ${MOST} features at once.`); return; }
     const move = { id, mode: "watch", amount: 0 };
@@ -49,30 +56,37 @@ if (form) {
     const shown = make("output", { textContent: "" });
     const remove = make("button", { type: "button", textContent: "×", "aria-label": `Remove ${id}` });
     const show = () => { shown.textContent = slider.disabled ? "" : String(move.amount).replace("-", "−"); };
-    mode.addEventListener("change", () => {
-      move.mode = mode.value;
-      const { low, high, step, start } = MODES[move.mode];
+    function choose(name, amount) {
+      const { low, high, step, start } = MODES[name];
+      [move.mode, move.amount, mode.value] = [name, amount ?? start ?? 0, name];
       slider.disabled = low === undefined;
-      if (!slider.disabled) { Object.assign(slider, { min: low, max: high, step, value: start }); move.amount = start; }
+      if (!slider.disabled) Object.assign(slider, { min: Math.min(low, move.amount), max: Math.max(high, move.amount), step, value: move.amount });
       show();
+    }
+    mode.addEventListener("change", () => {
+      choose(mode.value);
       const steered = one('[name="run"][value="steered"]');
       if (move.mode !== "watch") steered.checked = true;
-      else if (moves.every((other) => other.mode === "watch")) all('[value="steered"], [value="control"]', form).forEach((tick) => { tick.checked = false; });
+      else if (moves.every((other) => other.mode === "watch")) all('[value="steered"], [value="control"], [value="base_steered"]', form).forEach((tick) => { tick.checked = false; });
+      keep();
     });
-    slider.addEventListener("input", () => { move.amount = Number(slider.value); show(); });
-    remove.addEventListener("click", () => { moves.splice(moves.indexOf(move), 1); move.element.remove(); one("#none").hidden = moves.length > 0; });
+    slider.addEventListener("input", () => { move.amount = Number(slider.value); show(); keep(); });
+    remove.addEventListener("click", () => { moves.splice(moves.indexOf(move), 1); move.element.remove(); one("#none").hidden = moves.length > 0; keep(); });
     move.element = make("li", {}, make("a", { href: featureAddress(id), textContent: id.replace(/-$/, "−") }), mode, slider, shown, remove);
     moves.push(move);
     one("#moves").append(move.element);
     one("#none").hidden = true;
+    if (Object.hasOwn(MODES, wanted)) choose(wanted, given !== "" && Number.isFinite(Number(given)) ? Number(given) : undefined);
   }
   const input = one("#add");
   let known = [];
   let timer = 0;
-  const take = () => { addFeature(input.value.trim()); input.value = ""; };
-  input.addEventListener("input", () => {
+  const take = () => { clearTimeout(timer); addFeature(input.value.trim()); input.value = ""; keep(); };
+  input.addEventListener("input", (event) => {
     clearTimeout(timer);
-    if (known.includes(input.value)) { take(); return; }
+    // one of the list was chosen; what is typed waits for Enter, since "sae.1" may become "sae.17"
+    const picked = event.inputType === undefined || event.inputType === "insertReplacementText";
+    if (picked && known.includes(input.value)) { take(); return; }
     timer = setTimeout(async () => {
       const found = await ask(`/features.json?size=12&q=${encodeURIComponent(input.value)}`).catch(() => ({}));
       const rows = (found.rows || []).filter((row) => row.kind === "direction" || row.kind === "latent");
@@ -81,13 +95,42 @@ if (form) {
     }, 150);
   });
   input.addEventListener("keydown", (event) => { if (event.key === "Enter") { event.preventDefault(); take(); } });
-  form.dataset.features.split(",").forEach(addFeature);
   const samples = one("#samples");
   if (samples) samples.addEventListener("change", () => { one("#prompt").value = samples.value; });
+
+  // --- what is asked for, in the address: to be shared, and kept over a reload ---
+  const chosenRuns = () => all('[name="run"]:checked', form).map((tick) => tick.value);
+  function writeAddress() {
+    clearTimeout(keeping);
+    const wanted = new URLSearchParams();
+    if (moves.length) wanted.set("features", moves.map((move) => move.id).join(","));
+    if (moves.some((move) => move.mode !== "watch")) wanted.set("moves", moves.map(({ mode, amount }) => (MODES[mode].low === undefined ? mode : `${mode}:${amount}`)).join(","));
+    wanted.set("runs", chosenRuns().join(","));
+    for (const name of NUMBERS) if (one(`#${name}`).value !== one(`#${name}`).defaultValue) wanted.set(name, one(`#${name}`).value);
+    if (one("#where").value !== "generated") wanted.set("where", one("#where").value);
+    const prompt = one("#prompt").value;
+    one("#unshared").hidden = prompt.length <= LONGEST_SHARED;
+    if (prompt.length <= LONGEST_SHARED) wanted.set("prompt", prompt);
+    history.replaceState(null, "", `${location.pathname}?${wanted}`);
+  }
+  let keeping = 0;
+  function keep() { clearTimeout(keeping); keeping = setTimeout(writeAddress, 300); }
+  function readAddress() {
+    const given = new URLSearchParams(location.search);
+    const steps = (given.get("moves") ?? "").split(",");
+    form.dataset.features.split(",").forEach((id, i) => addFeature(id, ...(steps[i] || "watch").split(":")));
+    if (given.has("runs")) for (const tick of all('[name="run"]', form)) tick.checked = given.get("runs").split(",").includes(tick.value);
+    for (const name of [...NUMBERS, "prompt"]) if (given.has(name)) one(`#${name}`).value = given.get(name);
+    if (given.get("where") === "all") one("#where").value = "all";
+  }
+  readAddress();
+  form.addEventListener("input", (event) => { if (event.target !== input) keep(); });
+  form.addEventListener("change", (event) => { if (event.target !== input) keep(); });
 
   // --- panels ---
   function openPanels(names, watched) {
     runs.clear();
+    tops = Object.fromEntries(watched.map((id) => [id, 0]));
     const colour = one("#colour");
     const chosen = colour.value;
     colour.replaceChildren(...watched.map((id) => make("option", { value: id, textContent: id })));
@@ -105,72 +148,95 @@ if (form) {
       return make("section", { className: `panel-run run-${run}` }, make("h2", { className: "small", textContent: name }), box, ...strips.map((strip) => strip.row), note);
     }));
   }
-  const typical = (id) => (scales[id] ?? Math.max(...[...runs.values()].flatMap((run) => run.tokens.map((token) => token.activations[id])), 1e-9));
-  function shade(element, token) {
+  const scaleOf = (id) => scales[id] || tops[id] || 1e-9;
+  function shade({ element, activations }) {
     const id = one("#colour").value;
     if (!id) return;
-    const value = token.activations[id];
-    const step = value > 0 ? Math.min(STEPS, 1 + Math.floor(STEPS * Math.min(1, value / typical(id)) * 0.9999)) : 0;
+    const value = activations[id];
+    const step = value > 0 ? Math.min(STEPS, 1 + Math.floor(STEPS * Math.min(1, value / scaleOf(id)) * 0.9999)) : 0;
     for (let i = 1; i <= STEPS; i++) element.classList.toggle(`h${i}`, i === step);
+    element.classList.toggle("f", levels[id] !== null && value > levels[id]);
     element.dataset.v = `${id}: ${figures(value)}`;
   }
-  one("#colour").addEventListener("change", () => {
-    for (const { tokens } of runs.values()) tokens.forEach((token) => token.element && shade(token.element, token));
-  });
-  function addToken(run, token) {
-    const { tokens, box } = runs.get(run);
+  const shadeAll = () => { moved = false; for (const { tokens } of runs.values()) tokens.forEach(shade); };
+  one("#colour").addEventListener("change", shadeAll);
+  function addToken(name, token) {
+    const { tokens, box } = runs.get(name);
+    for (const [id, value] of Object.entries(token.activations)) {
+      if (!(value > tops[id])) continue;
+      tops[id] = value;
+      moved ||= !scales[id];
+    }
+    token.element = make("span", { textContent: token.shown });
     tokens.push(token);
-    const text = token.text.replaceAll("\n", "↵");
-    token.element = make("span", { textContent: text });
-    shade(token.element, token);
+    shade(token);
     box.append(token.element, ...Array.from(token.text.matchAll(/\n/g), () => make("br")).slice(0, 2));
     box.scrollTop = box.scrollHeight;
-    markDifference(run === "plain" ? [...runs.keys()] : [run]);
+    for (const other of name === "plain" ? runs.keys() : [name]) compare(other, tokens.length - 1);
   }
-  function markDifference(names) {
-    const plain = runs.get("plain");
-    if (!plain) return;
-    for (const name of names) {
-      const run = runs.get(name);
-      if (name === "plain" || run.differs !== undefined) continue;
-      const shared = Math.min(plain.tokens.length, run.tokens.length);
-      const at = run.tokens.slice(0, shared).findIndex((token, i) => token.token_id !== plain.tokens[i].token_id);
-      if (at < 0) continue;
-      run.differs = at;
-      run.tokens[at].element.before(make("b", { className: "parts", textContent: "≠", title: "parts from the unsteered run here" }));
+
+  // --- where runs part from the unsteered one ---
+  function part(run, at) {
+    run.differs = at;
+    const sign = make("b", { className: "parts", textContent: "≠", title: "parts from the unsteered run here" });
+    if (run.tokens[at]) run.tokens[at].element.before(sign);
+    else run.box.append(sign);
+  }
+  function compare(name, at) {
+    const [run, plain] = [runs.get(name), runs.get("plain")];
+    if (!plain || run === plain || !run.tokens[at] || !plain.tokens[at] || run.tokens[at].token_id === plain.tokens[at].token_id) return;
+    if (run.differs === undefined) part(run, at);
+    run.tokens[at].element.classList.add("differs");
+  }
+  /** What is said of a run at its end; a run that ended while the other went on parts from it there. */
+  function conclude(name, { ended, stopped }) {
+    const [run, plain] = [runs.get(name), runs.get("plain")];
+    if (plain && run !== plain) {
+      const length = (of) => runs.get(of).tokens.length + (ended[of] ? 1 : 0);
+      const at = Math.min(run.tokens.length, plain.tokens.length);
+      const parts = at < Math.min(length(name), length("plain")) && run.tokens.length !== plain.tokens.length;
+      if (parts && run.differs === undefined) part(run, at);
+      if (ended.plain) run.tokens.slice(plain.tokens.length).forEach((token) => token.element.classList.add("differs"));
     }
+    const how = ended[name] ? "ended by the model" : stopped ? "stopped" : "cut at the limit";
+    const beside = run.differs !== undefined ? `; parts at token ${run.differs}` : plain && run !== plain ? `; the same as unsteered${stopped ? " so far" : ""}` : "";
+    run.note.textContent = `${run.tokens.length} tokens, ${how}${beside}`;
   }
-  function drawStrips() {
+  function redraw() {
+    if (moved) shadeAll();
     for (const { tokens, strips } of runs.values()) {
-      for (const { id, svg } of strips) drawStrip(svg, tokens.map((token) => token.activations[id]), 0, Math.max(typical(id), ...tokens.map((token) => token.activations[id])));
+      for (const { id, svg } of strips) drawStrip(svg, tokens.map((token) => token.activations[id]), 0, Math.max(scaleOf(id), ...tokens.map((token) => token.activations[id])));
     }
   }
 
   // --- generating ---
   const running = (on) => { one("#go").disabled = on; one("#stop").disabled = !on; };
   function hear(event, watched) {
+    over = event.event === "done" || event.event === "failed";
     if (event.event === "queued") { job = event.id; state(); }
     else if (event.event === "waiting") one("#said").textContent = event.phase === "loading" ? `${event.said}: ${event.seconds.toFixed(0)} s` : event.before ? `${event.before} before this one` : "Working…";
-    else if (event.event === "start") { scales = event.scales; openPanels(event.runs, watched); one("#said").textContent = "Generating…"; one("#loading").hidden = true; }
+    else if (event.event === "start") { ({ scales, levels } = event); openPanels(event.runs, watched); one("#said").textContent = "Generating…"; one("#loading").hidden = true; }
     else if (event.event === "token") addToken(event.run, event);
     else if (event.event === "done") {
-      for (const [run, ended] of Object.entries(event.ended)) if (runs.has(run)) runs.get(run).note.textContent = `${runs.get(run).tokens.length} tokens, ${ended ? "ended by the model" : event.stopped ? "stopped" : "cut at the limit"}${runs.get(run).differs !== undefined ? `; parts at token ${runs.get(run).differs}` : runs.has("plain") && run !== "plain" ? "; the same as unsteered" : ""}`;
+      for (const run of Object.keys(event.ended)) if (runs.has(run)) conclude(run, event);
       one("#said").textContent = event.stopped ? "Stopped." : `Done, ${figures(event.tokens_per_second)} tokens per second.`;
     } else if (event.event === "failed") one("#said").textContent = event.error;
   }
   form.addEventListener("submit", async (event) => {
     event.preventDefault();
+    writeAddress();
     const watched = moves.map((move) => move.id);
     const steers = moves.filter((move) => move.mode !== "watch").map(({ id, mode, amount }) => ({ feature: id, mode, amount: mode === "off" ? 0 : amount }));
     const body = {
-      prompt: one("#prompt").value, watch: watched, steers, runs: all('[name="run"]:checked', form).map((tick) => tick.value), where: one("#where").value,
+      prompt: one("#prompt").value, watch: watched, steers, runs: chosenRuns(), where: one("#where").value,
       max_new_tokens: Number(one("#tokens").value), temperature: Number(one("#temperature").value), seed: Number(one("#seed").value),
     };
     running(true);
     asked = true;
+    over = false;
     one("#said").textContent = "Asking…";
     aborter = new AbortController();
-    const draw = setInterval(drawStrips, 300);
+    const draw = setInterval(redraw, 300);
     try {
       const response = await send("/live/generate", { method: "POST", body: JSON.stringify(body), signal: aborter.signal });
       if (!response.ok) throw new Error((await response.json()).error);
@@ -183,11 +249,12 @@ if (form) {
         rest = parts.pop();
         for (const part of parts) if (part.startsWith("data: ")) hear(JSON.parse(part.slice(6)), watched);
       }
+      if (!over) throw new Error(BROKEN);
     } catch (error) {
-      one("#said").textContent = error.name === "AbortError" ? "Stopped." : error.message;
+      one("#said").textContent = error.name === "AbortError" ? "Stopped." : error instanceof TypeError ? BROKEN : error.message;
     } finally {
       clearInterval(draw);
-      drawStrips();
+      redraw();
       job = "";
       running(false);
       state();

@@ -14,19 +14,17 @@ export function make(name, properties = {}, ...children) {
   return element;
 }
 
-/** JSON from the studio; throws with the server's sentence. */
+/** JSON from the studio; throws with the server's sentence and the status, where there is an answer. */
 export async function ask(address, options = {}) {
   const response = await send(address, options);
   const value = await response.json().catch(() => ({ error: "The studio gave no readable answer." }));
-  if (!response.ok) throw new Error(value.error || `Error ${response.status}`);
+  if (!response.ok) throw Object.assign(new Error(value.error || `Error ${response.status}`), { status: response.status });
   return value;
 }
 
-/** A request with the token, where there is one. */
+/** A request; the cookie that came with the studio's address goes along. */
 export async function send(address, options = {}) {
-  let token = "";
-  try { token = sessionStorage.getItem("lorascope-token") || ""; } catch { /* no storage */ }
-  const headers = { ...(options.body ? { "content-type": "application/json" } : {}), ...(token ? { "x-lorascope-token": token } : {}), ...options.headers };
+  const headers = { ...(options.body ? { "content-type": "application/json" } : {}), ...options.headers };
   try {
     return await fetch(address, { ...options, headers });
   } catch (error) {
@@ -69,6 +67,14 @@ one("#theme").addEventListener("click", switchTheme);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { nameTheme(); document.dispatchEvent(new Event("themechange")); });
 nameTheme();
 
+// --- the side of a direction that the address asks for ---
+const askedSide = all(".sides:not(.single) > .side").find((side) => featureAddress(side.getAttribute("aria-label")) === location.pathname.replaceAll("+", "%2B"));
+if (askedSide) {
+  askedSide.classList.add("asked");
+  askedSide.setAttribute("aria-current", "true");
+  if (!location.hash && askedSide.previousElementSibling && askedSide.getBoundingClientRect().top > innerHeight / 2) askedSide.scrollIntoView(); // below, on a narrow screen
+}
+
 // --- keys ---
 const help = one("#help");
 one("#keys").addEventListener("click", () => help.showModal());
@@ -93,7 +99,7 @@ function step(by) {
 }
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || help.open) return;
-  if (event.target.closest("input, select, textarea")) {
+  if (event.target.closest('input:not([type="checkbox"], [type="radio"]), select, textarea')) {
     if (event.key === "Escape") event.target.blur();
     return;
   }
@@ -107,7 +113,7 @@ document.addEventListener("keydown", (event) => {
   else if (event.key === "k") step(-1);
   else if (event.key === "t") switchTheme();
   else if (event.key === "?") help.showModal();
-  else if (event.key === "s") { const star = one(".note-editor .star"); if (star) star.click(); }
+  else if (event.key === "s") one(".note-editor .star", askedSide ?? document)?.click();
   else if (event.key === "/") { event.preventDefault(); (one("#q") || one("#jump")).focus(); }
 });
 
@@ -125,12 +131,11 @@ document.addEventListener("pointerover", (event) => {
 });
 
 // --- sections that the report has, too, link to its cards: here to the features' pages; and a link into a fold opens it ---
+for (const link of all('a[href^="#card-"]')) link.setAttribute("href", featureAddress(link.getAttribute("href").slice(6)));
+if (!one("#dropped")) all('a[href="#dropped"]').forEach((link) => link.setAttribute("href", "/#dropped"));
 document.addEventListener("click", (event) => {
   const link = event.target.closest && event.target.closest('a[href^="#"]');
-  const name = link ? link.getAttribute("href").slice(1) : "";
-  if (name.startsWith("card-")) { event.preventDefault(); location.href = featureAddress(name.slice(5)); return; }
-  const target = name && document.getElementById(name);
-  if (!target && name === "dropped") { event.preventDefault(); location.href = "/#dropped"; }
+  const target = link && document.getElementById(link.getAttribute("href").slice(1));
   if (!target) return;
   target.hidden = false;
   for (let fold = target.closest("details"); fold; fold = fold.parentElement.closest("details")) fold.open = true;
@@ -146,45 +151,78 @@ const watchWidth = new ResizeObserver((entries) => {
 export const watchTables = () => all(".scroll").forEach((box) => watchWidth.observe(box));
 watchTables();
 
-// --- notes: every change is one event, saved at once ---
+// --- notes: every change is one event, saved at once, one after the other; what could not be saved is tried again ---
+const AGAIN = 4000;
 for (const editor of all(".note-editor")) {
   const said = one(".saved", editor);
-  const tags = one(".tags", editor);
+  const [star, tags] = [one(".star", editor), one(".tags", editor)];
+  const boxes = { label: one(".label", editor), text: one(".text", editor) };
   const split = () => [...new Set(tags.value.split(",").map((tag) => tag.trim().replace(/[\s:]+/g, "-")).filter(Boolean))];
-  let known = split();
-  const save = async (field, value) => {
-    said.textContent = "Saving…";
-    try {
-      await ask("/notes", { method: "POST", body: JSON.stringify({ place: editor.dataset.place, field, value }) });
-      said.textContent = "Saved.";
-    } catch (error) {
-      said.textContent = `Not saved: ${error.message}`;
-    }
-  };
-  const star = one(".star", editor);
-  star.addEventListener("click", async () => {
-    const on = star.getAttribute("aria-pressed") !== "true";
+  const saved = new Map([["star", star.getAttribute("aria-pressed") === "true"], ...Object.entries(boxes).map(([name, box]) => [name, box.value]), ...split().map((tag) => [`tag:${tag}`, true])]);
+  const wanted = new Map(); // field -> its newest value that is not saved yet, in the order of the changes
+  let sending = false;
+  let timer = 0;
+
+  const showStar = (on) => {
     star.setAttribute("aria-pressed", String(on));
     one("span", star).textContent = on ? "★" : "☆";
     one(".word", star).textContent = on ? "Starred" : "Star";
-    await save("star", on);
+  };
+  const stands = (field) => (wanted.has(field) ? wanted.get(field) : saved.get(field) ?? false);
+  const want = (field, value) => { if (stands(field) !== value) { wanted.delete(field); wanted.set(field, value); } };
+  /** Note what the boxes hold by now. */
+  function collect() {
+    for (const [name, box] of Object.entries(boxes)) want(name, box.value);
+    const now = split().map((tag) => `tag:${tag}`);
+    now.forEach((field) => want(field, true));
+    for (const field of new Set([...saved.keys(), ...wanted.keys()])) if (field.startsWith("tag:") && !now.includes(field)) want(field, false);
+  }
+  async function post(field, value) {
+    await ask("/notes", { method: "POST", keepalive: true, body: JSON.stringify({ place: editor.dataset.place, field, value }) });
+    saved.set(field, value);
+    if (wanted.get(field) === value) wanted.delete(field);
+  }
+  async function flush() {
+    clearTimeout(timer);
+    collect();
+    if (sending || !wanted.size) return;
+    sending = true;
+    const refused = [];
+    said.textContent = "Saving…";
+    try {
+      while (wanted.size) {
+        const [field, value] = wanted.entries().next().value;
+        try {
+          await post(field, value);
+        } catch (error) {
+          if (field !== "star" && !(error.status < 500)) throw error; // a star goes back to what is saved
+          refused.push(error.message);
+          if (wanted.get(field) === value) wanted.delete(field); // refused: what the box holds goes out with the next change
+        }
+      }
+      showStar(stands("star"));
+      said.textContent = refused.length ? `Not saved: ${[...new Set(refused)].join(" ")}` : "Saved.";
+    } catch (error) {
+      said.textContent = `Not saved: ${[...new Set([...refused, error.message])].join(" ")} Trying again…`;
+      timer = setTimeout(flush, AGAIN);
+    } finally {
+      sending = false;
+    }
+  }
+  star.addEventListener("click", () => {
+    want("star", !stands("star"));
+    showStar(stands("star"));
+    flush();
   });
-  for (const name of ["label", "text"]) {
-    const box = one(`.${name}`, editor);
-    let timer = 0;
-    let kept = box.value;
-    const flush = () => {
-      clearTimeout(timer);
-      if (box.value !== kept) { kept = box.value; save(name, kept); }
-    };
+  for (const box of Object.values(boxes)) {
     box.addEventListener("input", () => { clearTimeout(timer); said.textContent = ""; timer = setTimeout(flush, 800); });
     box.addEventListener("change", flush);
   }
-  tags.addEventListener("change", async () => {
-    const now = split();
-    for (const tag of now.filter((name) => !known.includes(name))) await save(`tag:${tag}`, true);
-    for (const tag of known.filter((name) => !now.includes(name))) await save(`tag:${tag}`, false);
-    known = now;
+  tags.addEventListener("change", flush);
+  // the page goes away: nobody is left to send one after the other
+  addEventListener("pagehide", () => {
+    collect();
+    for (const [field, value] of wanted) post(field, value).catch(() => {});
   });
 }
 

@@ -1,0 +1,184 @@
+"""Live in a browser: a slider turns the text; what is asked for is in the address; where runs part is marked."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+from playwright.sync_api import Browser, Page, expect
+
+from live_study import make_live_study, strong_amount
+from lorascope.study import Study
+from report_study import make_report_study
+from studio_server import studio_at
+from test_steering_stage import PROMPT, WORD
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    return make_live_study(tmp_path_factory.mktemp("live"))
+
+
+@pytest.fixture(scope="module")
+def base(study: Study) -> Iterator[str]:
+    with studio_at(study) as address:
+        yield address
+
+
+def test_a_slider_changes_the_text(study: Study, base: str, browser: Browser) -> None:
+    page = browser.new_page()
+    trouble: list[str] = []
+    page.on("console", lambda m: trouble.append(m.text) if m.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: trouble.append(str(error)))
+    page.goto(base + "/feature/L1.down%2B")
+    page.get_by_role("link", name="watch and steer it live").click()
+    page.wait_for_url("**/live?features=**")
+    expect(page.locator("#moves li")).to_have_count(1)
+    page.locator("#prompt").fill(PROMPT)
+    page.locator("#tokens").fill("8")
+    page.locator("#go").click()
+    expect(page.locator("#said")).to_contain_text("Done", timeout=60_000)
+    plain = page.locator(".run-plain .output").inner_text()
+    assert plain
+    page.locator("#moves select").select_option("add")
+    assert page.locator('[name="run"][value="steered"]').is_checked()
+    slider = page.locator("#moves input")
+    amount = str(round(strong_amount(study)))
+    slider.evaluate("(s, v) => { s.max = v; s.value = v; s.dispatchEvent(new Event('input')); }", amount)
+    page.locator("#go").click()
+    expect(page.locator(".run-steered .facts")).to_contain_text("parts at token 1", timeout=60_000)
+    assert page.locator(".run-steered .output").inner_text().count(WORD) >= 6
+    assert page.locator(".run-plain .output").inner_text() == plain
+    assert page.locator(".run-steered .parts").inner_text() == "≠"
+    assert page.locator(".run-steered .live-strip rect").count() == 8
+    page.locator("#tokens").fill("2000")
+    page.locator("#go").click()
+    expect(page.locator("#stop")).to_be_enabled()
+    expect(page.locator(".run-plain .output span").first).to_be_visible()
+    page.locator("#stop").click()
+    expect(page.locator("#said")).to_have_text("Stopped.", timeout=60_000)
+    assert trouble == []
+
+
+def test_what_is_asked_for_is_in_the_address(base: str, browser: Browser) -> None:
+    page = browser.new_page()
+    asked = (
+        "features=L1.down%2B,L0.gate%2B&moves=add:12.5,watch&runs=plain,steered&seed=7&tokens=4&prompt=%0Abalan%0Akepor"
+    )
+    page.goto(f"{base}/live?{asked}")
+
+    def shown() -> dict[str, Any]:
+        values = {name: page.locator(f"#{name}").input_value() for name in ("prompt", "seed", "tokens", "where")}
+        runs = page.locator('[name="run"]:checked').evaluate_all("ticks => ticks.map(tick => tick.value)")
+        names = page.locator("#moves a").all_inner_texts()
+        modes = page.locator("#moves select").evaluate_all("modes => modes.map(mode => mode.value)")
+        return values | {"runs": runs, "modes": modes, "names": names}
+
+    first = shown()
+    assert first["prompt"] == "\nbalan\nkepor"
+    assert (first["seed"], first["tokens"], first["where"]) == ("7", "4", "generated")
+    assert (first["runs"], first["modes"]) == (["plain", "steered"], ["add", "watch"])
+    assert page.locator("#moves output").first.inner_text() == "12.5"
+    page.locator("#seed").fill("9")
+    page.locator("#where").select_option("all")
+    page.locator("#moves select").last.select_option("off")
+    page.wait_for_url("**moves=add%3A12.5%2Coff**")
+    page.wait_for_url("**seed=9**")
+    second = shown()
+    page.reload()
+    assert shown() == second
+    assert (second["seed"], second["where"], second["modes"]) == ("9", "all", ["add", "off"])
+    page.locator("#prompt").fill("x" * 3000)
+    expect(page.locator("#unshared")).to_be_visible()
+    given = parse_qs(urlsplit(page.url).query)
+    assert "prompt" not in given
+    assert given["features"] == ["L1.down+,L0.gate+"]
+    page.locator("#prompt").fill("short")
+    expect(page.locator("#unshared")).to_be_hidden()
+    page.wait_for_url("**prompt=short")
+    page.close()
+
+
+def answered(page: Page, events: list[dict[str, Any]]) -> None:
+    """Have the page generate, with these events for an answer."""
+    body = "".join(f"data: {json.dumps(event)}\n\n" for event in [{"event": "queued", "id": "1", "before": 0}, *events])
+    page.unroute("**/live/generate")
+    page.route("**/live/generate", lambda route: route.fulfill(content_type="text/event-stream", body=body))
+    page.locator("#go").click()
+    expect(page.locator("#go")).to_be_enabled()
+
+
+def token(run: str, number: int, activation: float | None = 0.0, text: str = " a", shown: str = "") -> dict[str, Any]:
+    about = {"event": "token", "run": run, "token_id": number, "text": text, "shown": shown or text, "end": False}
+    return about | {"activations": {"L1.down+": activation}}
+
+
+def start(level: float | None = 1.0, scale: float | None = None) -> dict[str, Any]:
+    runs = {name: name for name in ("plain", "steered", "base")}
+    return {"event": "start", "runs": runs, "scales": {"L1.down+": scale}, "levels": {"L1.down+": level}}
+
+
+def done(**ended: bool) -> dict[str, Any]:
+    return {"event": "done", "stopped": False, "ended": ended, "tokens_per_second": 5.0}
+
+
+def test_where_runs_part_is_marked_to_the_end(base: str, browser: Browser) -> None:
+    page = browser.new_page()
+    page.goto(f"{base}/live?features=L1.down%2B&prompt=x")
+    runs = {"plain": [1, 2, 3, 4], "steered": [1, 2], "base": [1, 9, 3, 8]}
+    tokens = [token(run, ids[i]) for i in range(4) for run, ids in runs.items() if i < len(ids)]
+    answered(page, [start(), *tokens, done(plain=False, steered=True, base=False)])
+    expect(page.locator(".run-steered .facts")).to_have_text("2 tokens, ended by the model; parts at token 2")
+    assert page.locator(".run-steered .output").evaluate("box => box.lastChild.className") == "parts"
+    expect(page.locator(".run-base .facts")).to_have_text("4 tokens, cut at the limit; parts at token 1")
+    marks = page.locator(".run-base .output span").evaluate_all("s => s.map(t => t.classList.contains('differs'))")
+    assert marks == [False, True, False, True]
+    assert page.locator(".run-base .parts").count() == 1
+    same = [token(run, number) for number in (1, 2) for run in runs]
+    answered(page, [start(), *same, done(plain=True, steered=True, base=False)])
+    expect(page.locator(".run-steered .facts")).to_have_text("2 tokens, ended by the model; the same as unsteered")
+    longer = [*same, token("steered", 3)]
+    answered(page, [start(), *longer, done(plain=True, steered=False, base=True)])
+    expect(page.locator(".run-steered .facts")).to_have_text("3 tokens, cut at the limit; parts at token 2")
+    assert page.locator(".run-steered .differs").count() == 1
+    answered(page, [start(), *same])
+    expect(page.locator("#said")).to_contain_text("broke off")
+    page.close()
+
+
+def test_shades_follow_the_scale_and_firings_are_underlined(base: str, browser: Browser) -> None:
+    page = browser.new_page()
+    page.goto(f"{base}/live?features=L1.down%2B&prompt=x")
+    tokens = [token("plain", 1, 1.0), token("plain", 2, 10.0, " ", "·"), token("plain", 3, None)]
+    answered(page, [start(level=2.0), *tokens, done(plain=False)])
+    spans = page.locator(".run-plain .output span")
+    classes = spans.evaluate_all("spans => spans.map(span => [...span.classList].sort())")
+    assert classes == [["h1"], ["f", "h9"], []], "the first was the strongest until the second came"
+    assert spans.all_inner_texts()[1] == "·"
+    answered(page, [start(level=None, scale=20.0), *tokens, done(plain=False)])
+    classes = spans.evaluate_all("spans => spans.map(span => [...span.classList].sort())")
+    assert classes == [["h1"], ["h5"], []], "without a level nobody knows what fires"
+    page.close()
+
+
+def test_a_name_is_taken_when_it_is_chosen_or_entered(browser: Browser, tmp_path: Path) -> None:
+    """Typing sae.17 passes sae.1, which is a suggestion by then."""
+    with studio_at(make_report_study(tmp_path / "study", layers=2, traces=12)) as address:
+        page = browser.new_page()
+        page.goto(address + "/live")
+        page.locator("#add").press_sequentially("sae.1")
+        expect(page.locator('#suggested option[value="sae.1"]')).to_be_attached()
+        page.locator("#add").press_sequentially("7")
+        assert page.locator("#moves li").count() == 0
+        page.locator("#add").press("Enter")
+        expect(page.locator("#moves li a")).to_have_text("sae.17")
+        page.locator("#add").press_sequentially("sae.")
+        expect(page.locator('#suggested option[value="sae.2"]')).to_be_attached()
+        page.locator("#add").evaluate("""box => {
+            box.value = 'sae.2';
+            box.dispatchEvent(new InputEvent('input', { inputType: 'insertReplacementText', bubbles: true }));
+        }""")
+        expect(page.locator("#moves li a").last).to_have_text("sae.2")
+        page.close()
