@@ -1,12 +1,14 @@
 """The studio on a large study: server time of its pages and its memory, without a model.
 
-`python benchmarks/studio.py [FOLDER]` makes a study of 3,584 latents and 448 directions on 10 million tokens (9 GB;
-kept in FOLDER if one is named) and asks a studio that runs in a process of its own. Prints one JSON document.
+`python benchmarks/studio.py [FOLDER]` makes a study of 3,584 latents and 448 directions on 10 million tokens (10 GB;
+kept in FOLDER if one is named), and one with 10,000 rows of features, and asks a studio of each, in a process of its
+own. Prints one JSON document.
 """
 
 import argparse
 import json
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -14,6 +16,7 @@ import time
 import urllib.request
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 import psutil
@@ -24,6 +27,12 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from lorascope.adapter import Adapter, build_adapter
+from lorascope.config import Options
+from lorascope.example_search import LEVELS, ExamplesConfig
+from lorascope.explain import ExplainConfig
+from lorascope.explain.summary import summarise_rows
+from lorascope.recording import RecordConfig
+from lorascope.sae import SAEConfig
 from lorascope.store import store_folder
 from lorascope.store_writer import StorePlan, StoreWriter, plan_shards
 from lorascope.study import Study, write_json
@@ -33,7 +42,8 @@ TOP, QUANTILES, PER_QUANTILE = 50, 5, 10
 SHARD = 400_000
 TYPES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 TYPES += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-PORT = 8795
+SAE = "sae/sae_weights.safetensors"
+STORES = [f"scalars/{corpus}/adapter/index.json" for corpus in ("train", "heldout")]
 REPEATS = 20
 FIRST_VIEW, FEATURE_PAGE, MEMORY = 0.3, 0.1, 1 << 30
 
@@ -53,8 +63,8 @@ def make_adapter() -> Adapter:
     return build_adapter(weights, {"peft_type": "LORA", "r": 1, "lora_alpha": 16})
 
 
-def make_store(study: Study, adapter: Adapter, tokens: int) -> None:
-    """Random scalars: one block of noise, written again for every shard."""
+def make_store(study: Study, adapter: Adapter, corpus: str, tokens: int) -> None:
+    """A recorded corpus of random scalars: one block of noise, written again for every shard."""
     rng = np.random.default_rng(0)
     count = tokens // LENGTH
     lengths = [LENGTH] * count
@@ -67,7 +77,7 @@ def make_store(study: Study, adapter: Adapter, tokens: int) -> None:
         shards=[[list(range(first, stop))] for first, stop in plan_shards(lengths, SHARD)],
         about={"source": "adapter"},
     )
-    writer = StoreWriter(store_folder(study.path, "train", "adapter"), plan)
+    writer = StoreWriter(store_folder(study.path, corpus, "adapter"), plan)
     noise = rng.standard_t(4, size=(LENGTH, len(adapter.addresses))).astype(np.float32)
     writer.calibrate(np.abs(noise).max(axis=0))
     segments = np.repeat([0, 1, 2, 3], [10, 90, LENGTH - 200, 100]).astype(np.uint8)
@@ -78,12 +88,15 @@ def make_store(study: Study, adapter: Adapter, tokens: int) -> None:
             writer.put(shard, i, np.roll(noise, i, axis=0), ids, segments, np.zeros(LENGTH, bool))
         writer.commit(shard)
     writer.finish()
+    note(study, f"record:{corpus}:adapter", ["adapter"], [f"scalars/{corpus}/adapter/index.json"], RecordConfig(corpus))
+    source = {"source": "made", "traces": tokens // LENGTH, "tokens": tokens}
+    study.update_manifest(corpora={corpus: source})
 
 
-def make_tables(study: Study, ids: list[str], kind: str, tokens: int) -> None:
-    """Examples, statistics and explanations of a kind, random but of the right shape and size."""
+def make_tables(study: Study, ids: list[str], kind: str, corpus: str, tokens: int) -> None:
+    """Examples and statistics of a kind on a corpus, random but of the right shape and size."""
     rng = np.random.default_rng(len(ids))
-    folder = study.path / "examples" / "train"
+    folder = study.path / "examples" / corpus
     folder.mkdir(parents=True, exist_ok=True)
     where = ["top"] * TOP + [f"q{q}" for q in range(QUANTILES) for _ in range(PER_QUANTILE)]
     rank = [*range(TOP), *(list(range(PER_QUANTILE)) * QUANTILES)]
@@ -104,26 +117,43 @@ def make_tables(study: Study, ids: list[str], kind: str, tokens: int) -> None:
     edges, counts = [float(x) for x in range(1, 42)], [int(x) for x in range(40)]
     columns = {"feature": ids} | stats | {"hist_edges": [edges] * f, "hist_counts": [counts] * f}
     pq.write_table(pa.table(columns), folder / f"{kind}-stats.parquet")
-    score = {"value": 0.8, "low": 0.7, "high": 0.9, "n": 80, "unparsed": 0}
-    scored = {"detection": score, "detection_wrong": score | {"value": 0.5}, "fuzzing": score, "fuzzing_wrong": score}
+
+
+def make_explanations(study: Study, ids: list[str], kind: str) -> None:
+    """Explanations of a kind with their scores and controls, and the record of their stage."""
+    rng = np.random.default_rng(len(ids))
+    score = {"value": 0.8, "low": 0.7, "high": 0.9, "n": 80, "unparsed": 0, "counts": {}}
+    endings = {"": 0.8, "_wrong": 0.5, "_shuffled": 0.5}
+    scored = {f"{task}{end}": score | {"value": v} for task in ("detection", "fuzzing") for end, v in endings.items()}
     words = [f"word{i}" for i in range(500)]
-    lines = []
-    for name in ids:
-        text = f"fires on {' or '.join(rng.choice(words, 6))} among the 8 tokens before"
-        row = {
+    rows = [
+        {
             "feature": name,
             "explainer": "lexical",
-            "text": text,
+            "text": f"fires on {' or '.join(rng.choice(words, 6))} among the 8 tokens before",
             "rule": {},
             "scored": scored | {"wrong_from": ids[0]},
+            "reason": None,
+            "corpus": "heldout",
         }
-        lines.append(json.dumps(row | {"reason": None, "corpus": "train"}) + "\n")
-    (study.path / "explanations").mkdir(exist_ok=True)
-    (study.path / "explanations" / f"{kind}.jsonl").write_text("".join(lines))
+        for name in ids
+    ]
+    file = f"explanations/{kind}.jsonl"
+    (study.path / file).parent.mkdir(exist_ok=True)
+    (study.path / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = summarise_rows(rows, rng) | {"features": len(ids)}
+    note(study, f"explain:heldout:{kind}", STORES, [file], ExplainConfig(kinds=kind), result)
 
 
-def make_study(path: Path, tokens: int) -> Study:
-    """The whole study."""
+def note(
+    study: Study, stage: str, inputs: list[str], outputs: list[str], config: Any, result: dict[str, Any] | None = None
+) -> None:
+    """The record of a stage, as if it had made what is there."""
+    study.run(stage, config, Options(), inputs=inputs, outputs=outputs, work=lambda: result or {})
+
+
+def make_study(path: Path, tokens: int, latents: int) -> Study:
+    """The whole study: a training corpus of so many tokens, a held-out one of a tenth, and what all stages leave."""
     study = Study.create(path, model="none", system=None)
     adapter = make_adapter()
     adapter.save(path / "adapter")
@@ -133,26 +163,36 @@ def make_study(path: Path, tokens: int) -> Study:
     tokenizer.decoder = decoders.ByteLevel()
     (path / "tokenizer").mkdir()
     tokenizer.save(str(path / "tokenizer" / "tokenizer.json"))
-    make_store(study, adapter, tokens)
-    study.update_manifest(corpora={"train": {"source": "made", "traces": tokens // LENGTH, "tokens": tokens}})
+    corpora = {"train": tokens, "heldout": max(LENGTH, tokens // 10)}
+    for corpus, count in corpora.items():
+        make_store(study, adapter, corpus, count)
     rng = np.random.default_rng(1)
     n = len(adapter.addresses)
     (path / "sae").mkdir()
     weights = {
-        "W_enc": rng.normal(size=(n, LATENTS)).astype(np.float32) / n,
-        "W_dec": rng.normal(size=(LATENTS, n)).astype(np.float32) / n,
-        "b_enc": np.zeros(LATENTS, np.float32),
+        "W_enc": rng.normal(size=(n, latents)).astype(np.float32) / n,
+        "W_dec": rng.normal(size=(latents, n)).astype(np.float32) / n,
+        "b_enc": np.zeros(latents, np.float32),
         "b_dec": np.zeros(n, np.float32),
-        "threshold": np.full(LATENTS, 0.1, np.float32),
+        "threshold": np.full(latents, 0.1, np.float32),
     }
-    save_file(weights, path / "sae" / "sae_weights.safetensors")
+    save_file(weights, path / SAE)
     write_json(path / "sae" / "cfg.json", {"metadata": {"addresses": adapter.addresses, "k": 16}})
-    directions = [f"{a}{sign}" for a in adapter.addresses for sign in "+-"]
-    latents = [f"sae.{i}" for i in range(LATENTS)]
+    note(study, "sae", STORES[:1], [SAE], SAEConfig())
     add_ablation(study, adapter)
-    make_tables(study, directions, "direction", tokens)
-    make_tables(study, latents, "latent", tokens)
-    write_json(path / "examples" / "levels.json", {"direction": dict.fromkeys(directions, 1.0), "latent": {}})
+    ids = {
+        "direction": [f"{a}{sign}" for a in adapter.addresses for sign in "+-"],
+        "latent": [f"sae.{i}" for i in range(latents)],
+    }
+    write_json(path / LEVELS, {"direction": dict.fromkeys(ids["direction"], 1.0), "latent": {}})
+    for kind, named in ids.items():
+        for corpus, count in corpora.items():
+            make_tables(study, named, kind, corpus, count)
+            files = [f"examples/{corpus}/{kind}-{table}.parquet" for table in ("examples", "stats")]
+            inputs = [*STORES, *([SAE] if kind == "latent" else [])]
+            config = ExamplesConfig(corpus, kinds=kind)
+            note(study, f"examples:{corpus}:{kind}", inputs, [*files, LEVELS], config, {"features": len(named)})
+        make_explanations(study, named, kind)
     return study
 
 
@@ -177,10 +217,16 @@ def add_ablation(study: Study, adapter: Adapter) -> None:
     )
 
 
-def ask(path: str) -> float:
+def free_port() -> int:
+    """A port that nothing listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as bound:
+        return int(bound.getsockname()[1])
+
+
+def ask(base: str, path: str) -> float:
     """Seconds that an answer takes."""
     began = time.perf_counter()
-    with urllib.request.urlopen(f"http://127.0.0.1:{PORT}{path}") as answer:
+    with urllib.request.urlopen(base + path) as answer:
         answer.read()
     return time.perf_counter() - began
 
@@ -202,6 +248,15 @@ def wait_until_idle(process: psutil.Process) -> float:
     return time.perf_counter() - began
 
 
+AT_ONCE = {
+    "overview": "/",
+    "latent": "/feature/sae.7",
+    "direction": "/feature/L7.gate%2B",
+    "trace": "/trace/train/1?features=sae.7%2CL7.gate%2B",
+}
+"""Asked for right after the start, one after the other."""
+
+
 def pages() -> dict[str, list[str]]:
     """Addresses to ask for, by kind of page."""
     rng = np.random.default_rng(0)
@@ -211,41 +266,59 @@ def pages() -> dict[str, list[str]]:
         "overview": ["/"] * REPEATS,
         "latent": [f"/feature/sae.{i}" for i in latents],
         "latent_all_examples": [f"/feature/sae.{i}?all=1" for i in latents],
+        "latent_heldout": [f"/feature/sae.{i}?corpus=heldout" for i in latents],
         "direction": [f"/feature/L{layer}.gate%2B" for layer in layers],
-        "table": [f"/features?q=word{i}" for i in range(REPEATS)],
-        "table_sorted": ["/features?sort=max&kind=latent"] * REPEATS,
         "map": ["/map"] * REPEATS,
+        "interactions": ["/interactions.json"] * REPEATS,
+        "evidence": ["/evidence"] * REPEATS,
         "trace": [f"/trace/train/{i}?features=sae.1%2Csae.2" for i in range(REPEATS)],
         "fires_here": [f"/fires/train/{i}/2000.json" for i in range(REPEATS)],
+    } | table_pages()
+
+
+def table_pages() -> dict[str, list[str]]:
+    """Searches and sorts of the table of features."""
+    return {
+        "table": [f"/features?q=word{i}" for i in range(REPEATS)],
+        "table_sorted": ["/features?sort=max", "/features?sort=kl&order=rising"] * (REPEATS // 2),
+        "table_last_page": ["/features?sort=id&page=9999"] * REPEATS,
     }
 
 
-def measure(study: Study) -> dict[str, float]:
+def measure(study: Study, asked: dict[str, list[str]]) -> dict[str, float]:
     """Start a studio, ask for its pages, stop it.
 
     Returns:
-        Seconds: of the first answers at once after the start; then by kind of page the median of what a reader waits,
-        and the mean processor time of the server, which other work on the machine does not change; and bytes.
+        Seconds until the studio answers; of the first answers right after the start; then by kind of page the median
+        and the longest that a reader waits, and the mean processor time of the server, which other work on the machine
+        does not change; and bytes.
     """
-    command = [sys.executable, "-m", "lorascope", "studio", str(study.path), "--port", str(PORT), "--no-open"]
+    port = free_port()
+    base = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "lorascope", "studio", str(study.path), "--port", str(port), "--no-open"]
+    began = time.perf_counter()
     server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     process, largest = psutil.Process(server.pid), 0
     try:
         while True:
             try:
-                ask("/static/theme.js")
+                ask(base, "/static/theme.js")
                 break
             except OSError:
-                time.sleep(0.05)
-        before = used(process)
-        found = {"first_view_at_once": ask("/"), "first_view_at_once_processor": used(process) - before}
-        found["first_feature_at_once"] = ask("/feature/sae.7")
+                if server.poll() is not None:
+                    raise SystemExit("The studio has stopped.") from None
+                time.sleep(0.02)
+        found = {"start": time.perf_counter() - began}
+        for name, path in AT_ONCE.items():
+            before = used(process)
+            found[f"{name}_at_once"] = ask(base, path)
+            found[f"{name}_at_once_processor"] = used(process) - before
         found["background"] = wait_until_idle(process)
         found["memory_after_background"] = process.memory_info().rss
-        for name, paths in pages().items():
+        for name, paths in asked.items():
             before = used(process)
-            times = [ask(path) for path in paths]
-            found[name] = median(times)
+            times = [ask(base, path) for path in paths]
+            found |= {name: median(times), f"{name}_longest": max(times)}
             found[f"{name}_processor"] = (used(process) - before) / len(paths)
             largest = max(largest, process.memory_info().rss)
         found["memory"] = largest
@@ -255,21 +328,37 @@ def measure(study: Study) -> dict[str, float]:
         server.wait()
 
 
+def judged(found: dict[str, float]) -> dict[str, bool]:
+    """Whether the limits hold, by what a reader waits: usually, at the longest, and right after the start."""
+    features = ("latent", "latent_heldout", "direction")
+    return {
+        "first_view": max(found["overview_at_once"], found["overview_longest"]) < FIRST_VIEW,
+        "feature_page_median": max(found[name] for name in features) < FEATURE_PAGE,
+        "feature_page_longest": max(found[f"{name}_longest"] for name in features) < FEATURE_PAGE,
+        "feature_page_at_once": max(found[f"{name}_at_once"] for name in ("latent", "direction")) < FEATURE_PAGE,
+        "memory": max(found["memory"], found["memory_after_background"]) < MEMORY,
+    }
+
+
+def opened(folder: Path, tokens: int, latents: int) -> Study:
+    """The made study of a folder, made if it is not there."""
+    there = (folder / "study.json").is_file()
+    return Study.open(folder) if there else make_study(folder, tokens, latents)
+
+
 def main() -> None:
-    """Make the study, measure, print."""
+    """Make the studies, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--tokens", type=int, default=TOKENS)
     given = parser.parse_args()
     folder = given.folder or Path(tempfile.mkdtemp(prefix="lorascope-studio-"))
-    study = Study.open(folder) if (folder / "study.json").is_file() else make_study(folder, given.tokens)
-    found = measure(study)
-    held = {
-        "first_view": found["first_view_at_once"] < FIRST_VIEW,
-        "feature_page": max(found["latent_processor"], found["direction_processor"]) < FEATURE_PAGE,
-        "memory": max(found["memory"], found["memory_after_background"]) < MEMORY,
-    }
-    print(json.dumps({"tokens": given.tokens, "latents": LATENTS, "held": held} | found, indent=2))
+    found = measure(opened(folder / "large", given.tokens, LATENTS), pages())
+    many = 10_000 - 2 * LAYERS * len(TYPES)
+    table = measure(opened(folder / "rows", min(given.tokens, 400_000), many), table_pages())
+    kept = {name: value for name, value in table.items() if name.startswith("table") or name == "start"}
+    said = {"tokens": given.tokens, "latents": LATENTS, "held": judged(found)} | found | {"rows_10000": kept}
+    print(json.dumps(said, indent=2))
     if given.folder is None:
         shutil.rmtree(folder)
 

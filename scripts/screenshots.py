@@ -1,11 +1,13 @@
 """Pictures of the studio's pages: `python scripts/screenshots.py STUDY [FOLDER]` writes `docs/studio-*.png`.
 
-With `--all`, every page in light, dark and narrow, taller, for looking at.
+The pages of `SHOWN` in light; those of `LOOKED_AT` also as `-dark` and `-narrow`. With `--all`, every page in light,
+dark and narrow, taller, for looking at.
 """
 
 import argparse
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -14,9 +16,11 @@ from pathlib import Path
 
 from playwright.sync_api import Browser, Page, sync_playwright
 
-PORT = 8791
 ROOT = Path(__file__).resolve().parents[1]
 WIDE, TALL, NARROW = ({"width": w, "height": h} for w, h in ((1280, 860), (1280, 1700), (390, 1600)))
+SHOWN = ("overview", "map", "features", "direction", "latent", "trace", "live")
+LOOKED_AT = ("overview", "map", "direction", "trace", "live")
+SORTS = {"direction": "kl", "latent": "strength"}
 
 
 def pages(base: str) -> dict[str, str]:
@@ -26,9 +30,19 @@ def pages(base: str) -> dict[str, str]:
         with urllib.request.urlopen(base + path) as answer:
             return json.load(answer)
 
-    top = {kind: ask(f"/features.json?kind={kind}&sort={sort}&size=2")["rows"] for kind, sort in SORTS.items()}
-    names = {kind: [urllib.request.quote(row["id"], safe="") for row in rows] for kind, rows in top.items()}
-    direction, latent = names["direction"][0], names["latent"][0]
+    def strongest(feature: str, colours: str) -> str:
+        """The trace in which a feature is strongest, of the held-out ones where it has examples there."""
+        corpora = ask(f"/feature/{feature}.json")["corpora"]
+        for corpus in sorted(corpora, key=lambda name: name != "heldout"):
+            page = ask(f"/feature/{feature}.json?corpus={corpus}")
+            if page["available"] and (top := page["sides"][0]["examples"].get("top")):
+                return f"/trace/{corpus}/{top[0]['trace']}?features={colours}#t{top[0]['position']}"
+        raise SystemExit(f"{feature} has no examples; run lorascope examples.")
+
+    top = {kind: ask(f"/features.json?kind={kind}&sort={sort}&size=1")["rows"] for kind, sort in SORTS.items()}
+    if not all(top.values()):
+        raise SystemExit("The study has no examples of directions and latents; run lorascope demo.")
+    direction, latent = (urllib.request.quote(top[kind][0]["id"], safe="") for kind in SORTS)
     together = f"{direction}%2C{latent}"
     return {
         "overview": "/",
@@ -38,16 +52,13 @@ def pages(base: str) -> dict[str, str]:
         "latent": f"/feature/{latent}",
         "compare": f"/compare?features={together}",
         "traces": "/traces",
-        "trace": f"/trace/heldout/3?features={together}#t60",
+        "trace": strongest(direction, together),
         "categories": "/categories",
         "evidence": "/evidence",
         "notes": "/notes",
         "live": f"/live?features={together}",
         "missing": "/nowhere",
     }
-
-
-SORTS = {"direction": "kl", "latent": "strength"}
 
 
 def shoot(browser: Browser, base: str, address: str, file: Path, view: dict, scheme: str) -> None:
@@ -77,17 +88,34 @@ def generate(page: Page) -> None:
     page.wait_for_timeout(600)
 
 
+def shots(name: str, folder: Path, everything: bool) -> list[tuple[Path, dict, str]]:
+    """File, size and colour scheme of each picture of a page."""
+    if everything:
+        looks = (("light", TALL, "light"), ("dark", TALL, "dark"), ("narrow", NARROW, "light"))
+        return [(folder / f"{name}-{kind}.png", view, scheme) for kind, view, scheme in looks]
+    first = [(folder / f"studio-{name}.png", WIDE, "light")] if name in SHOWN else []
+    looks = (("dark", WIDE, "dark"), ("narrow", NARROW, "light")) if name in LOOKED_AT else ()
+    return first + [(folder / f"studio-{name}-{kind}.png", view, scheme) for kind, view, scheme in looks]
+
+
+def free_port() -> int:
+    """A port that nothing listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as bound:
+        return bound.getsockname()[1]
+
+
 def main() -> None:
     """Serve the study, take the pictures, stop."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("study", type=Path)
     parser.add_argument("folder", type=Path, nargs="?", default=ROOT / "docs")
     parser.add_argument("--all", action="store_true")
-    parser.add_argument("--only", default="")
+    parser.add_argument("--only", default="", help="names of pages, comma-separated")
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
-    base = f"http://127.0.0.1:{PORT}"
-    command = [sys.executable, "-m", "lorascope", "studio", str(given.study), "--port", str(PORT), "--no-open"]
+    port = free_port()
+    base = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "lorascope", "studio", str(given.study), "--port", str(port), "--no-open"]
     server = subprocess.Popen(command)
     try:
         for _ in range(120):
@@ -101,17 +129,9 @@ def main() -> None:
             browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
             chosen = [name for name in given.only.split(",") if name]
             for name, address in pages(base).items():
-                if chosen and name not in chosen:
-                    continue
-                if not given.all:
-                    shoot(browser, base, address, given.folder / f"studio-{name}.png", WIDE, "light")
-                    continue
-                for kind, view, scheme in (
-                    ("light", TALL, "light"),
-                    ("dark", TALL, "dark"),
-                    ("narrow", NARROW, "light"),
-                ):
-                    shoot(browser, base, address, given.folder / f"{name}-{kind}.png", view, scheme)
+                if not chosen or name in chosen:
+                    for file, view, scheme in shots(name, given.folder, given.all):
+                        shoot(browser, base, address, file, view, scheme)
             browser.close()
     finally:
         server.terminate()

@@ -12,6 +12,7 @@ from playwright.sync_api import Browser, Page, Route, expect
 
 from lorascope.studio.notes import FILE, Note, current_notes, read_events
 from lorascope.study import Study
+from lorascope.views.effects import direction_effects
 from report_study import HOSTILE, make_report_study
 from studio_server import studio_at
 
@@ -33,7 +34,9 @@ PAGES = {
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
-    return make_report_study(tmp_path_factory.mktemp("browser") / "study")
+    study = make_report_study(tmp_path_factory.mktemp("browser") / "study")
+    direction_effects(study, "train")  # else the map would reload once they are measured
+    return study
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +189,7 @@ def test_matrix_by_keyboard(browser: Browser, study: Study, base: str, tmp_path:
         page, trouble = opened(browser, address + "/map")
         page.locator("#matrix").focus()
         page.keyboard.press("ArrowRight")
-        assert page.locator("#pair").inner_text() == "L0.q and L1.gate: cosine −0.50"
+        expect(page.locator("#pair")).to_have_text("L0.q and L1.gate: cosine −0.50")
         pixels = page.evaluate("[...document.querySelector('#matrix').getContext('2d').getImageData(0, 0, 2, 2).data]")
         assert pixels[0:4] == pixels[12:16] != pixels[4:8] == pixels[8:12]
         page.keyboard.press("ArrowDown")

@@ -33,6 +33,7 @@ def test_through_all_eight_parts(browser: Browser, study: Study) -> None:
         page.keyboard.press("g")
         page.keyboard.press("m")
         page.wait_for_url("**/map")
+        expect(page.locator("[data-measuring]")).to_have_count(0, timeout=20_000)  # then it has been made anew
         page.locator("rect[data-a]:visible").first.click()
         page.wait_for_url("**/feature/**")
         # Feature: examples, explanation with scores, the lens; then the trace that an example stands in.

@@ -20,6 +20,7 @@ from lorascope.report.charts import histogram
 from lorascope.report.figures_of import (
     accuracy_bars,
     card_names,
+    class_meaning,
     kl_bars,
     layer_chart,
     loss_chart,
@@ -41,7 +42,7 @@ from lorascope.report.marks import (
 )
 from lorascope.report.numbers import duration, figures, memory, moment, percent, points, tick, whole, whole_percent
 from lorascope.report.rings import largest_subcategory, share_rings
-from lorascope.report.scatter import link_target, listed_features, point_map, shape_defs, shape_mark
+from lorascope.report.scatter import link_target, listed_features, point_map, shape_defs, shape_mark, shown_features
 from lorascope.report.tokens import heat_tokens, plain_tokens, shown_text, token_list
 from lorascope.store import INDEX
 from lorascope.study import Study, atomic_write_bytes
@@ -50,14 +51,15 @@ LIMIT = 20 * 10**6
 """Largest report in bytes."""
 MADE = ("train", "eval", "ablation", "examples", "explanations", "compare", "categories", "sae", "reasoning", "lens")
 INPUTS = ("adapter", *MADE, "tokenizer")
-CHARTS = (accuracy_bars, card_names, kl_bars, layer_chart, loss_chart, patched_bars, sae_chart, histogram, layer_map)
+CHARTS = (accuracy_bars, card_names, class_meaning, kl_bars, layer_chart, loss_chart, patched_bars, sae_chart)
+MAPS = (histogram, layer_map)
 MARKS = (decoder_map, strongest_writes, bar_mark, interval_words, scale_top, score_pair, score_words, share_bar)
 SCORES = (score_floor, score_mark)
 NUMBERS = (duration, figures, tick, memory, moment, percent, points, whole, whole_percent)
 TOKENS = (heat_tokens, plain_tokens, shown_text, token_list)
 KINDS = (flow_chart, flow_table, largest_subcategory, share_rings)
-POINTS = (link_target, listed_features, point_map, shape_defs, shape_mark)
-HELPERS: tuple[Callable[..., Any], ...] = (*CHARTS, *MARKS, *SCORES, *NUMBERS, *TOKENS, *KINDS, *POINTS)
+POINTS = (link_target, listed_features, point_map, shape_defs, shape_mark, shown_features)
+HELPERS: tuple[Callable[..., Any], ...] = (*CHARTS, *MAPS, *MARKS, *SCORES, *NUMBERS, *TOKENS, *KINDS, *POINTS)
 """What templates may call."""
 
 

@@ -136,7 +136,8 @@ def column_chart(
         tip = f"{column.label}: {figures(column.value)}"
         tip += f" ({figures(column.low)} to {figures(column.high)})" if column.low is not None else ""
         shape = f'x="{x:.2f}%" y="{top:.1f}" width="{width:.2f}%" height="{max(0.5, base - top):.1f}"'
-        plot += f'<g><title>{escape(tip)}</title><rect class="bar{" muted" if column.muted else ""}" {shape}/>'
+        plot += f'<g data-column="{escape(column.label)}"><title>{escape(tip)}</title>'
+        plot += f'<rect class="bar{" muted" if column.muted else ""}" {shape}/>'
         if column.muted:
             plot += f'<rect class="hatch" {shape}/>'
         if column.low is not None and column.high is not None:

@@ -7,6 +7,7 @@ from markupsafe import Markup
 
 from lorascope.report.charts import Column, Series, column_chart, line_chart
 from lorascope.report.marks import Bar
+from lorascope.views.feature_list import CLASSES
 
 Json = dict[str, Any]
 COLOURS = ("c0", "c1", "c2", "c3")
@@ -81,3 +82,8 @@ def sae_chart(curve: Json) -> Markup:
 def card_names(directions: Sequence[Json]) -> set[str]:
     """Addresses that have a card, to which map cells link."""
     return {card["address"] for card in directions}
+
+
+def class_meaning(number: int) -> str:
+    """What a judge's class of a feature means, in words."""
+    return CLASSES[number]

@@ -147,8 +147,10 @@ def whole_traces(
     acts = [trace_features(study, corpus, page["index"], shown, len(page["tokens"])) for page in pages]
     typical_F = np.array([typical[name] for name in shown], np.float32)
     largest_F = np.array([by_id[name]["max"] or 0.0 for name in shown], np.float32)
-    # a held-out activation may exceed the largest of the corpus whose examples are shown
-    largest_F = np.max([largest_F, *(a_FT.max(axis=1, initial=0) for a_FT in acts)], axis=0)
+    # a held-out activation may exceed the largest of the corpus whose examples are shown; what is not ordinary is
+    # clipped to the largest of what is
+    counted = [a_FT[:, ordinary(page)] for a_FT, page in zip(acts, pages, strict=True)]
+    largest_F = np.max([largest_F, *(a_FT.max(axis=1, initial=0) for a_FT in counted)], axis=0)
     features = [
         feature_entry(by_id[name], float(most)) | {"typical": float(typical)}
         for name, most, typical in zip(shown, largest_F, typical_F, strict=True)
@@ -158,6 +160,13 @@ def whole_traces(
         for page, a_FT in zip(pages, acts, strict=True)
     ]
     return {"available": True, "corpus": corpus, "pages": pages, "data": {"features": features, "traces": traces}}
+
+
+def ordinary(page: Json) -> NDArray[np.bool_]:
+    """The shown tokens of a trace's page that are neither template nor attention sinks, bool [T]."""
+    ordinary_T = np.array(page["segments"]) != 0
+    ordinary_T[page["sinks"]] = False
+    return ordinary_T
 
 
 def feature_entry(row: Json, most: float) -> Json:

@@ -51,7 +51,8 @@ def ramp_of(grid: Mapping[str, Any]) -> Ramp | None:
 
 def layer_map(grid: Mapping[str, Any], layers: Sequence[Any], types: Sequence[str], cards: set[str]) -> Markup:
     """One map with its axes and colour key. Cells carry their address and value for the read-out and for links."""
-    ramp = ramp_of(grid)
+    names: Mapping[int, str] = grid.get("names") or {}
+    ramp = Ramp(0.0, float(len(names)), False) if names else ramp_of(grid)
     if ramp is None:
         return Markup('<p class="empty">All values are 0.</p>')
     cells = []
@@ -67,21 +68,45 @@ def layer_map(grid: Mapping[str, Any], layers: Sequence[Any], types: Sequence[st
             extra = f' data-a="{escape(address)}" data-s="{escape(said)}"' + (
                 ' data-card="1"' if address in cards else ""
             )
-            cells.append(cell(row, column, len(layers), f"r{ramp.step(value)}", extra))
+            shade = class_shade(value) if names else f"r{ramp.step(value)}"
+            cells.append(cell(row, column, len(layers), shade, extra))
             if under:
                 cells.append(cell(row, column, len(layers), "hatch", ""))
-    label = f"{grid['label']} by layer and matrix type, from {figures(ramp.low)} to {figures(ramp.high)} {grid['unit']}"
+            if names:
+                cells.append(cell_text(row, column, len(layers), str(value)))
+    ends = ", ".join(f"{number} {name}" for number, name in names.items())
+    ends = ends or f"from {figures(ramp.low)} to {figures(ramp.high)} {grid['unit']}"
+    label = f"{grid['label']} by layer and matrix type, {ends}"
     attributes = f'class="map" tabindex="0" role="application" aria-roledescription="map" aria-label="{escape(label)}"'
-    return frame_map("".join(cells), layers, types, attributes) + colour_key(grid, ramp)
+    key = class_key(names) if names else colour_key(grid, ramp)
+    return frame_map("".join(cells), layers, types, attributes) + key
+
+
+def class_shade(number: int) -> str:
+    """The shade of a class: 0 is the darkest."""
+    return f"r{max(1, 9 - 4 * number)}"
+
+
+def class_key(names: Mapping[int, str]) -> Markup:
+    """What the numbers and shades of classes mean."""
+    entries = "".join(
+        f'<li><svg width="18" height="14" aria-hidden="true"><rect class="{class_shade(number)}" width="18" '
+        f'height="14"/></svg><b>{number}</b> {escape(name)}</li>'
+        for number, name in names.items()
+    )
+    return Markup(f'<ul class="legend">{entries}</ul>')
 
 
 def says(grid: Mapping[str, Any], address: str, value: float, under: bool) -> str:
     """The read-out of one cell."""
+    note = (grid.get("notes") or {}).get(address, "")
+    if grid.get("names"):
+        return f"class {note}"
     text = f"{figures(value)} {grid['unit']}"
     bounds = (grid.get("intervals") or {}).get(address)
     if bounds and bounds[0] is not None:
         text += f", 95% interval {figures(bounds[0])} to {figures(bounds[1])}"
-    return text + (", under the noise floor" if under else "")
+    return text + (f", {note}" if note else "") + (", under the noise floor" if under else "")
 
 
 def cell(row: int, column: int, columns: int, name: str, extra: str, size: int = CELL, gap: float = 1) -> str:
@@ -91,6 +116,12 @@ def cell(row: int, column: int, columns: int, name: str, extra: str, size: int =
         f'<rect class="{name}" x="{column * width + 0.03 * width:.3f}%" width="{0.94 * width:.3f}%" '
         f'y="{row * size + gap / 2}" height="{size - gap}"{extra}/>'
     )
+
+
+def cell_text(row: int, column: int, columns: int, text: str) -> str:
+    """A short text in the middle of a cell."""
+    place = f'x="{100 * (column + 0.5) / columns:.3f}%" y="{CELL * (row + 0.5) + 4:.0f}"'
+    return f'<text class="incell" {place} text-anchor="middle">{escape(text)}</text>'
 
 
 def frame_map(cells: str, layers: Sequence[Any], types: Sequence[str], attributes: str, size: int = CELL) -> Markup:
@@ -133,8 +164,12 @@ def colour_key(grid: Mapping[str, Any], ramp: Ramp) -> Markup:
     )
 
 
-def decoder_map(decoder: Mapping[str, Any], title: str) -> Markup:
-    """A latent's signed map: orange where it pushes a direction up, purple where down; tiny entries are left blank."""
+def decoder_map(decoder: Mapping[str, Any], title: str, live: bool = False) -> Markup:
+    """A latent's signed map: orange where it pushes a direction up, purple with a − where down; tiny entries are blank.
+
+    Args:
+        live: cells carry their address and value, for a read-out and for links; else it is a picture.
+    """
     values = decoder["values"]
     most = max((abs(v) for row in values for v in row if v is not None), default=0.0)
     if most == 0:
@@ -147,10 +182,24 @@ def decoder_map(decoder: Mapping[str, Any], title: str) -> Markup:
             if value is None or abs(value) < 0.04 * most:
                 continue
             step = min(SIGNED_STEPS, 1 + int(abs(value) / most * SIGNED_STEPS))
+            said = f"{'+' if value > 0 else ''}{figures(value)} effect per unit of activation"
+            extra = f' data-a="{escape(decoder["address"][row][column])}" data-s="{escape(said)}"' if live else ""
             name = f"{'p' if value > 0 else 'n'}{step}"
-            cells.append(cell(row, column, len(layers), name, "", size, 1))
-    attributes = f'class="map small" role="img" aria-label="{escape(title)}"'
+            cells.append(cell(row, column, len(layers), name, extra, size, 1))
+            if value < 0:
+                cells.append(minus_mark(row, column, len(layers), size))
+    role = 'tabindex="0" role="application" aria-roledescription="map"' if live else 'role="img"'
+    attributes = f'class="map small" {role} aria-label="{escape(title)}"'
     return frame_map("".join(cells), layers, types, attributes, size)
+
+
+def minus_mark(row: int, column: int, columns: int, size: int) -> str:
+    """A minus sign across a cell."""
+    width = 100 / columns
+    return (
+        f'<rect class="minusmark" x="{(column + 0.28) * width:.3f}%" width="{0.44 * width:.3f}%" '
+        f'y="{size * (row + 0.5) - 0.75}" height="1.5"/>'
+    )
 
 
 def strongest_writes(decoder: Mapping[str, Any], count: int = 6) -> list[tuple[str, str]]:

@@ -55,8 +55,12 @@ def scale_top(bars: Sequence[Bar], floor: float | None = None) -> float:
     return 1.02 * max([*(max(b.value, b.high or b.value) for b in bars), floor or 0.0, 1e-12])
 
 
-def share_bar(shares: Mapping[str, float | None] | None) -> Markup:
-    """Where firings are, as one bar of three parts with their shares in words."""
+def share_bar(shares: Mapping[str, float | None] | None, densities: Mapping[str, float | None] | None = None) -> Markup:
+    """Where firings are, as one bar of three parts with their shares in words.
+
+    Args:
+        densities: share of each segment's ordinary tokens on which the feature fires, said beside its share of firings.
+    """
     if not shares or not any(shares.values()):
         return Markup("")
     start, parts, words = 0.0, "", []
@@ -64,7 +68,9 @@ def share_bar(shares: Mapping[str, float | None] | None) -> Markup:
         part = float(shares.get(name) or 0.0)
         width = max(0.0, 100 * part - (0.6 if part < 0.99 else 0))
         parts += f'<rect class="seg-{name}" x="{100 * start:.2f}%" width="{width:.2f}%" y="0" height="8"/>'
-        words.append(f'<span><i class="key seg-{name}"></i>{name} {percent(part)}</span>')
+        dense = (densities or {}).get(name)
+        fires = f", {percent(dense)} of its tokens" if dense is not None else ""
+        words.append(f'<span><i class="key seg-{name}"></i>{name} {percent(part)}{fires}</span>')
         start += part
     said = ", ".join(f"{name} {percent(float(shares.get(name) or 0.0))}" for name in SEGMENTS)
     return Markup(
@@ -106,15 +112,19 @@ def score_dots(own: Mapping[str, Any], wrong: Mapping[str, Any] | None, low: flo
 
 
 def score_pair(name: str, pair: Mapping[str, Any] | None) -> Markup:
-    """An explanation's own score beside the wrong explanation's, from 0 to 1 with chance marked."""
-    own, wrong = (pair or {}).get("own"), (pair or {}).get("wrong")
+    """An explanation's own score, from 0 to 1 with chance marked, beside its controls: that of a wrong explanation, and
+    its own on the feature's firings shifted within their traces (shuffled)."""
+    own = (pair or {}).get("own")
     if not own:
         return Markup("")
     said = f"{name}: own {own['value']:.2f} ({own['low']:.2f} to {own['high']:.2f}, n = {own['n']})"
-    said += f", wrong explanation {wrong['value']:.2f} ({wrong['low']:.2f} to {wrong['high']:.2f})" if wrong else ""
-    against = (
-        f'<span class="muted">wrong {wrong["value"]:.2f}</span>' if wrong else '<span class="muted">no control</span>'
-    )
+    words = []
+    for control, meaning in (("wrong", "wrong explanation"), ("shuffled", "on shuffled firings")):
+        if score := (pair or {}).get(control):
+            said += f", {meaning} {score['value']:.2f} ({score['low']:.2f} to {score['high']:.2f})"
+            words.append(f"{control} {score['value']:.2f}")
+    against = f'<span class="muted">{", ".join(words) or "no control"}</span>'
+    wrong = (pair or {}).get("wrong")
     return Markup(
         f'<div class="score" title="{escape(said)}"><span class="name">{escape(name)}</span>'
         f'<svg width="100%" height="22" role="img" aria-label="{escape(said)}">{score_dots(own, wrong, 0.0)}</svg>'

@@ -223,11 +223,11 @@ if (featureSelect && data.features.length) {
     place = -1;
     tokens.forEach((token, i) => {
       const value = feature.typical + (codes[i] / 255) * (feature.max - feature.typical);
-      const fires = codes[i] > 0 && value > feature.level;
-      const special = token.classList.contains("sp");
-      token.className = [special ? "sp" : "", codes[i] ? `h${Math.min(9, 1 + Math.floor((9 * codes[i]) / 256))}` : "", fires ? "f" : ""].join(" ").trim();
+      const uncounted = ["sp", "sk"].find((name) => token.classList.contains(name)) || "";
+      const fires = codes[i] > 0 && value > feature.level && !uncounted;
+      token.className = [uncounted, codes[i] ? `h${Math.min(9, 1 + Math.floor((9 * codes[i]) / 256))}` : "", fires ? "f" : ""].join(" ").trim();
       if (codes[i]) token.dataset.v = value.toPrecision(3); else delete token.dataset.v;
-      if (fires && !special) firings.push(token);
+      if (fires) firings.push(token);
     });
     one("#counted").textContent = `fires on ${firings.length} of ${tokens.length} tokens`;
     one("#next").disabled = firings.length === 0;

@@ -92,3 +92,9 @@ def listed_features(kinds: Sequence[Json]) -> set[str]:
         for sub in group["subcategories"]
         for feature in sub["features"]
     }
+
+
+def shown_features(categories: Json) -> set[str]:
+    """Ids of the features that have a line in the lists or a point on a map."""
+    points = {point["id"] for one in categories["maps"] for point in one["points"] if point["id"]}
+    return listed_features(categories["kinds"]) | points

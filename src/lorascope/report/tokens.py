@@ -45,7 +45,8 @@ def segment_mark(code: int) -> str:
 
 
 def heat_tokens(example: Mapping[str, Any], most: float, level: float, typical: float = 0.0) -> Markup:
-    """The tokens of one example: shade = activation, underlined = fires, bold and framed = the example's token."""
+    """The tokens of one example: shade = activation, underlined = fires, bold and framed = the example's token.
+    Template, markup and attention sinks never count as firing."""
     parts: list[str] = ["<span class=more>…</span>" if example["more_before"] else ""]
     last = None
     for i, (text, value, code) in enumerate(
@@ -55,7 +56,7 @@ def heat_tokens(example: Mapping[str, Any], most: float, level: float, typical: 
             parts.append(segment_mark(code))
         last = code if code != 0 else last
         names = [f"h{step}"] if (step := heat(value, most, typical)) else []
-        if value is not None and value > level and step:
+        if value is not None and value > level and step and code != 0 and i not in example.get("sinks", ()):
             names.append("f")
         if i == example["peak"]:
             names.append("peak")
@@ -83,14 +84,16 @@ def token_list(tokens: Sequence[Mapping[str, Any]]) -> Markup:
     return Markup(" ".join(shown))
 
 
-def plain_tokens(tokens: Sequence[str], segments: Sequence[int]) -> Markup:
-    """A whole trace, one element per token, line breaks kept; a script colours it."""
+def plain_tokens(tokens: Sequence[str], segments: Sequence[int], sinks: Sequence[int] = ()) -> Markup:
+    """A whole trace, one element per token, line breaks kept; a script colours it. Attention sinks are marked, since
+    they never count as firing."""
     parts: list[str] = []
     last = None
-    for text, code in zip(tokens, segments, strict=True):
+    uncounted = set(sinks)
+    for i, (text, code) in enumerate(zip(tokens, segments, strict=True)):
         if code != last and code != 0:
             parts.append(segment_mark(code))
             last = code
-        name = ' class="sp"' if code == 0 else ""
+        name = ' class="sp"' if code == 0 else ' class="sk"' if i in uncounted else ""
         parts.append(f"<span{name}>{escape(shown_text(text))}</span>" + "<br>" * min(2, text.count("\n")))
     return Markup("".join(parts))

@@ -11,10 +11,10 @@ from typing import Any
 
 from lorascope.errors import BadInput, MissingStage, RunFailed
 from lorascope.features import KINDS
-from lorascope.store import INDEX, store_folder
 from lorascope.studio.live import LONGEST_PROMPT, MOST_FEATURES, RUNS, WEIGHTS, sample_prompts
+from lorascope.studio.measuring import Measurement, known_effects, measure
 from lorascope.studio.notes import FILE, Note, as_shown, current_notes, read_events, searchable
-from lorascope.study import Study
+from lorascope.study import Study, digest
 from lorascope.views import (
     ablation_view,
     category_view,
@@ -30,13 +30,14 @@ from lorascope.views import (
     sae_page,
     training_curves,
 )
-from lorascope.views.effects import direction_effects, kept_effects
+from lorascope.views.control_scores import control_means
 from lorascope.views.feature_list import feature_kind, feature_place
 from lorascope.views.feature_search import SORTS, FeatureQuery, feature_index, find_features
 from lorascope.views.firing import check_corpus, coloured_trace, fires_here, trace_list
 from lorascope.views.interactions import interaction_matrix
 from lorascope.views.kept import kept_view, study_state
-from lorascope.views.maps import score_grid
+from lorascope.views.leaders import leaders
+from lorascope.views.maps import class_grid, score_grid
 from lorascope.views.nearby import nearby
 from lorascope.views.one_feature import column_of, open_features
 
@@ -88,19 +89,17 @@ def listed_features(query: Parts, most: int) -> list[str]:
 
 def overview_page(study: Study, path: Parts, query: Parts) -> Json:
     """What the study is and found, its training, and what was left out."""
-    views = {"overview": overview, "curves": training_curves, "sae": sae_page, "dropped": dropped}
+    views = {"overview": overview, "leaders": leaders, "curves": training_curves, "sae": sae_page, "dropped": dropped}
     return {name: kept_view(study, view) for name, view in views.items()}
 
 
 def evidence_page(study: Study, path: Parts, query: Parts) -> Json:
     """Whether explanations hold and against what, reasoning features, how good the SAE is, how all of it was made."""
     views = {"overview": overview, "scores": explanation_scores, "compare": comparison_view, "sae": sae_page}
-    rows = feature_index(study, "train", study_state(study)).get("rows", [])
     shown = {
         "reasoning": reasoning_found(study),
         "made": kept_view(study, provenance),
-        "cards": {row["id"]: f"card-{row['id']}" for row in rows},
-        "texts": {row["id"]: row["text"] for row in rows if row["text"]},
+        "texts": kept_view(study, reasoning_texts),
     }
     return {name: kept_view(study, view) for name, view in views.items()} | shown
 
@@ -112,35 +111,55 @@ def reasoning_found(study: Study) -> Json:
     return dict(second if second["available"] else first)
 
 
+def reasoning_texts(study: Study) -> dict[str, str]:
+    """Explanations of the reasoning features that are shown."""
+    shown = {row["feature"] for kind in reasoning_found(study).get("kinds", []) for row in kind["rows"]}
+    rows = feature_index(study, "train", study_state(study)).get("rows", [])
+    return {row["id"]: row["text"] for row in rows if row["id"] in shown and row["text"]}
+
+
 def categories_page(study: Study, path: Parts, query: Parts) -> Json:
     """What kinds of things features encode."""
-    rows = feature_index(study, "train", study_state(study)).get("rows", [])
-    features = [{"id": row["id"]} for row in rows]
-    return {"categories": kept_view(study, category_view), "directions": [], "latents": features}
+    return {"categories": kept_view(study, category_view)}
 
 
 def map_page(study: Study, path: Parts, query: Parts) -> Json:
-    """The layer × type maps, the ablation tables and the interaction matrix."""
+    """The layer × type maps and the ablation tables; what maps need of a whole recording is measured meanwhile."""
     corpus = chosen_corpus(study, query)
-    measured = is_recorded(study, corpus) and kept_effects(study, corpus) is not None
+    waiting = measurement_said(measure(study, corpus))  # first: what ends after it is known to the next line
+    known = known_effects(study, corpus) is not None
+    pairs = kept_view(study, interaction_matrix)
     return {
-        "map": kept_view(study, scored_map, corpus, measured),
+        "map": kept_view(study, scored_map, corpus, known),
+        "corpus": corpus,
+        "corpora": study.corpora(),
+        "measuring": waiting,
         "ablation": kept_view(study, ablation_view),
-        "interactions": kept_view(study, interaction_matrix),
+        "interactions": {name: value for name, value in pairs.items() if name != "cosines"},
     }
 
 
-def is_recorded(study: Study, corpus: str) -> bool:
-    """Whether the adapter's scalars on a corpus are recorded."""
-    return (store_folder(study.path, corpus, "adapter") / INDEX).is_file()
+def measurement_said(measured: Measurement | None) -> Json:
+    """How far a measurement is."""
+    return {"running": bool(measured and measured.running), "trouble": measured.trouble if measured else None}
+
+
+def measured_page(study: Study, path: Parts, query: Parts) -> Json:
+    """Whether a corpus is still being measured."""
+    return measurement_said(measure(study, chosen_corpus(study, query)))
+
+
+def interactions_page(study: Study, path: Parts, query: Parts) -> Json:
+    """The matrix of interactions, which is too large to be a part of the map's page."""
+    return dict(kept_view(study, interaction_matrix))
 
 
 def scored_map(study: Study, corpus: str, measured: bool) -> Json:
-    """The layer × type maps with one of detection scores; those of effects only once these are measured."""
-    map_ = direction_map(study, corpus, effects_of=kept_effects)
+    """The layer × type maps with those of detection scores and classes; those of effects only once these are known."""
+    map_ = direction_map(study, corpus, effects_of=known_effects)
     if map_["available"]:
         rows = feature_index(study, corpus, study_state(study)).get("rows", [])
-        map_["grids"].append(score_grid(map_, rows))
+        map_["grids"] += [score_grid(study, map_, rows), class_grid(study, map_, rows)]
     return map_
 
 
@@ -148,22 +167,34 @@ def features_page(study: Study, path: Parts, query: Parts) -> Json:
     """The table of features."""
     corpus = chosen_corpus(study, query)
     names = [field.name for field in dataclasses.fields(FeatureQuery)]
-    given: dict[str, Any] = {name: query[name] for name in names if query.get(name)}
+    given: dict[str, Any] = {name: query[key] for name in names if query.get(key := name.rstrip("_"))}
+    if unknown := set(query) - {name.rstrip("_") for name in names} - {"corpus", "only", "tag"}:
+        raise BadInput(f"There is no filter {sorted(unknown)[0][:40]!r} of the table of features.")
     for name in {"page", "size"} & set(given):
         given[name] = whole_number(given[name], name.capitalize())
     wanted = FeatureQuery(**given)
     notes = current_notes(read_events(study.path / FILE)[0])
-    starred = {place.removeprefix("feature:") for place, note in notes.items() if note.star}
-    only = starred if query.get("only") == "starred" else None
-    found = find_features(study, corpus, wanted, said=searchable(notes), only=only)
-    labels = {name: notes[f"feature:{name}"] for name in (r["id"] for r in found.get("rows", [])) if noted(notes, name)}
+    only, tag = query.get("only", ""), query.get("tag", "")
+    found = find_features(study, corpus, wanted, said=searchable(notes), only=noted_as(notes, only == "starred", tag))
+    places = {name: f"feature:{name}" for name in (row["id"] for row in found.get("rows", []))}
+    labels = {name: notes[place] for name, place in places.items() if place in notes}
     shown = {name: {"label": note.label, "star": note.star, "tags": note.tags} for name, note in labels.items()}
-    return found | {"notes": shown, "only": query.get("only", ""), "sorts": SORTS, "corpora": study.corpora()}
+    tags = sorted({name for place, note in notes.items() if place.startswith("feature:") for name in note.tags})
+    chosen = {"only": only, "tag": tag, "tags": tags, "study": study_name(study)}
+    return found | chosen | {"notes": shown, "sorts": SORTS, "corpora": study.corpora()}
 
 
-def noted(notes: Mapping[str, Any], feature: str) -> bool:
-    """Whether there is a note on a feature."""
-    return f"feature:{feature}" in notes
+def noted_as(notes: Mapping[str, Note], starred: bool, tag: str) -> set[str] | None:
+    """The features whose notes have a star or a tag; None where neither is asked for."""
+    if not starred and not tag:
+        return None
+    wanted = [place for place, note in notes.items() if (note.star or not starred) and (not tag or tag in note.tags)]
+    return {place.removeprefix("feature:") for place in wanted if place.startswith("feature:")}
+
+
+def study_name(study: Study) -> str:
+    """Under what name a browser keeps what was chosen of this study: others may be served from the same port."""
+    return digest(str(study.path.resolve()))[:12]
 
 
 def feature_view(study: Study, path: Parts, query: Parts) -> Json:
@@ -187,6 +218,7 @@ def feature_view(study: Study, path: Parts, query: Parts) -> Json:
         "near": {name: nearby(study, corpus, name) for name in sides},
         "steps": steps_around(study, corpus, sides[0], len(sides)),
         "lens": kept_view(study, lens_view),
+        "controls": kept_view(study, control_means),
         "notes": notes_at(study, [f"feature:{name}" for name in sides]),
     }
 
@@ -214,8 +246,16 @@ def compare_page(study: Study, path: Parts, query: Parts) -> Json:
     """A few features side by side."""
     corpus = chosen_corpus(study, query)
     names = listed_features(query, MOST_COMPARED)
-    pages = [feature_page(study, name, corpus, top=6, per_quantile=0) for name in names]
+    pages = [compared(study, name, corpus) for name in names]
     return {"corpus": corpus, "features": names, "pages": pages}
+
+
+def compared(study: Study, feature: str, corpus: str) -> Json:
+    """One feature's page; one that is not there says so, and the others are shown all the same."""
+    try:
+        return feature_page(study, feature, corpus, top=6, per_quantile=0)
+    except BadInput as error:
+        return {"available": False, "id": feature, "error": str(error)}
 
 
 def traces_page(study: Study, path: Parts, query: Parts) -> Json:
@@ -296,13 +336,17 @@ PAGES = (
     Page("/live", "live_page.html.j2", live_page),
     Page("/notes", "notes_page.html.j2", notes_page),
 )
-JSON_ONLY = {"/fires/{corpus}/{index}/{position}.json": fires_page}
+JSON_ONLY = {
+    "/fires/{corpus}/{index}/{position}.json": fires_page,
+    "/measured.json": measured_page,
+    "/interactions.json": interactions_page,
+}
 
 
 def warm_up(study: Study) -> None:
-    """Read in the background what the first pages need, and measure what a map needs of the whole store."""
+    """Read in the background what the first pages need; the map begins to measure what it needs of the whole store."""
     everything: Parts = {}
-    first = [overview_page, features_page, evidence_page, map_page]
+    first = [overview_page, features_page, evidence_page]
     for view in first:
         with contextlib.suppress(BadInput, RunFailed, OSError):  # the page itself says what is wrong
             view(study, everything, everything)
@@ -310,4 +354,4 @@ def warm_up(study: Study) -> None:
         with contextlib.suppress(MissingStage, BadInput, RunFailed, OSError):
             feature_view(study, {"feature": open_features(study, "train", kind).ids[0]}, everything)
     with contextlib.suppress(BadInput, RunFailed, OSError):
-        direction_effects(study, "train")
+        map_page(study, everything, everything)

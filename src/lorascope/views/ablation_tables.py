@@ -3,6 +3,7 @@
 from typing import Any
 
 from lorascope.study import Study
+from lorascope.views.kept import kept_view
 from lorascope.views.reading import Json, interval, json_file, missing, ready, table_rows
 
 WAYS = ("direction", "layer", "type", "group")
@@ -34,24 +35,27 @@ def ablation_table(study: Study, way: str) -> Json:
     leaders that were confirmed exactly.
 
     Returns:
-        `{"available", "method": "exact" or "screen", "floor", "floor_runs", "rows": [{"target", "tokens",
+        `{"available", "method": "exact" or "screen", "floor", "floor_runs", "rows": [{"target", "method", "tokens",
         "kl": {"value", "low", "high"}, "ce_change": {..} or None, "under_floor",
         "segments": {"think": {"kl", "ce_change", "tokens", "under_floor"}, ..}}]}`. KL is
-        KL(adapted ‖ edited) in nats per predicted assistant token, cross-entropy change in the same unit.
+        KL(adapted ‖ edited) in nats per predicted assistant token, cross-entropy change in the same unit. A row's
+        method is its own: the confirmed rows of a screened table are exact.
     """
-    rows, method = table_rows(study, f"ablation/exact-{way}.parquet"), "exact"
+    rows, method, confirmed = table_rows(study, f"ablation/exact-{way}.parquet"), "exact", set[Any]()
     if rows is None:
         rows, method = table_rows(study, f"ablation/screen-{way}.parquet"), "screen"
-        confirmed = table_rows(study, f"ablation/confirmed-{way}.parquet") or []
-        exact = {row["target"] for row in confirmed}
-        rows = None if rows is None else [row for row in rows if row["target"] not in exact] + confirmed
+        checked = table_rows(study, f"ablation/confirmed-{way}.parquet") or []
+        confirmed = {row["target"] for row in checked}
+        rows = None if rows is None else [row for row in rows if row["target"] not in confirmed] + checked
     if rows is None:
         return missing(study, f"ablation by {way}", COMMAND.format(way))
     by_target: dict[str, dict[str, Json]] = {}
     for row in rows:
         by_target.setdefault(str(row["target"]), {})[str(row["segment"])] = numbers(row)
     shown = [
-        {"target": target} | (parts.get("all") or {}) | {"segments": {k: v for k, v in parts.items() if k != "all"}}
+        {"target": target, "method": "exact" if target in confirmed else method}
+        | (parts.get("all") or {})
+        | {"segments": {k: v for k, v in parts.items() if k != "all"}}
         for target, parts in by_target.items()
         if parts.get("all")
     ]
@@ -79,6 +83,13 @@ def strength(row: Json) -> tuple[bool, float]:
 
 
 def direction_kl(study: Study) -> dict[str, Any]:
-    """KL rows by direction's address, empty when directions were not ablated."""
+    """KL rows by direction's address, empty when directions were not ablated. Shared between callers: do not change
+    them."""
+    rows: dict[str, Any] = kept_view(study, direction_rows)
+    return rows
+
+
+def direction_rows(study: Study) -> dict[str, Any]:
+    """`direction_kl` of one state of the study."""
     table = ablation_table(study, "direction")
     return {row["target"]: row for row in table["rows"]} if table["available"] else {}

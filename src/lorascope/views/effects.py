@@ -34,9 +34,10 @@ def direction_effects(study: Study, corpus: str, source: str = "adapter") -> dic
     store = Store.open(store_folder(study.path, corpus, source))
     if kept := kept_effects(study, corpus, source):
         return kept
+    of = store_stamp(store.folder)  # before the reading: a store made anew meanwhile is another one
     columns = measure_effects(store)
     with contextlib.suppress(OSError):  # a study that cannot be written to can still be looked at
-        write_json(cache_file(study, corpus, source), {"of": store_stamp(store.folder), "columns": columns})
+        write_json(cache_file(study, corpus, source), {"of": of, "columns": columns})
     return columns
 
 

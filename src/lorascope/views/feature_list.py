@@ -15,7 +15,7 @@ from lorascope.features import KINDS
 from lorascope.study import Study, read_json
 from lorascope.views.ablation_tables import direction_kl
 from lorascope.views.kept import stamp
-from lorascope.views.reading import Json, explanations, missing, ready, table_rows
+from lorascope.views.reading import Json, explanations, json_lines, missing, ready, table_rows
 
 SHOWN_STATS = (
     "feature",
@@ -29,6 +29,8 @@ SHOWN_STATS = (
     "share_think",
     "share_answer",
 )
+CLASSES = {0: "specific and monosemantic", 1: "broad or noisy but consistent", 2: "polysemantic"}
+"""What a judge's class of a feature means."""
 TOO_FEW = 20
 """A feature with fewer firings than this on a corpus is marked as having too few examples."""
 
@@ -39,9 +41,10 @@ def feature_table(study: Study, corpus: str = "train") -> Json:
     Returns:
         `{"available", "corpus", "kinds": {kind: number}, "rows": [row]}`; a row has `id, kind, layer, type, polarity,
         level, density, n_firing, max, p99, mean, share_prompt, share_think, share_answer, too_few, kl (that of the
-        whole direction), kl_under_floor, strength, text, detection, detection_wrong, reason`. `strength` ranks
+        whole direction), kl_under_floor, kl_method, strength, text, explainer, detection, detection_wrong, reason,
+        explained, class, category`. `strength` ranks
         features of one kind: for latents the mean length of the effect they write per ordinary token, for
-        others the mean activation while firing.
+        others the mean activation while firing. `explained`: by any explainer; `class`: what a judge gave, or None.
     """
     rows: list[Json] = []
     for kind in KINDS:
@@ -59,7 +62,10 @@ def kind_rows(study: Study, corpus: str, kind: str) -> list[Json]:
         return []
     kls = direction_kl(study) if kind == "direction" else {}
     norms = decoder_norms(study) if kind == "latent" else {}
-    explained = shown_explanations(explanations(study, kind))
+    said = explanations(study, kind)
+    explained, classes = shown_explanations(said), given_classes(said)
+    any_text = {row["feature"] for row in said if row.get("text")}
+    categories = {row["feature"]: row["category"] for row in json_lines(study, f"categories/{kind}.jsonl")}
     rows: list[Json] = []
     for stat in stats:
         feature = stat.pop("feature")
@@ -70,7 +76,9 @@ def kind_rows(study: Study, corpus: str, kind: str) -> list[Json]:
         row["too_few"] = stat["n_firing"] < TOO_FEW
         row["kl"] = kl["kl"]["value"] if kl and kl["kl"] else None
         row["kl_under_floor"] = bool(kl and kl["under_floor"])
+        row["kl_method"] = kl["method"] if kl and kl["kl"] else None
         row["strength"] = stat["mean"] * weight
+        row |= {"explained": feature in any_text, "class": classes.get(feature), "category": categories.get(feature)}
         rows.append(row | short_scores(explained.get(feature)))
     return rows
 
@@ -81,6 +89,16 @@ def shown_explanations(rows: Iterable[Json]) -> dict[str, Json]:
     for row in rows:
         by_explainer.setdefault(row["explainer"], {})[row["feature"]] = row
     return by_explainer.get(LEXICAL) or next(iter(by_explainer.values()), {})
+
+
+def given_classes(rows: Iterable[Json]) -> dict[str, int]:
+    """The class of each feature that has one: that of the first judge who gave it any."""
+    found: dict[str, int] = {}
+    for row in rows:
+        number = (row.get("class") or {}).get("class")
+        if number is not None:
+            found.setdefault(row["feature"], number)
+    return found
 
 
 def feature_kind(feature: str) -> str:

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow.compute as pc
 
+from lorascope.adapter import GROUPS
 from lorascope.errors import BadInput, MissingStage
 from lorascope.study import Study
-from lorascope.token_text import vocabulary_texts
-from lorascope.views.feature_list import feature_table
+from lorascope.views.feature_list import CLASSES, feature_table
 from lorascope.views.kept import State, kept_once, stamp, study_state
-from lorascope.views.one_feature import open_features, tokenizer_of
-from lorascope.views.reading import Json, path_of, read_table
+from lorascope.views.one_feature import open_features, vocabulary_of
+from lorascope.views.reading import Json, explanations, path_of, read_table
 
 SORTS = {
     "strength": "strength",
@@ -38,10 +38,17 @@ class FeatureQuery:
     """What to show of the table."""
 
     q: str = ""
-    """Words that must all occur in a feature's name, explanation, top tokens, notes or tags."""
+    """Words that must all occur in a feature's name, explanations, top tokens, notes or tags."""
     kind: str = ""
     type: str = ""
+    """A matrix type, or a group of them: attn, mlp."""
     layer: str = ""
+    class_: str = ""
+    category: str = ""
+    explained: str = ""
+    """`yes`: some explainer has a text for it; `no`: none has."""
+    few: str = ""
+    """`yes`: too few firings to go by; `no`: enough."""
     sort: str = ""
     order: str = "falling"
     """`falling` or `rising`; features without a value come last either way."""
@@ -64,7 +71,8 @@ def find_features(
         only: leave out all other features (starred ones).
 
     Returns:
-        `{"available", "corpus", "query", "total", "found", "pages", "page", "kinds", "types", "layers", "rows"}`; a
+        `{"available", "corpus", "query", "total", "found", "pages", "page", "kinds", "types", "layers", "classes",
+        "categories", "rows"}`; a
         row is that of `feature_table` with `"tokens"`: the commonest peak tokens of its strongest examples.
 
     Raises:
@@ -85,7 +93,7 @@ def find_features(
     rows = ordered(rows, query)
     pages = max(1, -(-len(rows) // query.size))
     page = min(query.page, pages)
-    kept = {key: index[key] for key in ("available", "corpus", "kinds", "types", "layers")}
+    kept = {key: index[key] for key in ("available", "corpus", "kinds", "types", "layers", "classes", "categories")}
     shown = rows[(page - 1) * query.size : page * query.size]
     counts = {"total": len(index["rows"]), "found": len(rows), "pages": pages, "page": page}
     return kept | counts | {"query": vars(query) | {"page": page}, "rows": shown}
@@ -97,6 +105,11 @@ def check_query(query: FeatureQuery) -> None:
         raise BadInput(f"The table cannot be sorted by {query.sort!r}; choose from {', '.join(SORTS)}.")
     if query.order not in ("falling", "rising"):
         raise BadInput(f"The order is falling or rising, not {query.order!r}.")
+    chosen = {"class": query.class_, "explained": query.explained, "few": query.few}
+    for name, value in chosen.items():
+        allowed = [str(number) for number in CLASSES] if name == "class" else ["yes", "no"]
+        if value and value not in allowed:
+            raise BadInput(f"The filter {name!r} is one of {', '.join(allowed)}, not {value[:40]!r}.")
     if query.page < 1 or not 1 <= query.size <= MOST_PER_PAGE:
         raise BadInput(f"Pages count from 1 and hold 1 to {MOST_PER_PAGE} rows.")
     if len(query.q) > LONGEST_QUERY:
@@ -104,40 +117,53 @@ def check_query(query: FeatureQuery) -> None:
 
 
 def matches(row: Json, query: FeatureQuery) -> bool:
-    """Whether a row passes the filters by kind, type and layer."""
+    """Whether a row passes the filters."""
     return (
         (not query.kind or row["kind"] == query.kind)
-        and (not query.type or row["type"] == query.type)
+        and (not query.type or row["type"] in GROUPS.get(query.type, (query.type,)))
         and (not query.layer or str(row["layer"]) == query.layer)
+        and (not query.class_ or str(row["class"]) == query.class_)
+        and (not query.category or row["category"] == query.category)
+        and (not query.explained or row["explained"] == (query.explained == "yes"))
+        and (not query.few or row["too_few"] == (query.few == "yes"))
     )
 
 
 def ordered(rows: list[Json], query: FeatureQuery) -> list[Json]:
-    """Rows in the wanted order: by default the order of the study's columns."""
+    """Rows in the wanted order: by default that of the study's columns. A KL under the noise floor is not ranked."""
     if not query.sort:
         return rows
     if query.sort == "id":  # the index is in that order
         return rows if query.order == "rising" else rows[::-1]
     key = SHARES.get(query.sort, query.sort)
-    known = [row for row in rows if row[key] is not None]
-    unknown = [row for row in rows if row[key] is None]
+    ranked = [row[key] is not None and not (key == "kl" and row["kl_under_floor"]) for row in rows]
+    known = [row for row, has in zip(rows, ranked, strict=True) if has]
+    unknown = [row for row, has in zip(rows, ranked, strict=True) if not has]
     return sorted(known, key=lambda row: row[key], reverse=query.order == "falling") + unknown
 
 
 @kept_once(maxsize=4)
 def feature_index(study: Study, corpus: str, state: State) -> Json:
-    """The table with top tokens and the text that a search looks through, of one state of the study."""
+    """The table with top tokens and the text that a search looks through (of all explainers), of one state of the
+    study."""
     table = feature_table(study, corpus)
     if not table["available"]:
         return table
     tokens: dict[str, list[str]] = {}
     for kind, count in table["kinds"].items():
         tokens |= top_tokens(study, corpus, kind) if count else {}
+    said: dict[str, str] = {}
+    for kind in table["kinds"]:
+        for row in explanations(study, kind):
+            said[row["feature"]] = f"{said.get(row['feature'], '')} {row.get('text') or ''}"
     rows = [row | {"tokens": tokens.get(row["id"], [])} for row in table["rows"]]
     types = list(dict.fromkeys(row["type"] for row in rows if row["type"]))
     layers = sorted({row["layer"] for row in rows if row["layer"] is not None})
-    texts = [" ".join([row["id"], row["text"] or "", *row["tokens"]]).lower() for row in rows]
-    return table | {"rows": rows, "texts": texts, "types": types, "layers": layers}
+    texts = [" ".join([row["id"], said.get(row["id"], ""), *row["tokens"]]).lower() for row in rows]
+    classes = sorted({row["class"] for row in rows if row["class"] is not None})
+    categories = sorted({row["category"] for row in rows if row["category"]})
+    found = {"rows": rows, "texts": texts, "types": types, "layers": layers}
+    return table | found | {"classes": classes, "categories": categories}
 
 
 def top_tokens(study: Study, corpus: str, kind: str) -> dict[str, list[str]]:
@@ -156,7 +182,7 @@ def top_tokens(study: Study, corpus: str, kind: str) -> dict[str, list[str]]:
     ids = np.asarray(store.tokens[store.offsets[trace] + position], np.int64)
     pairs, counts = np.unique(names.indices.to_numpy().astype(np.int64) << 32 | ids, return_counts=True)
     found: dict[str, list[str]] = {}
-    texts, features = vocabulary_texts(tokenizer_of(study)), names.dictionary.to_pylist()
+    texts, features = vocabulary_of(study), names.dictionary.to_pylist()
     for place in np.lexsort((-counts, pairs >> 32)):
         feature, token = features[pairs[place] >> 32], int(pairs[place] & 0xFFFFFFFF)
         listed = found.setdefault(feature, [])

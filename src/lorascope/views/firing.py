@@ -14,7 +14,7 @@ from lorascope.views.kept import kept_view
 from lorascope.views.nearby import thresholds
 from lorascope.views.one_feature import column_of, command_in, open_features, token_part, typical_activation
 from lorascope.views.one_trace import trace_features, trace_page
-from lorascope.views.reading import Json, feature_rows, json_file, missing, ready
+from lorascope.views.reading import Json, feature_rows, known_levels, missing, missing_levels, ready
 
 MOST_FEATURES = 4
 """Most features that a trace is coloured by at once."""
@@ -26,8 +26,9 @@ def coloured_trace(study: Study, corpus: str, index: int, features: list[str]) -
     """A trace with the activations of up to `MOST_FEATURES` features on each of its tokens.
 
     Returns:
-        The dict of `trace_page` with `"features": [{"id", "kind", "values": [T], "level", "typical", "max"}]`. `max`
-        is the largest activation on ordinary tokens of the corpus or of this trace.
+        The dict of `trace_page` with `"features": [{"id", "kind", "values": [T], "level", "missing", "typical",
+        "max"}]`. `max` is the largest activation on ordinary tokens of the corpus or of this trace. Where there is no
+        firing level yet, `level` is None and `missing` says what to run.
 
     Raises:
         BadInput: no such corpus, trace or feature, or too many features.
@@ -42,15 +43,17 @@ def coloured_trace(study: Study, corpus: str, index: int, features: list[str]) -
         check_feature(study, corpus, name)
     values_FT = trace_features(study, corpus, index, features, page["length"])
     ordinary_T = np.array(page["segments"]) != 0
-    levels = json_file(study, "examples/levels.json") or {}
+    ordinary_T[page["sinks"]] = False
     shown = []
     for name, values_T in zip(features, values_FT, strict=True):
         kind = feature_kind(name)
         stats = feature_rows(study, f"examples/{corpus}/{kind}-stats.parquet", name)
         most = max(float(values_T[ordinary_T].max(initial=0)), stats[0]["max"] if stats else 0.0)
         typical = typical_activation(study, open_features(study, corpus, kind), corpus, name)
-        level = levels.get(kind, {}).get(name, 0.0)
-        shown.append({"id": name, "kind": kind, "values": values_T, "level": level, "typical": typical, "max": most})
+        level = 0.0 if kind == "latent" else known_levels(study, kind).get(name)
+        gone = missing_levels(study, corpus, kind) if level is None else None
+        about = {"id": name, "kind": kind, "level": level, "missing": gone}
+        shown.append(about | {"values": values_T, "typical": typical, "max": most})
     return page | {"features": ready(shown)}
 
 
@@ -71,9 +74,10 @@ def fires_here(study: Study, corpus: str, index: int, position: int) -> Json:
     """What fires on one token, strongest first.
 
     Returns:
-        `{"available", "corpus", "index", "position", "token", "kinds": {kind: {"firing": number, "rows": [{"id",
-        "activation", "level", "ratio"}]}}}`. Latents are ordered by the length of what they write, other features
-        by their activation relative to their firing level, which is `ratio`.
+        `{"available", "corpus", "index", "position", "token", "ordinary", "kinds": {kind: {"firing": number or None,
+        "rows": [{"id", "activation", "level", "ratio"}], "missing": {"what", "run"} or None}}}`. Latents are ordered by
+        the length of what they write, other features by their activation relative to their firing level, which is
+        `ratio` (None where that level is 0). What is not `ordinary` counts for no feature.
 
     Raises:
         BadInput: no such corpus, trace or token.
@@ -88,39 +92,45 @@ def fires_here(study: Study, corpus: str, index: int, position: int) -> Json:
     length = int(store.offsets[index + 1] - store.offsets[index])
     if not 0 <= position < length:
         raise BadInput(f"This trace has tokens 0 to {length - 1}; there is no token {position}.")
+    place = int(store.offsets[index]) + position
     kinds = {}
     for kind in ("direction", "latent"):
         try:
-            kinds[kind] = firing_of(study, corpus, kind, int(store.offsets[index]) + position)
+            kinds[kind] = firing_of(study, corpus, kind, place)
         except MissingStage:
             continue
     token = token_part(study, open_features(study, corpus, "direction"), index, position, position + 1)["tokens"][0]
-    about = {"corpus": corpus, "index": index, "position": position, "token": token}
+    ordinary = bool(store.segments[place] != 0 and not store.sink[place])
+    about = {"corpus": corpus, "index": index, "position": position, "token": token, "ordinary": ordinary}
     return dict(ready({"available": True} | about | {"kinds": kinds}))
 
 
 def firing_of(study: Study, corpus: str, kind: str, place: int) -> Json:
-    """The features of one kind that fire on one token of the corpus."""
+    """The features of one kind that fire on one token of the corpus, or what to run before that is known."""
     features = open_features(study, corpus, kind)
     acts_F = features.encode(features.store.visit(np.array([place])), None)[0]
     level_F, _ = kept_view(study, thresholds, corpus, kind)
+    if np.isnan(level_F).all():
+        return {"firing": None, "rows": [], "missing": missing_levels(study, corpus, kind)}
+    firing = np.flatnonzero(acts_F > level_F)
+    # no ratio to a level of 0: such a feature is silent on 99% of tokens, and comes after those with a ratio
+    ratio_F = np.divide(acts_F, level_F, out=np.zeros_like(acts_F), where=level_F > 0)
     if features.latent:
         norms = decoder_norms(study)
-        weight_F = acts_F * np.array([norms.get(name, 1.0) for name in features.ids], np.float32)
+        written_F = acts_F * np.array([norms.get(name, 1.0) for name in features.ids], np.float32)
+        order = firing[np.argsort(-written_F[firing], kind="stable")]
     else:
-        weight_F = acts_F / np.maximum(level_F, 1e-9)
-    firing = np.flatnonzero(acts_F > level_F)
-    order = firing[np.argsort(-weight_F[firing], kind="stable")][:SHOWN]
+        order = firing[np.lexsort((-acts_F[firing], -ratio_F[firing]))]
     rows: list[dict[str, Any]] = [
         {
             "id": features.ids[i],
             "activation": float(acts_F[i]),
             "level": float(level_F[i]),
-            "ratio": None if features.latent else float(weight_F[i]),
+            "ratio": float(ratio_F[i]) if level_F[i] > 0 else None,
         }
-        for i in order
+        for i in order[:SHOWN]
     ]
-    return {"firing": len(firing), "rows": rows}
+    return {"firing": len(firing), "rows": rows, "missing": None}
 
 
 def trace_list(study: Study, corpus: str, page: int = 1) -> Json:

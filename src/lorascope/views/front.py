@@ -77,7 +77,7 @@ def stand_out(study: Study) -> list[Json]:
             kl = rows[0]["kl"]
             text = f"{words} whose absence changes the model most: {rows[0]['target']}"
             text += f", KL {kl['value']:.3g} nats per token"
-            text += " (screened)" if table["method"] == "screen" else ""
+            text += " (screened)" if rows[0]["method"] == "screen" else ""
             found.append({"text": text, "feature": f"{rows[0]['target']}+" if way == "direction" else None})
         elif table["available"]:
             found.append({"text": f"No {way} has a KL above the noise floor", "feature": None})

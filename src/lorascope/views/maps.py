@@ -15,6 +15,7 @@ from lorascope.store import store_folder
 from lorascope.study import Study
 from lorascope.views.ablation_tables import COMMAND, ablation_table, direction_kl
 from lorascope.views.effects import direction_effects
+from lorascope.views.feature_list import CLASSES
 from lorascope.views.reading import Json, json_file, missing, ready
 
 OUTSIDE = "-"
@@ -57,7 +58,23 @@ ABOUT = {
         "for a Gaussian, near 0 if a few tokens carry everything. It needs no threshold, so it can be compared "
         "among directions.",
     },
+    "score": {
+        "label": "Detection score",
+        "unit": "balanced accuracy",
+        "scale": "linear",
+        "caption": "How well the explanation of the direction's better explained polarity tells, on traces it never "
+        "saw, where it fires. 0.5 is chance.",
+    },
+    "class": {
+        "label": "Class",
+        "unit": "class",
+        "scale": "classes",
+        "caption": "What a judge says of the examples of the direction's more specific polarity; the number of the "
+        "class stands in the cell. Cells without a number were not classified.",
+    },
 }
+METHODS = {"exact": "exact", "screen": "screened"}
+JUDGED = "lorascope explain STUDY --explainer judge --judge-model NAME --judge-url URL"
 
 
 Effects = dict[str, list[Any]]
@@ -74,8 +91,8 @@ def direction_map(
     Returns:
         `{"available", "rank", "layers": [0, 1, ..], "types": ["q", ..], "grids": [grid]}`; a grid is
         `{"key", "label", "unit", "scale", "caption", "available", "values": [types][layers] of number or None,
-        "under_floor": the same of bool, "floor", "address": the same of the shown direction}` or, when its stage has
-        not run, `{"key", "label", "available": False, "missing"}`.
+        "under_floor": the same of bool, "floor", "address": the same of the shown direction, "notes": {address: what
+        else its read-out says}}` or, when its stage has not run, `{"key", "label", "available": False, "missing"}`.
     """
     folder = study.path / "adapter"
     if not (folder / "adapter_config.json").is_file():
@@ -164,7 +181,11 @@ def kl_grid(study: Study, place: Places) -> Json:
     bounds = {a: [r["kl"]["low"], r["kl"]["high"]] for a, r in rows.items() if r["kl"]}
     about = {"floor": table["floor"], "intervals": bounds}
     if table["method"] == "screen":
-        about["caption"] = ABOUT["kl"]["caption"].replace("exact", "screened (to second order, with sampled labels)")
+        exact = [address for address, row in rows.items() if row["method"] == "exact"]
+        how = "screened (to second order, with sampled labels)"
+        how += f", exact for the {len(exact)} that were confirmed" if exact else ""
+        about["caption"] = ABOUT["kl"]["caption"].replace("exact", how)
+        about["notes"] = {address: METHODS[row["method"]] for address, row in rows.items()}
     return place.grid("kl", values, under) | about
 
 
@@ -180,7 +201,7 @@ def signed_map(addresses: Sequence[str], values: Sequence[float]) -> Json:
     return {"layers": layers, "types": types, "values": grid["values"], "address": grid["address"]}
 
 
-def score_grid(map_: Json, rows: Sequence[Json]) -> Json:
+def score_grid(study: Study, map_: Json, rows: Sequence[Json]) -> Json:
     """A grid of detection scores on the axes of a map: of each direction's better explained polarity.
 
     Args:
@@ -191,13 +212,28 @@ def score_grid(map_: Json, rows: Sequence[Json]) -> Json:
     for row in rows:
         if row["kind"] == "direction" and row["detection"] is not None:
             best[row["address"]] = max(best.get(row["address"], 0.0), row["detection"])
-    addresses = [address for line in map_["grids"][0]["address"] for address in line if address]
-    about = {
-        "label": "Detection score",
-        "unit": "balanced accuracy",
-        "scale": "linear",
-        "caption": "How well the explanation of the direction's better explained polarity tells, on traces it never "
-        "saw, where it fires. 0.5 is chance.",
+    if not best:
+        return absent(study, "score", "lorascope explain STUDY")
+    return Places(list(best), map_["layers"], map_["types"]).grid("score", list(best.values()))
+
+
+def class_grid(study: Study, map_: Json, rows: Sequence[Json]) -> Json:
+    """A grid of the classes that a judge gave, each of the more specific polarity, or what to run without any.
+
+    Its values are the classes, its `notes` name those of both polarities.
+    """
+    given: dict[str, dict[str, int]] = {}
+    for row in rows:
+        if row["kind"] == "direction" and row["class"] is not None:
+            given.setdefault(row["address"], {})[row["polarity"].replace("-", "−")] = row["class"]
+    if not given:
+        return absent(study, "class", JUDGED)
+    place = Places(list(given), map_["layers"], map_["types"])
+    least = len(CLASSES)  # of a cell the largest value is shown, and here the most specific direction is
+    grid = place.grid("class", [least - min(classes.values()) for classes in given.values()])
+    grid["values"] = [[None if value is None else least - value for value in line] for line in grid["values"]]
+    notes = {
+        address: "; ".join(f"{sign} {number} {CLASSES[number]}" for sign, number in sorted(classes.items()))
+        for address, classes in given.items()
     }
-    place = Places(addresses, map_["layers"], map_["types"])
-    return place.grid("score", [best.get(address) for address in addresses]) | about
+    return grid | {"notes": notes, "names": CLASSES}

@@ -5,7 +5,6 @@ Shape legend: M sampled firings, F features, N directions, D width of the residu
 
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +16,7 @@ from lorascope.study import Study
 from lorascope.views.feature_list import feature_kind, feature_place
 from lorascope.views.kept import kept_view, stamp
 from lorascope.views.one_feature import column_of, open_features
-from lorascope.views.reading import Json, feature_rows, json_file, ready, table_rows
+from lorascope.views.reading import Json, feature_rows, known_levels, ready, table_rows
 
 NEAR = 8
 WRITES = ("o", "down")
@@ -67,10 +66,15 @@ def co_active(study: Study, corpus: str, features: FeatureSet, column: int, samp
 
 
 def thresholds(study: Study, corpus: str, kind: str) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float64]]:
-    """Firing level and density of each feature of a kind, [F]; density is at least one in a million."""
+    """Firing level and density of each feature of a kind, [F].
+
+    A feature without a level has NaN, above which nothing is: before its examples were searched for nobody knows where
+    it fires. Density is at least one in a million.
+    """
     features = open_features(study, corpus, kind)
-    levels: dict[str, Any] = (json_file(study, "examples/levels.json") or {}).get(kind, {})
-    level_F = np.array([levels.get(name) or 0.0 for name in features.ids], np.float32)
+    levels = {} if features.latent else known_levels(study, kind)
+    unknown = 0.0 if features.latent else np.nan
+    level_F = np.array([levels.get(name, unknown) for name in features.ids], np.float32)
     stats = table_rows(study, f"examples/{corpus}/{kind}-stats.parquet", ("feature", "density")) or []
     known = {row["feature"]: row["density"] for row in stats}
     return level_F, np.maximum([known.get(name, 0.0) for name in features.ids], 1e-6)

@@ -17,7 +17,7 @@ from lorascope.explain import LEXICAL
 from lorascope.features import FeatureSet, load_features, source_of
 from lorascope.store import INDEX, store_folder
 from lorascope.study import Study
-from lorascope.token_text import open_tokenizer, token_texts
+from lorascope.token_text import open_tokenizer, token_texts, vocabulary_texts
 from lorascope.traces import SEGMENT_NAMES
 from lorascope.views.ablation_tables import direction_kl
 from lorascope.views.category_shares import feature_category
@@ -27,6 +27,7 @@ from lorascope.views.kept import kept_once, stamp
 from lorascope.views.lens import feature_lens
 from lorascope.views.maps import signed_map
 from lorascope.views.reading import Json, explanations, feature_rows, missing, ready
+from lorascope.views.token_counts import segment_densities, tokens_around
 
 WINDOW = 24
 """Tokens shown on either side of an example."""
@@ -43,11 +44,12 @@ def feature_page(
     Returns:
         `{"available", "id", "kind", "address", "layer", "type", "polarity", "corpus", "unit", "latent", "typical",
         "stats": {level, density, n_firing, max, p99, mean, too_few} or None, "histogram": {"edges", "counts"},
-        "shares": {"prompt", "think", "answer"}, "kl": row or None, "explanation": {...} or None, "category": row of
+        "shares": {"prompt", "think", "answer"}, "densities": those of `segment_densities` or None, "around": those of
+        `tokens_around`, "kl": row or None, "explanation": {...} or None, "category": row of
         `categories/KIND.jsonl` or None, "examples": {"top": [example], "q0": [..], ..}, "decoder": signed map or None,
         "neighbours": [{"id", "cosine"}], "lens": [side], "missing_stages": [..]}`; `lens` is that of `feature_lens`.
         An example is `{"trace", "trace_id", "position", "activation", "segment", "start", "peak", "tokens", "values",
-        "segments", "more_before", "more_after"}`: `peak` is the place of the example in `tokens`, `start` the
+        "segments", "sinks", "more_before", "more_after"}`: `peak` is the place of the example in `tokens`, `start` the
         position of `tokens[0]` in its trace. `typical` is the median activation over ordinary tokens: 0 but for
         directions with a constant offset.
 
@@ -72,6 +74,8 @@ def feature_page(
         command = f"lorascope examples STUDY --corpus {corpus} --kinds {kind}"
         gone.append(missing(study, f"examples of {kind}s on {corpus}", command)["missing"])
     page |= statistics(stats[0] if stats else None)
+    page["densities"] = segment_densities(features, stats[0]) if stats else None
+    page["around"] = tokens_around(features, vocabulary_of(study) if rows else [], rows or [])
     page["examples"] = shown_examples(study, features, column, rows or [], window, top, per_quantile)
     page["kl"] = direction_kl(study).get(str(page["address"])) if kind == "direction" else None
     page["explanation"] = explanation_of(study, kind, feature)
@@ -145,6 +149,22 @@ def kept_tokenizer(path: Path, size: int, modified: int) -> Tokenizer:
     return open_tokenizer(path)
 
 
+def vocabulary_of(study: Study) -> list[str]:
+    """Readable text of every id of the study's vocabulary, made once.
+
+    Raises:
+        BadInput: the study has no tokenizer.
+    """
+    path = study.path / "tokenizer" / "tokenizer.json"
+    return kept_vocabulary(path, *(stamp(path) if path.is_file() else (0, 0)))
+
+
+@lru_cache(maxsize=2)
+def kept_vocabulary(path: Path, size: int, modified: int) -> list[str]:
+    """`vocabulary_of` one state of the tokenizer's file."""
+    return vocabulary_texts(kept_tokenizer(path, size, modified))
+
+
 def statistics(row: Json | None) -> Json:
     """A row of the statistics table as the page's parts."""
     if row is None:
@@ -215,12 +235,14 @@ def example_window(
 
 
 def token_part(study: Study, features: FeatureSet, trace: int, start: int, stop: int) -> Json:
-    """Texts and segment codes of the tokens [start, stop) of a trace."""
+    """Texts and segment codes of the tokens [start, stop) of a trace, and which of them are attention sinks."""
     first = int(features.store.offsets[trace])
     before = max(0, start - MARGIN)
     ids = features.store.tokens[first + before : first + stop].tolist()
     texts = token_texts(tokenizer_of(study), ids)[start - before :]
-    return {"tokens": texts, "segments": features.store.segments[first + start : first + stop].tolist()}
+    place = slice(first + start, first + stop)
+    sinks = np.flatnonzero(features.store.sink[place]).tolist()
+    return {"tokens": texts, "segments": features.store.segments[place].tolist(), "sinks": sinks}
 
 
 def activations(features: FeatureSet, column: int, places_T: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:

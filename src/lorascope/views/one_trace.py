@@ -15,7 +15,7 @@ from lorascope.views.one_feature import (
     open_features,
     token_part,
 )
-from lorascope.views.reading import Json, json_file, missing, ready
+from lorascope.views.reading import Json, known_levels, missing, ready
 
 
 def trace_page(study: Study, corpus: str, index: int, feature: str | None = None, *, limit: int | None = None) -> Json:
@@ -27,7 +27,8 @@ def trace_page(study: Study, corpus: str, index: int, feature: str | None = None
 
     Returns:
         `{"available", "corpus", "index", "id", "n_traces", "length", "tokens", "segments", "segment_names",
-        "response_start", "feature": {"id", "unit", "values", "level", "max"} or None}`.
+        "response_start", "sinks": positions of attention sinks, which never count as firing, "feature": {"id", "unit",
+        "values", "level", "max"} or None}`.
 
     Raises:
         BadInput: no such trace or feature.
@@ -64,8 +65,7 @@ def trace_feature(study: Study, corpus: str, index: int, feature: str, stop: int
         raise BadInput(f"There is no feature {feature!r} of kind {kind} in {study.path}.")
     first = int(features.store.offsets[index])
     values = activations(features, column, np.arange(first, first + stop))
-    levels: dict[str, Any] = (json_file(study, "examples/levels.json") or {}).get(kind, {})
-    level = 0.0 if features.latent else levels.get(feature)
+    level = 0.0 if features.latent else known_levels(study, kind).get(feature)
     return {
         "id": feature,
         "unit": features.unit,

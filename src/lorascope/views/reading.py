@@ -56,6 +56,18 @@ def json_file(study: Study, relative: str) -> Any:
     return read_json(path) if path else None
 
 
+def known_levels(study: Study, kind: str) -> dict[str, float]:
+    """Firing levels by feature of a kind; empty before its examples were searched for."""
+    return dict((json_file(study, "examples/levels.json") or {}).get(kind, {}))
+
+
+def missing_levels(study: Study, corpus: str, kind: str) -> Json:
+    """What to run where features of a kind have no firing level yet: `{"what", "run"}`."""
+    command = f"lorascope examples STUDY --corpus {corpus} --kinds {kind}"
+    said: Json = missing(study, f"the level above which a {kind} fires", command)["missing"]
+    return said
+
+
 def json_lines(study: Study, relative: str) -> tuple[Json, ...]:
     """Rows of a JSON Lines file, none when there is none; a last line cut off by an interruption is left out.
 
@@ -132,8 +144,12 @@ def read_table(path: Path, size: int, modified: int) -> tuple[pa.Table, dict[str
         raise RunFailed(f"{path} is damaged ({error}); remove it and run its stage again.") from error
     places: dict[str, list[int]] = {}
     if "feature" in table.column_names:
-        for number, feature in enumerate(table.column("feature").to_pylist()):
-            places.setdefault(feature, []).append(number)
+        coded = table.column("feature").cast(pa.string()).combine_chunks().dictionary_encode("encode")
+        codes = coded.indices.to_numpy()
+        order = np.argsort(codes, kind="stable")
+        names = coded.dictionary.to_pylist()
+        bounds = np.searchsorted(codes[order], np.arange(len(names) + 1))
+        places = {name: order[bounds[i] : bounds[i + 1]].tolist() for i, name in enumerate(names)}
     return table, places
 
 

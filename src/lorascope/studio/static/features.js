@@ -1,21 +1,31 @@
 // The feature table: searched, sorted and paged on the server while one types; rows chosen for comparison.
-import { all, ask, featureAddress, figures, make, one, toast, watchTables } from "./studio.js";
+import { all, one, send, toast, watchTables } from "./studio.js";
 
 const MOST = 4;
 const form = one("#filters");
+const corpus = () => form.elements.corpus?.value || "train";
+// another study may be served from the same port later: what was chosen of this one is kept under its name
+const kept = form ? `lorascope-picked-${form.dataset.study}` : "";
 const store = {
-  get() { try { return JSON.parse(sessionStorage.getItem("lorascope-picked") || "[]"); } catch { return []; } },
-  set(names) { try { sessionStorage.setItem("lorascope-picked", JSON.stringify(names)); } catch { /* this page only */ } },
+  get() { try { return JSON.parse(sessionStorage.getItem(kept) || "[]"); } catch { return []; } },
+  set(names) { try { sessionStorage.setItem(kept, JSON.stringify(names)); } catch { /* this page only */ } },
 };
-let picked = store.get();
+let picked = form ? store.get() : [];
 
 function showPicked() {
-  const box = one("#picked");
-  if (!box) return;
   all(".pick").forEach((tick) => { tick.checked = picked.includes(tick.closest("tr").dataset.id); });
-  box.hidden = picked.length === 0;
+  one("#picked").hidden = picked.length === 0;
   one("#compare").textContent = `Compare ${picked.length} of at most ${MOST}`;
-  one("#compare").href = `/compare?features=${encodeURIComponent(picked.join(","))}`;
+  const wanted = new URLSearchParams({ features: picked.join(","), ...(corpus() === "train" ? {} : { corpus: corpus() }) });
+  one("#compare").href = `/compare?${wanted}`;
+}
+
+/** What in the results has the focus, as a selector that finds it in the next ones. */
+function focused() {
+  const here = document.activeElement;
+  if (!here || !one("#results").contains(here)) return null;
+  if (here.dataset.sort) return `[data-sort="${here.dataset.sort}"]`;
+  return here.id ? `#${here.id}` : null;
 }
 
 let latest = 0;
@@ -26,21 +36,34 @@ async function show(page = 1) {
   if (page > 1) wanted.set("page", String(page));
   const address = `/features${wanted.size ? `?${wanted}` : ""}`;
   const turn = ++latest;
-  const response = await fetch(address).catch(() => null);
+  let [fresh, trouble] = [null, ""];
+  try {
+    const response = await send(address);
+    fresh = new DOMParser().parseFromString(await response.text(), "text/html");
+    if (!response.ok || !one("#results", fresh)) trouble = one("main .absent", fresh)?.textContent || `Error ${response.status}`;
+  } catch (error) {
+    trouble = error.message;
+  }
   if (turn !== latest) return;
-  const text = response && response.ok ? await response.text() : null;
-  if (text === null) { toast("The studio did not answer."); return; }
-  const fresh = new DOMParser().parseFromString(text, "text/html");
-  if (turn !== latest || !one("#results", fresh)) return;
+  if (trouble) { toast(trouble); return; }
+  const focus = focused();
   one("#results").replaceWith(one("#results", fresh));
+  one(".found").textContent = one(".found", fresh).textContent; // in place, so that it is read out
   history.replaceState(null, "", address);
   showPicked();
   watchTables();
+  const again = focus && one(focus);
+  if (again) (again.disabled ? one(".pager button:not(:disabled)") : again)?.focus({ preventScroll: true });
+}
+
+async function turnPage(by) {
+  await show(Number(one("#results").dataset.page) + by);
+  one(".found").scrollIntoView({ block: "start" });
 }
 
 if (form) {
   let timer = 0;
-  form.addEventListener("input", () => { clearTimeout(timer); timer = setTimeout(show, 120); });
+  form.addEventListener("input", () => { clearTimeout(timer); timer = setTimeout(() => show(), 120); });
   form.addEventListener("submit", (event) => { event.preventDefault(); show(); });
   document.addEventListener("click", (event) => {
     const sorter = event.target.closest(".sorter");
@@ -50,9 +73,8 @@ if (form) {
       form.elements.sort.value = sorter.dataset.sort;
       show();
     }
-    const results = one("#results");
-    if (event.target.id === "before") show(Number(results.dataset.page) - 1);
-    if (event.target.id === "after") show(Number(results.dataset.page) + 1);
+    if (event.target.id === "before") turnPage(-1);
+    if (event.target.id === "after") turnPage(1);
   });
   document.addEventListener("change", (event) => {
     if (!event.target.matches(".pick")) return;
@@ -65,19 +87,4 @@ if (form) {
   });
   one("#unpick").addEventListener("click", () => { picked = []; store.set(picked); showPicked(); });
   showPicked();
-}
-
-// --- the overview's leaders ---
-for (const list of all(".leaders")) {
-  ask(`/features.json?${list.dataset.query}`).then((found) => {
-    const seen = new Set(); // the two polarities of a direction share its KL: the explained one stands for both
-    const rows = (found.available ? [...found.rows] : []).sort((a, b) => (a.address === b.address ? Boolean(b.text) - Boolean(a.text) : 0))
-      .filter((row) => !row.address || (!seen.has(row.address) && seen.add(row.address))).slice(0, 8);
-    list.replaceChildren(...rows.map((row) => {
-      const link = make("a", { href: featureAddress(row.id), textContent: row.id.replace(/-$/, "−") });
-      const value = list.dataset.query.includes("kl") ? `KL ${figures(row.kl)}` : row.detection === null ? "" : `detection ${row.detection.toFixed(2)}`;
-      return make("li", {}, link, make("span", { className: "t", textContent: row.text || "not explained" }), make("span", { className: "v", textContent: value }));
-    }));
-    if (!rows.length) list.replaceChildren(make("li", { className: "empty", textContent: found.available ? "None." : `Run ${found.missing.run}` }));
-  }).catch((error) => list.replaceChildren(make("li", { className: "empty", textContent: error.message })));
 }

@@ -1,5 +1,9 @@
 // The maps: what the shade means, a read-out by pointer and arrow keys, links to directions; the interaction matrix.
-import { all, featureAddress, one } from "./studio.js";
+import { all, ask, featureAddress, one } from "./studio.js";
+
+/** The corpus that a map's links keep. */
+const corpusOf = (element) => element.closest("[data-corpus]")?.dataset.corpus || "train";
+const open = (element, address) => { location.href = featureAddress(`${address}+`, corpusOf(element)); };
 
 const tabs = all('[role="tab"]');
 function showMap(tab, focus = false) {
@@ -31,7 +35,7 @@ for (const map of all("svg.map")) {
     cells[at].classList.add("at");
     readout.textContent = `${cells[at].dataset.a}: ${cells[at].dataset.s}`;
   };
-  const follow = () => { if (at >= 0) location.href = featureAddress(`${cells[at].dataset.a}+`); };
+  const follow = () => { if (at >= 0) open(map, cells[at].dataset.a); };
   const under = (event) => cells.indexOf(document.elementsFromPoint(event.clientX, event.clientY).find((e) => e.dataset && e.dataset.a && map.contains(e)));
   map.addEventListener("pointermove", (event) => show(under(event)));
   map.addEventListener("click", (event) => { const i = under(event); if (i >= 0) { show(i); follow(); } });
@@ -49,12 +53,28 @@ for (const map of all("svg.map")) {
   });
 }
 
+// --- a layer's column leads where its link under the chart does ---
+for (const column of all("#groups g[data-column]")) {
+  column.addEventListener("click", () => all("#layers a").find((link) => link.textContent === column.dataset.column)?.click());
+}
+
+// --- while a recording is being measured: the page is made anew when that is done ---
+const waiting = one("[data-measuring]");
+if (waiting) {
+  const look = async () => {
+    const found = await ask(`/measured.json?corpus=${encodeURIComponent(corpusOf(waiting))}`).catch(() => ({ running: true }));
+    if (found.running) setTimeout(look, 2000);
+    else location.reload();
+  };
+  setTimeout(look, 1000);
+}
+
 // --- interactions ---
 const canvas = one("#matrix");
 if (canvas) {
   const names = canvas.dataset.addresses.split(",");
   const n = names.length;
-  const codes = Int8Array.from(atob(canvas.dataset.cosines), (c) => c.charCodeAt(0) << 24 >> 24);
+  let codes = null; // fetched when the matrix comes into view: it has a byte for every pair
   const STEPS = 6;
   // the shades are those of the style sheet, read from elements that wear its classes
   const shades = () => {
@@ -77,6 +97,7 @@ if (canvas) {
   };
   canvas.width = canvas.height = n;
   const draw = () => {
+    if (!codes) return;
     const { blank, plus, minus } = shades();
     const pen = canvas.getContext("2d");
     const image = pen.createImageData(n, n);
@@ -87,18 +108,34 @@ if (canvas) {
     });
     pen.putImageData(image, 0, 0);
   };
-  draw();
   document.addEventListener("themechange", draw);
   let [row, column] = [0, 0];
-  const say = () => { one("#pair").textContent = `${names[row]} and ${names[column]}: cosine ${(codes[row * n + column] / 127).toFixed(2).replace("-", "−")}`; };
-  canvas.addEventListener("pointermove", (event) => {
+  const say = () => {
+    const value = codes ? `cosine ${(codes[row * n + column] / 127).toFixed(2).replace("-", "−")}` : "loading…";
+    one("#pair").textContent = `${names[row]} and ${names[column]}: ${value}`;
+  };
+  const load = async () => {
+    const found = await ask("/interactions.json");
+    if (found.addresses?.join(",") !== canvas.dataset.addresses) throw new Error("The study has changed; reload the page.");
+    codes = Int8Array.from(atob(found.cosines), (c) => c.charCodeAt(0) << 24 >> 24);
+    draw();
+    if (one("#pair").textContent.trim()) say();
+  };
+  const seen = new IntersectionObserver((entries) => {
+    if (!entries.some((entry) => entry.isIntersecting)) return;
+    seen.disconnect();
+    load().catch((error) => { one("#pair").textContent = error.message; });
+  });
+  seen.observe(canvas);
+  const at = (event) => {
     const box = canvas.getBoundingClientRect();
     row = Math.min(n - 1, Math.max(0, Math.floor((n * (event.clientY - box.top)) / box.height)));
     column = Math.min(n - 1, Math.max(0, Math.floor((n * (event.clientX - box.left)) / box.width)));
     say();
-  });
-  const follow = () => { location.href = featureAddress(`${names[row]}+`); };
-  canvas.addEventListener("click", follow);
+  };
+  const follow = () => open(canvas, names[row]);
+  canvas.addEventListener("pointermove", at);
+  canvas.addEventListener("click", (event) => { at(event); follow(); }); // a touch has not moved over it before
   canvas.addEventListener("focus", say);
   canvas.addEventListener("keydown", (event) => {
     if (event.key === "Enter") { follow(); return; }

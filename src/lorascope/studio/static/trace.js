@@ -8,13 +8,14 @@ const box = one("#trace");
 if (box) {
   const { corpus, index } = box.dataset;
   const tokens = all(":scope > span", box);
-  const special = tokens.map((token) => token.classList.contains("sp"));
+  // template and markup, and attention sinks, keep their mark and are never counted
+  const uncounted = tokens.map((token) => ["sp", "sk"].find((name) => token.classList.contains(name)) || "");
+  const fires = (feature, t) => !uncounted[t] && feature.level !== null && feature.values[t] > feature.level && feature.values[t] > feature.typical;
   const here = one("#here");
   let features = [];
   let firings = [];
   let at = -1;
 
-  const listed = () => new URLSearchParams(location.search).get("features")?.split(",").filter(Boolean) ?? [];
   const address = (names) => `/trace/${encodeURIComponent(corpus)}/${index}${names.length ? `?features=${encodeURIComponent(names.join(","))}` : ""}`;
 
   function paint() {
@@ -22,12 +23,13 @@ if (box) {
     tokens.forEach((token, t) => {
       let [best, part] = [-1, 0];
       const firing = [];
-      features.forEach(({ values, typical, max, level }, k) => {
+      features.forEach((feature, k) => {
+        const { values, typical, max } = feature;
         const share = max > typical ? Math.min(1, (values[t] - typical) / (max - typical)) : 0;
         if (share > part) [best, part] = [k, share];
-        if (share > 0 && values[t] > level) firing.push(k + 1);
+        if (fires(feature, t)) firing.push(k + 1);
       });
-      const classes = special[t] ? ["sp"] : [];
+      const classes = uncounted[t] ? [uncounted[t]] : [];
       if (best >= 0) classes.push(`hue${best}`, `h${Math.min(STEPS, 1 + Math.floor(STEPS * part * 0.9999))}`);
       if (firing.length) classes.push("f");
       if (t === at) classes.push("cursor");
@@ -36,9 +38,11 @@ if (box) {
       else delete token.dataset.v;
       if (features.length > 1 && firing.length) token.dataset.n = firing.join(",");
       else delete token.dataset.n;
-      if (firing.length && !special[t]) firings.push(t);
+      if (firing.length) firings.push(t);
     });
-    one("#counted").textContent = features.length ? `${firings.length} of ${tokens.length} tokens fire` : "No feature chosen";
+    const gone = features.find((feature) => feature.missing)?.missing;
+    const count = features.length ? `${firings.length} of ${tokens.length} tokens fire` : "No feature chosen";
+    one("#counted").textContent = gone ? `Not computed yet: ${gone.what}. Run ${gone.run}` : count;
     for (const id of ["#next-firing", "#prev-firing"]) one(id).disabled = firings.length === 0;
   }
 
@@ -46,9 +50,9 @@ if (box) {
     one("#chips").replaceChildren(...features.map((feature, k) => {
       const remove = make("button", { type: "button", textContent: "×", "aria-label": `Remove ${feature.id}` });
       remove.addEventListener("click", () => choose(features.map((f) => f.id).filter((id) => id !== feature.id)));
-      const count = feature.values.filter((v, t) => !special[t] && v > feature.level && v > feature.typical).length;
+      const count = feature.level === null ? "no firing level yet" : `fires on ${feature.values.filter((_, t) => fires(feature, t)).length}`;
       return make("li", { className: `hue${k}` }, make("span", { className: "swatch" }), `${features.length > 1 ? `${k + 1} ` : ""}`,
-        make("a", { href: featureAddress(feature.id), textContent: feature.id.replace(/-$/, "−") }), make("span", { className: "count", textContent: `fires on ${count}` }), remove);
+        make("a", { href: featureAddress(feature.id, corpus), textContent: feature.id.replace(/-$/, "−") }), make("span", { className: "count", textContent: count }), remove);
     }));
     one("#strips").replaceChildren(...features.map((feature, k) => {
       const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
@@ -63,15 +67,20 @@ if (box) {
     }));
   }
 
+  function colour(chosen) {
+    features = chosen;
+    showChips();
+    paint();
+    const names = features.map((feature) => feature.id);
+    for (const link of all(".steps a")) link.search = names.length ? `?features=${encodeURIComponent(names.join(","))}` : "";
+  }
+
   async function choose(names) {
     if (names.length > MOST) { toast(`At most ${MOST} features at once.`); return; }
     try {
       const page = names.length ? await ask(address(names).replace(/(\?|$)/, ".json$1")) : { features: [] };
-      features = page.features;
       history.replaceState(null, "", address(names) + location.hash);
-      showChips();
-      paint();
-      for (const link of all(".steps a")) link.search = names.length ? `?features=${encodeURIComponent(names.join(","))}` : "";
+      colour(page.features);
     } catch (error) {
       toast(error.message);
     }
@@ -122,16 +131,18 @@ if (box) {
       const found = await ask(`/fires/${encodeURIComponent(corpus)}/${index}/${t}.json`);
       if (turn !== asked) return;
       title.append(": ", make("code", { textContent: tokens[t].textContent }));
-      const parts = Object.entries(found.kinds).map(([kind, { firing, rows }]) => {
+      const parts = Object.entries(found.kinds).map(([kind, { firing, rows, missing }]) => {
         const items = rows.map((row) => {
           const add = make("button", { type: "button", textContent: "colour", "aria-label": `Colour by ${row.id}` });
           add.addEventListener("click", () => choose([...new Set([...features.map((f) => f.id), row.id])]));
           const value = row.ratio === null ? figures(row.activation) : `${figures(row.ratio)} × level`;
-          return make("li", {}, make("a", { href: featureAddress(row.id), textContent: row.id.replace(/-$/, "−") }), make("span", { textContent: value }), add);
+          return make("li", {}, make("a", { href: featureAddress(row.id, corpus), textContent: row.id.replace(/-$/, "−") }), make("span", { textContent: value }), add);
         });
+        if (missing) return make("div", {}, make("h3", { textContent: `${kind}s` }), make("p", { className: "absent", textContent: `Not computed yet: ${missing.what}. Run ` }, make("code", { textContent: missing.run })));
         const shown = rows.length < firing ? `, the strongest ${rows.length}` : "";
-        return make("div", {}, make("h3", { textContent: `${firing} ${kind}s fire${shown}` }), make("ol", {}, ...items));
+        return make("div", {}, make("h3", { textContent: `${firing} ${firing === 1 ? `${kind} fires` : `${kind}s fire`}${shown}` }), make("ol", {}, ...items));
       });
+      if (!found.ordinary) parts.unshift(make("p", { className: "caption", textContent: "Template, markup or an attention sink: it counts for no feature." }));
       here.replaceChildren(title, noteOn(t, found.note.text), ...parts);
     } catch (error) {
       here.replaceChildren(title, make("p", { className: "absent", textContent: error.message }));
@@ -158,20 +169,25 @@ if (box) {
   let known = [];
   let timer = 0;
   const addNamed = (id) => { input.value = ""; choose([...new Set([...features.map((f) => f.id), id])]); };
+  const search = (where) => ask(`/features.json?size=12&q=${encodeURIComponent(input.value)}${where === "train" ? "" : `&corpus=${encodeURIComponent(where)}`}`).catch(() => ({ available: false }));
   async function suggest() {
-    const found = await ask(`/features.json?size=12&q=${encodeURIComponent(input.value)}`).catch(() => ({ rows: [] }));
-    known = (found.rows || []).map((row) => row.id);
-    suggested.replaceChildren(...(found.rows || []).map((row) => make("option", { value: row.id, label: row.text ? `${row.id} · ${row.text.slice(0, 70)}` : row.id })));
+    let found = await search(corpus);
+    if (!found.available && corpus !== "train") found = await search("train"); // examples of this corpus were not searched for
+    const rows = found.rows || [];
+    known = rows.map((row) => row.id);
+    suggested.replaceChildren(...rows.map((row) => make("option", { value: row.id, label: row.text ? `${row.id} · ${row.text.slice(0, 70)}` : row.id })));
   }
-  input.addEventListener("input", () => {
+  // an entry of the list is taken at once; what is typed only on Enter: sae.1 may become sae.17
+  const chosen = (event) => event.inputType === undefined || event.inputType === "insertReplacementText";
+  input.addEventListener("input", (event) => {
     clearTimeout(timer);
-    if (known.includes(input.value)) { addNamed(input.value); return; }
+    if (chosen(event) && known.includes(input.value)) { addNamed(input.value); return; }
     timer = setTimeout(suggest, 150);
   });
-  input.addEventListener("change", () => { if (known.includes(input.value)) addNamed(input.value); });
   input.addEventListener("keydown", (event) => { if (event.key === "Enter" && input.value.trim()) { event.preventDefault(); addNamed(input.value.trim()); } });
 
-  await choose(listed());
+  colour(JSON.parse(box.dataset.features)); // they came with the page
   const start = /^#t(\d+)$/.exec(location.hash);
-  if (start) { move(Number(start[1])); tokens[at]?.scrollIntoView({ block: "nearest" }); tell(at); }
+  if (start && Number(start[1]) < tokens.length) { move(Number(start[1])); tokens[at].scrollIntoView({ block: "nearest" }); tell(at); }
+  else if (start) toast(`This trace has tokens 0 to ${tokens.length - 1}; there is no token ${start[1]}.`);
 }
