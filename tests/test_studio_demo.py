@@ -41,7 +41,8 @@ def test_through_all_eight_parts(browser: Browser, study: Study) -> None:
         page.locator(".example .where a").first.click()
         page.wait_for_url("**/trace/**")
         # Trace: what fires here.
-        expect(page.locator("#here ol").first).to_be_visible()
+        # (a direction at layer 0 may have its largest value on over 1% of tokens, and then fires on none: no list)
+        expect(page.locator("#here h3").first).to_be_visible()
         # Features: every kind that the demo makes, controls too.
         page.goto(address + "/features")
         kinds = page.locator('select[name="kind"] option').evaluate_all("all => all.map(o => o.value)")
