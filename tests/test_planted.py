@@ -152,7 +152,6 @@ def test_the_autoencoder_separates_the_triggers(study: Study) -> None:
 def test_explanations_name_the_triggers_and_score_high_and_wrong_ones_do_not(study: Study) -> None:
     lines = (study.path / "explanations" / "direction.jsonl").read_text().splitlines()
     rows: dict[str, Any] = {row["feature"]: row for row in map(json.loads, lines)}
-    others: list[bool] = []
     for feature, trigger in TRIGGERS.items():
         row = rows[feature]
         assert trigger.strip() in row["text"]
@@ -160,11 +159,7 @@ def test_explanations_name_the_triggers_and_score_high_and_wrong_ones_do_not(stu
         # is noise that fires, or triggers that do not.
         assert row["scored"]["detection"]["value"] >= 0.9
         assert row["scored"]["fuzzing"]["value"] >= 0.9
-        lender = rows[row["scored"]["wrong_from"]]
-        # What is planted in gate feeds down: a direction there may fire on the same word, and lend what is true.
-        others.append(lender["text"] != row["text"])
-        assert row["scored"]["detection_wrong"]["value"] < 0.65 or not others[-1]
-    assert sum(others) >= 3
+        assert row["scored"]["detection_wrong"]["value"] < 0.65
 
 
 def test_the_summary_and_the_report_say_so(study: Study) -> None:
