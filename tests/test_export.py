@@ -27,6 +27,7 @@ from lorascope.example_search import ExamplesConfig, examples
 from lorascope.export import ExportConfig, export_study, neuronpedia
 from lorascope.export.neuronpedia import json_line, slug
 from lorascope.export.neuronpedia_schema import TABLES, row_faults
+from lorascope.export.tables import ablation_rows
 from lorascope.features import load_features
 from lorascope.study import Study
 from lorascope.views import feature_table
@@ -472,3 +473,12 @@ def test_the_command_says_what_it_did_and_what_is_wrong(study: Study, capsys: py
         said = capsys.readouterr().err
         assert words in said
         assert said.count("\n") == 1
+
+
+def test_a_confirmed_direction_of_a_screened_table_is_exact() -> None:
+    numbers: dict[str, Any] = {"kl": None, "ce_change": None, "tokens": 1, "under_floor": False, "segments": {}}
+    rows = [{"target": name, "method": name} | numbers for name in ("screen", "exact")]
+    assert [row["method"] for row in ablation_rows({"rows": rows, "floor": 0.0, "method": "screen"})] == [
+        "screen",
+        "exact",
+    ]

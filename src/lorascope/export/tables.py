@@ -127,7 +127,7 @@ def ablation_rows(table: Json) -> list[Json]:
     rows = []
     for target in table["rows"]:
         for segment, numbers in [("all", target), *target["segments"].items()]:
-            row = {"target": target["target"], "segment": segment, "method": table["method"]}
+            row = {"target": target["target"], "segment": segment, "method": target["method"]}
             for name in NESTED:
                 interval = numbers[name] or {"value": None, "low": None, "high": None}
                 row |= {name: interval["value"], f"{name}_low": interval["low"], f"{name}_high": interval["high"]}
