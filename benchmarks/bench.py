@@ -68,7 +68,7 @@ def measure(study: Path, files: list[str]) -> dict[str, Any]:
     """
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() and set(files) != set(FILES) else {}
     devices = {"cpu": ""} | ({"cuda": "_cuda"} if torch.cuda.is_available() else {})
-    run = time.strftime("%Y-%m-%d %H:%M")
+    run, made = time.strftime("%Y-%m-%d %H:%M"), commit()
     for name, (device, suffix) in itertools.product(files, devices.items()):
         if (name, device) == ("examples", "cuda"):
             continue
@@ -78,7 +78,7 @@ def measure(study: Path, files: list[str]) -> dict[str, Any]:
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
         rows = json.loads(output.splitlines()[-1])
         spent = round(time.perf_counter() - started)
-        stamp = {"machine": rows.pop("machine"), "run": run, "commit": commit(), "file_seconds": spent}
+        stamp = {"machine": rows.pop("machine"), "run": run, "commit": made, "file_seconds": spent}
         results |= {key + suffix: found | stamp for key, found in rows.items()}
         RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
         print(f"{name} on {device}: {spent} s", file=sys.stderr, flush=True)

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from lorascope.errors import BadInput, MissingStage, RunFailed
@@ -346,12 +347,13 @@ JSON_ONLY = {
 def warm_up(study: Study) -> None:
     """Read in the background what the first pages need; the map begins to measure what it needs of the whole store."""
     everything: Parts = {}
-    first = [overview_page, features_page, evidence_page]
-    for view in first:
-        with contextlib.suppress(BadInput, RunFailed, OSError):  # the page itself says what is wrong
-            view(study, everything, everything)
-    for kind in KINDS:
-        with contextlib.suppress(MissingStage, BadInput, RunFailed, OSError):
-            feature_view(study, {"feature": open_features(study, "train", kind).ids[0]}, everything)
-    with contextlib.suppress(BadInput, RunFailed, OSError):
-        map_page(study, everything, everything)
+
+    def one_feature(kind: str) -> None:
+        feature_view(study, {"feature": open_features(study, "train", kind).ids[0]}, everything)
+
+    features = [partial(one_feature, kind) for kind in KINDS]
+    pages = [partial(page, study, everything, everything) for page in (features_page, evidence_page, map_page)]
+    # A reader goes from the overview to a feature: directions and latents come before all else.
+    for prepare in (*features[:2], *pages, *features[2:]):
+        with contextlib.suppress(MissingStage, BadInput, RunFailed, OSError):  # the page itself says what is wrong
+            prepare()

@@ -16,7 +16,7 @@ from lorascope.studio.guard import guarded, rules_for
 from lorascope.study import Study
 
 FIRST_PORT, TRIES = 8700, 20
-LATER = 1.5
+LATER = 0.3
 """Seconds that the first page has for itself before the others are prepared."""
 
 
