@@ -1,8 +1,8 @@
 """The studio on a large study: server time of its pages and its memory, without a model.
 
 `.venv/bin/python benchmarks/studio.py [FOLDER]` (it needs the extra `web`) makes a study of 3,584 latents and 448
-directions on 10 million tokens (10 GB; kept in FOLDER if one is named), and one with 10,000 rows of features, and asks a
-studio of each, in a process of its own. Prints one JSON document.
+directions on 10 million tokens (10 GB; kept in FOLDER if one is named), and one with 10,000 rows of features, and asks
+a studio of each, in a process of its own. Prints one JSON document.
 """
 
 import argparse
