@@ -351,8 +351,10 @@ def warm_up(study: Study) -> None:
     def one_feature(kind: str) -> None:
         feature_view(study, {"feature": open_features(study, "train", kind).ids[0]}, everything)
 
-    features = [partial(one_feature, kind) for kind in KINDS]
-    pages = [partial(page, study, everything, everything) for page in (features_page, evidence_page, map_page)]
+    features: list[Callable[[], object]] = [partial(one_feature, kind) for kind in KINDS]
+    pages: list[Callable[[], object]] = [
+        partial(page, study, everything, everything) for page in (features_page, evidence_page, map_page)
+    ]
     # A reader goes from the overview to a feature: directions and latents come before all else.
     for prepare in (*features[:2], *pages, *features[2:]):
         with contextlib.suppress(MissingStage, BadInput, RunFailed, OSError):  # the page itself says what is wrong
