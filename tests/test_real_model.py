@@ -143,8 +143,8 @@ def test_training_forms_and_packing_give_the_gradients_of_whole_logits(loaded: L
         for make in (batch_tensors, packed_tensors):
             loss = learner(*make(traces, device))
             for mine, theirs in zip([loss.detach(), *torch.autograd.grad(loss, weights)], wanted, strict=True):
-                # fp32 beside float64: the plain form in fp32 is off by as much.
-                close(mine.double(), theirs, 5e-4)
+                # fp32 beside float64; the plain form in fp32 is off by 1e-4 (docs/log.md).
+                close(mine.double(), theirs, 3e-4)
     for tensor in weights:
         tensor.requires_grad_(False)
 

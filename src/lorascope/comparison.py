@@ -31,7 +31,7 @@ from lorascope.differences import (
     smallest_difference,
 )
 from lorascope.errors import BadInput, MissingStage, RunFailed
-from lorascope.explained import LEXICAL, current_rows
+from lorascope.explained import LEXICAL, current_rows, inputs_of
 from lorascope.features import DIFFERENCE, cluster_of, source_of
 from lorascope.stats import FloatArray, percentile_bounds
 from lorascope.study import Study, read_json, read_rows, write_json
@@ -126,8 +126,8 @@ def compare(study: Study, config: CompareConfig, options: Options) -> Json:
     if config.draws < 100:
         raise BadInput("--draws must be at least 100.")
     study.corpus_file(config.corpus)  # refuses a name that is none
-    names = {name for kind in ORDER for name in (*files_of(config.corpus, kind), *made_from(config.corpus, kind))}
-    inputs = sorted(name for name in names if (study.path / name).is_file())
+    names = {name for kind in ORDER for name in (*files_of(config.corpus, kind), *inputs_of(config.corpus, kind))}
+    inputs = sorted(name for name in names if study.fingerprint(name))
 
     def work() -> Json:
         result = comparison_of(study, config, options.seed)
@@ -135,12 +135,6 @@ def compare(study: Study, config: CompareConfig, options: Options) -> Json:
         return result
 
     return study.run("compare", config, options, inputs=inputs, outputs=[OUTPUT], work=work)
-
-
-def made_from(corpus: str, kind: str) -> list[str]:
-    """What a kind's features are: with another recording or autoencoder, what is known of them is of others."""
-    stores = [f"scalars/{name}/{source_of(kind)}/index.json" for name in ("train", corpus)]
-    return [*stores, *(["sae/sae_weights.safetensors"] if kind == "latent" else [])]
 
 
 def files_of(corpus: str, kind: str) -> list[str]:

@@ -1,10 +1,10 @@
 """How well the explanations of controls do: what a single feature's score stands beside."""
 
-from lorascope.explain import explain_records, explainers_of
+from lorascope.explain import explainers_of
 from lorascope.features import CONTROLS
 from lorascope.study import Study
 from lorascope.views.reading import Json
-from lorascope.views.scores import score_row
+from lorascope.views.scores import current_records, score_row
 
 
 def control_means(study: Study) -> list[Json]:
@@ -16,8 +16,8 @@ def control_means(study: Study) -> list[Json]:
     """
     found: list[Json] = []
     for explainer in explainers_of(study):
-        for kind, record in explain_records(study, explainer).items():
-            if kind not in CONTROLS or not study.holds(record) or not record["result"].get("n"):
+        for kind, record in current_records(study, explainer).items():
+            if kind not in CONTROLS or not record["result"].get("n"):
                 continue
             row = score_row(explainer, kind, record["result"])
             means = {task: scores["own"]["value"] for task, scores in row["tasks"].items() if scores}

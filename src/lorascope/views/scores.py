@@ -42,10 +42,14 @@ def explanation_scores(study: Study) -> Json:
     return dict(ready({"available": True, "rows": rows, "agreement": agreement} | said))
 
 
+def current_records(study: Study, explainer: str) -> dict[str, Json]:
+    """The records of an explainer's kinds that are of what the study has now."""
+    return {kind: record for kind, record in explain_records(study, explainer).items() if study.holds(record)}
+
+
 def explainer_rows(study: Study, explainer: str) -> list[Json]:
     """The rows of one explainer: all kinds, then each."""
-    records = {kind: record for kind, record in explain_records(study, explainer).items() if study.holds(record)}
-    found = {kind: record["result"] for kind, record in records.items()}
+    found = {kind: record["result"] for kind, record in current_records(study, explainer).items()}
     features = sum(result["features"] for kind, result in found.items() if kind not in CONTROLS)
     found["all"] = pool_kinds(study, explainer) | {"features": features}
     kinds = [*NAMES, *sorted(set(found) - set(NAMES))]
@@ -55,12 +59,12 @@ def explainer_rows(study: Study, explainer: str) -> list[Json]:
 def agreement_rows(study: Study, explainer: str) -> list[Json]:
     """How far two passes or two judges agree about each kind; none where there was one pass."""
     lines = []
-    for kind, record in explain_records(study, explainer).items():
+    for kind, record in current_records(study, explainer).items():
         found, config = record["result"], record["config"]
         second = config.get("second_judge_model")
         for what in (*TASKS, "classes"):
             agreement = found.get(f"{what}_agreement")
-            if not agreement or not agreement["n"] or not study.holds(record):
+            if not agreement or not agreement["n"]:
                 continue
             lines.append(
                 {"explainer": explainer, "kind": kind, "label": NAMES.get(kind, kind)}

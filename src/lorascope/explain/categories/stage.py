@@ -65,10 +65,9 @@ from lorascope.explain.categories.words import (
 from lorascope.explain.judge_log import is_passing
 from lorascope.explain.judges import Reply
 from lorascope.explain.settings import JudgeConfig, check_judge
-from lorascope.explained import current_rows
+from lorascope.explained import current_rows, inputs_of
 from lorascope.features import FeatureSet, load_features
 from lorascope.progress import progress
-from lorascope.store import INDEX
 from lorascope.study import Study, atomic_write_text, read_rows, whole_folder, write_json
 from lorascope.token_text import open_tokenizer, vocabulary_texts
 
@@ -167,15 +166,13 @@ def required_inputs(study: Study, corpus: str, features: dict[str, FeatureSet]) 
     """The files that are read; MissingStage for the first that is not there."""
     study.require("tokenizer/tokenizer.json", "lorascope record STUDY")
     inputs = ["tokenizer/tokenizer.json"]
-    for kind, of_kind in features.items():
+    for kind in features:
         needed = [f"examples/{corpus}/{kind}-{what}.parquet" for what in ("examples", "stats")]
         for path in (*needed, "examples/levels.json"):
             study.require(path, f"lorascope examples STUDY --corpus {corpus}")
         study.require(f"explanations/{kind}.jsonl", f"lorascope explain STUDY --kinds {kind}")
         require_current(study, corpus, kind)
-        store = of_kind.store.folder.relative_to(study.path).as_posix()
-        inputs += [*needed, f"examples/levels.json#{kind}", f"explanations/{kind}.jsonl", f"{store}/{INDEX}"]
-        inputs += ["sae/sae_weights.safetensors"] if kind == "latent" else []
+        inputs += [*needed, f"explanations/{kind}.jsonl", *inputs_of(corpus, kind)]
     return list(dict.fromkeys(inputs))
 
 
