@@ -4,8 +4,7 @@ Linear maps, norms and the loss work on one long row; only attention has to know
 off the position ids: they restart there. So attention runs over one sequence at a time, with a causal kernel that
 needs no mask, and the work is that of the real tokens.
 
-Shapes: B = rows, H = heads, G = heads of keys and values, T = tokens of a row, K = width of a head, N = tokens of a
-sequence.
+Shapes: B = rows, H = heads, T = tokens of a row, K = width of a head.
 """
 
 from __future__ import annotations
@@ -21,56 +20,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import is_flash_attn_2_available
 
 PACKED = "lorascope_packed"
-
-
-SHORT = 192
-"""Tokens of a sequence up to which plain products beat PyTorch's tiled attention on a CPU, above all backwards."""
-
-
-class ShortAttention(torch.autograd.Function):
-    """Causal attention within short sequences of a packed row by plain products; keeps the attention weights."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, query_HTK: Tensor, key_GTK: Tensor, value_GTK: Tensor, lengths: list[int], scale: float
-    ) -> Tensor:
-        """Output [T, H, K]."""
-        heads, _, width = query_HTK.shape
-        groups, longest = len(key_GTK), max(lengths)
-        output_THK = query_HTK.new_empty(query_HTK.shape[1], heads, width)
-        future_NN = torch.full((longest, longest), float("-inf"), device=query_HTK.device).triu_(1)
-        kept = []
-        for q_HNK, k_GNK, v_GNK, o_NHK in zip(
-            *(tensor.split(lengths, 1) for tensor in (query_HTK, key_GTK, value_GTK)),
-            output_THK.split(lengths),
-            strict=True,
-        ):
-            n = len(o_NHK)
-            # The heads that share keys are rows of one product.
-            scores = torch.bmm(q_HNK.reshape(groups, -1, width), k_GNK.mT).view(groups, -1, n, n)
-            weights = torch.softmax(scores.mul_(scale).add_(future_NN[:n, :n]), dim=-1).view(groups, -1, n)
-            o_NHK.copy_(torch.bmm(weights, v_GNK).view(heads, n, width).transpose(0, 1))
-            kept.append(weights)
-        ctx.save_for_backward(query_HTK, key_GTK, value_GTK, *kept)
-        ctx.lengths, ctx.scale = lengths, scale
-        return output_THK
-
-    @staticmethod
-    def backward(ctx: Any, slope_THK: Tensor) -> Any:
-        """Gradients of (query, key, value, lengths, scale)."""
-        query_HTK, key_GTK, value_GTK, *kept = ctx.saved_tensors
-        inputs = (query_HTK, key_GTK, value_GTK)
-        grads = [torch.empty_like(tensor) for tensor in inputs]
-        groups, width = len(key_GTK), query_HTK.shape[-1]
-        parts = (tensor.split(ctx.lengths, 1) for tensor in (*inputs, slope_THK.transpose(0, 1), *grads))
-        for weights, q, k_GNK, v_GNK, slope, dq_HNK, dk_GNK, dv_GNK in zip(kept, *parts, strict=True):
-            q, slope = (tensor.reshape(groups, -1, width) for tensor in (q, slope))
-            dv_GNK.copy_(torch.bmm(weights.mT, slope))
-            from_weights = torch.bmm(slope, v_GNK.mT)
-            from_scores = torch._softmax_backward_data(from_weights, weights, -1, weights.dtype).mul_(ctx.scale)
-            dq_HNK.copy_(torch.bmm(from_scores, k_GNK).view(dq_HNK.shape))
-            dk_GNK.copy_(torch.bmm(from_scores.mT, q))
-        return *grads, None, None
 
 
 def packed_attention(
@@ -91,10 +40,6 @@ def packed_attention(
         return sdpa_attention_forward(module, query_BHTK, key_BHTK, value_BHTK, attention_mask, **settings)
     # `split` and not slices: the gradient of a split is one concatenation, that of each slice a whole row of zeros.
     lengths = sequence_lengths(position_ids)
-    unusual = any(settings.get(name) is not None for name in ("softcap", "position_bias", "s_aux"))
-    if query_BHTK.device.type == "cpu" and max(lengths) <= SHORT and not (settings.get("dropout") or unusual):
-        scale = settings.get("scaling") or query_BHTK.shape[-1] ** -0.5
-        return ShortAttention.apply(query_BHTK[0], key_BHTK[0], value_BHTK[0], lengths, scale)[None], None
     pieces = zip(*(tensor.split(lengths, dim=2) for tensor in (query_BHTK, key_BHTK, value_BHTK)), strict=True)
     return torch.cat([sdpa_attention_forward(module, *piece, None, **settings)[0] for piece in pieces], dim=1), None
 
