@@ -155,7 +155,7 @@ def plot(results: dict[str, Any]) -> None:
         right.plot(sizes, [run["peak"] for run in runs], "o-", label=name)
     left.plot([1, 16], [1, 16], "k:", label="linear")
     left.set(xscale="log", yscale="log", xlabel="work", ylabel="time (once = 1)", title="Time grows with the work")
-    right.set(xscale="log", ylim=(0, None), xlabel="work", ylabel="GiB at the peak", title="Memory does not")
+    right.set(xscale="log", ylim=(0, None), xlabel="work", ylabel="GiB allocated at the peak", title="Memory does not")
     for axes in (left, right):
         axes.set_xticks([1, 4, 16], ["1x", "4x", "16x"], minor=False)
         axes.minorticks_off()
