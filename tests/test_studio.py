@@ -4,6 +4,7 @@ import base64
 import json
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -408,14 +409,35 @@ def test_ports_and_addresses(monkeypatch: pytest.MonkeyPatch, study: Study) -> N
         serve(study, StudioConfig(), Options())
 
 
-def test_importing_the_studio_loads_no_model_and_no_web_framework() -> None:
-    import subprocess
+def loaded_by(code: str, names: str, *arguments: str) -> str:
+    """Which of the modules are loaded once the code has run in a process of its own."""
+    code += f"\nimport sys; print(*[name for name in {names.split()} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
 
-    code = (
-        "import sys, lorascope.studio; print([m for m in ('transformers', 'fastapi', 'uvicorn') if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+
+def test_importing_the_studio_loads_no_model_and_no_web_framework() -> None:
+    assert loaded_by("import lorascope.studio", "torch transformers starlette uvicorn") == ""
+
+
+def test_pages_are_served_without_torch_transformers_and_pandas(study: Study) -> None:
+    """They would take most of the time until the studio answers, and most of its memory."""
+    code = """
+import sys
+from starlette.testclient import TestClient
+from lorascope.config import Options
+from lorascope.studio.app import make_app
+from lorascope.studio.pages import warm_up
+from lorascope.study import Study
+
+study = Study.open(sys.argv[1])
+client = TestClient(make_app(study, Options()))
+for path in sys.argv[2:]:
+    assert client.get(path).status_code == 200, path
+warm_up(study)
+"""
+    paths = [path for path, _ in addresses()] + ["/feature/sae.0", f"/trace/train/0?features={GATE},sae.0"]
+    assert loaded_by(code, "torch transformers pandas", str(study.path), *paths, "/fires/train/0/9.json") == ""
 
 
 def test_the_command_names_a_missing_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -426,7 +427,8 @@ class Study:
     def _file_hash(self, path: Path) -> str:
         cache_file = self.path / ".fingerprints.json"
         try:
-            cache = json.loads(cache_file.read_text())
+            known = cache_file.stat()
+            cache = read_fingerprints(cache_file, known.st_size, known.st_mtime_ns)
         except (OSError, ValueError):
             cache = {}
         stat = path.stat()
@@ -456,6 +458,12 @@ class Study:
 
     def _manifest_lock(self) -> FileLock:
         return FileLock(self.path / ".manifest.lock", timeout=30)
+
+
+@lru_cache(maxsize=4)
+def read_fingerprints(file: Path, size: int, modified: int) -> dict[str, list[Any]]:
+    """The hashes that are known, of one state of their file: {file: [size, modification time, hash]}."""
+    return dict(json.loads(file.read_text()))
 
 
 def is_shared(relative: str) -> bool:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from lorascope.adapter import direction_layer
+from lorascope.addresses import direction_layer
 from lorascope.errors import MissingStage, RunFailed
 from lorascope.export.gaps import missing_features
 from lorascope.export.neuronpedia_schema import row_faults

@@ -40,7 +40,7 @@ def serve(study: Study, config: StudioConfig, options: Options) -> dict[str, Any
     Raises:
         BadInput: the extra `web` is not installed, or the address cannot be bound.
     """
-    if not all(util.find_spec(name) for name in ("fastapi", "uvicorn")):
+    if not all(util.find_spec(name) for name in ("starlette", "uvicorn")):
         raise BadInput('The studio needs the extra "web"; install it with: pip install "lorascope[web]".')
     import uvicorn
 

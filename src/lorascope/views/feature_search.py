@@ -4,15 +4,14 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow.compute as pc
 
-from lorascope.adapter import GROUPS
+from lorascope.addresses import GROUPS
 from lorascope.errors import BadInput, MissingStage
 from lorascope.study import Study
 from lorascope.views.feature_list import CLASSES, feature_table
 from lorascope.views.kept import State, kept_once, stamp, study_state
 from lorascope.views.one_feature import open_features, vocabulary_of
-from lorascope.views.reading import Json, explanations, path_of, read_table
+from lorascope.views.reading import Json, coded, explanations, path_of, plain, read_table
 
 SORTS = {
     "strength": "strength",
@@ -175,14 +174,15 @@ def top_tokens(study: Study, corpus: str, kind: str) -> dict[str, list[str]]:
         store = open_features(study, corpus, kind).store
     except MissingStage:
         return {}
-    table = read_table(path, *stamp(path))[0]
-    table = table.filter(pc.equal(table["where"], "top"))
-    names = table["feature"].combine_chunks().dictionary_encode()
-    trace, position = (table[key].to_numpy() for key in ("trace", "position"))
+    table = read_table(path, *stamp(path))
+    groups, names = coded(table, "where")
+    top = groups == names.index("top") if "top" in names else np.zeros(len(groups), bool)
+    codes, features = coded(table, "feature")
+    trace, position = (plain(table, key)[top] for key in ("trace", "position"))
     ids = np.asarray(store.tokens[store.offsets[trace] + position], np.int64)
-    pairs, counts = np.unique(names.indices.to_numpy().astype(np.int64) << 32 | ids, return_counts=True)
+    pairs, counts = np.unique(codes[top].astype(np.int64) << 32 | ids, return_counts=True)
     found: dict[str, list[str]] = {}
-    texts, features = vocabulary_of(study), names.dictionary.to_pylist()
+    texts = vocabulary_of(study)
     for place in np.lexsort((-counts, pairs >> 32)):
         feature, token = features[pairs[place] >> 32], int(pairs[place] & 0xFFFFFFFF)
         listed = found.setdefault(feature, [])

@@ -8,11 +8,11 @@ another autoencoder has latents of the same names. Numbers that are not finite b
 import json
 import math
 from collections.abc import Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -120,7 +120,7 @@ def table_rows(study: Study, relative: str, columns: tuple[str, ...] | None = No
     path = path_of(study, relative)
     if not path:
         return None
-    table = read_table(path, *stamp(path))[0]
+    table = read_table(path, *stamp(path))
     rows: list[Json] = (table.select(list(columns)) if columns else table).to_pylist()
     return rows
 
@@ -130,27 +130,46 @@ def feature_rows(study: Study, relative: str, feature: str) -> list[Json] | None
     path = path_of(study, relative)
     if not path:
         return None
-    table, places = read_table(path, *stamp(path))
-    rows: list[Json] = table.take(pa.array(places.get(feature, []), pa.int64())).to_pylist()
+    table, places = grouped_table(path, *stamp(path))
+    rows: list[Json] = table.slice(*places.get(feature, (0, 0))).to_pylist()
     return rows
 
 
-@lru_cache(maxsize=16)
-def read_table(path: Path, size: int, modified: int) -> tuple[pa.Table, dict[str, list[int]]]:
-    """One state of a Parquet file, and the row numbers of each feature."""
+@kept_once(maxsize=16)
+def read_table(path: Path, size: int, modified: int) -> pa.Table:
+    """One state of a Parquet file.
+
+    `pq.read_table`, Arrow's own conversions from and to NumPy and its comparisons with a text would load pandas where
+    that is installed, which takes longer than all else here.
+    """
     try:
-        table = pq.read_table(path)
+        with pq.ParquetFile(path) as file:
+            return file.read()
     except (OSError, pa.ArrowException) as error:
         raise RunFailed(f"{path} is damaged ({error}); remove it and run its stage again.") from error
-    places: dict[str, list[int]] = {}
-    if "feature" in table.column_names:
-        coded = table.column("feature").cast(pa.string()).combine_chunks().dictionary_encode("encode")
-        codes = coded.indices.to_numpy()
+
+
+@kept_once(maxsize=16)
+def grouped_table(path: Path, size: int, modified: int) -> tuple[pa.Table, dict[str, tuple[int, int]]]:
+    """One state of a Parquet file with the rows of a feature together, and (first row, number of rows) of each."""
+    table = read_table(path, size, modified)
+    codes, names = coded(table, "feature")
+    if np.any(codes[1:] < codes[:-1]):
         order = np.argsort(codes, kind="stable")
-        names = coded.dictionary.to_pylist()
-        bounds = np.searchsorted(codes[order], np.arange(len(names) + 1))
-        places = {name: order[bounds[i] : bounds[i + 1]].tolist() for i, name in enumerate(names)}
-    return table, places
+        table, codes = table.take(pa.array(order)), codes[order]
+    bounds = np.searchsorted(codes, np.arange(len(names) + 1)).tolist()
+    return table, {name: (bounds[i], bounds[i + 1] - bounds[i]) for i, name in enumerate(names)}
+
+
+def coded(table: pa.Table, column: str) -> tuple[npt.NDArray[np.int32], list[Any]]:
+    """A column of texts as the number of each row's text, and the texts in the order of their first rows."""
+    found = table[column].cast(pa.string()).combine_chunks().dictionary_encode("encode")
+    return np.from_dlpack(found.indices), found.dictionary.to_pylist()
+
+
+def plain(table: pa.Table, column: str) -> npt.NDArray[Any]:
+    """A column of numbers, none of them missing."""
+    return np.from_dlpack(table[column].combine_chunks())
 
 
 def interval(row: Mapping[str, Any], value: str = "value") -> Json | None:
