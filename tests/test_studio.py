@@ -426,15 +426,15 @@ def test_pages_are_served_without_torch_transformers_and_pandas(study: Study) ->
 import sys
 from starlette.testclient import TestClient
 from lorascope.config import Options
-from lorascope.studio.app import make_app
-from lorascope.studio.pages import warm_up
+from lorascope.studio.app import environment, make_app
+from lorascope.studio.warming import warm_up
 from lorascope.study import Study
 
 study = Study.open(sys.argv[1])
 client = TestClient(make_app(study, Options()))
 for path in sys.argv[2:]:
     assert client.get(path).status_code == 200, path
-warm_up(study)
+warm_up(study, environment().get_template, lambda: None)
 """
     paths = [path for path, _ in addresses()] + ["/feature/sae.0", f"/trace/train/0?features={GATE},sae.0"]
     assert loaded_by(code, "torch transformers pandas", str(study.path), *paths, "/fires/train/0/9.json") == ""

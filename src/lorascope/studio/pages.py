@@ -3,15 +3,12 @@
 A page and its JSON twin are made from the same dict. None of them reads a whole store.
 """
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-from lorascope.errors import BadInput, MissingStage, RunFailed
-from lorascope.features import KINDS
+from lorascope.errors import BadInput
 from lorascope.studio.live import LONGEST_PROMPT, MOST_FEATURES, RUNS, WEIGHTS, sample_prompts
 from lorascope.studio.measuring import Measurement, known_effects, measure
 from lorascope.studio.notes import FILE, Note, as_shown, current_notes, read_events, searchable
@@ -342,20 +339,3 @@ JSON_ONLY = {
     "/measured.json": measured_page,
     "/interactions.json": interactions_page,
 }
-
-
-def warm_up(study: Study) -> None:
-    """Read in the background what the first pages need; the map begins to measure what it needs of the whole store."""
-    everything: Parts = {}
-
-    def one_feature(kind: str) -> None:
-        feature_view(study, {"feature": open_features(study, "train", kind).ids[0]}, everything)
-
-    features: list[Callable[[], object]] = [partial(one_feature, kind) for kind in KINDS]
-    pages: list[Callable[[], object]] = [
-        partial(page, study, everything, everything) for page in (features_page, evidence_page, map_page)
-    ]
-    # A reader goes from the overview to a feature: directions and latents come before all else.
-    for prepare in (*features[:2], *pages, *features[2:]):
-        with contextlib.suppress(MissingStage, BadInput, RunFailed, OSError):  # the page itself says what is wrong
-            prepare()

@@ -16,8 +16,6 @@ from lorascope.studio.guard import guarded, rules_for
 from lorascope.study import Study
 
 FIRST_PORT, TRIES = 8700, 20
-LATER = 0.3
-"""Seconds that the first page has for itself before the others are prepared."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +42,8 @@ def serve(study: Study, config: StudioConfig, options: Options) -> dict[str, Any
         raise BadInput('The studio needs the extra "web"; install it with: pip install "lorascope[web]".')
     import uvicorn
 
-    from lorascope.studio.app import first_view, make_app
-    from lorascope.studio.pages import warm_up
+    from lorascope.studio.app import environment, first_view, make_app
+    from lorascope.studio.warming import SWITCH, Visits, warm_up
 
     bound = bind(config.host, config.port)
     port = bound.getsockname()[1]
@@ -58,13 +56,14 @@ def serve(study: Study, config: StudioConfig, options: Options) -> dict[str, Any
     for line in ways_in(config.host, port, query, connection):
         print(line, file=sys.stderr)
     sys.stderr.flush()
-    later = threading.Timer(LATER, warm_up, (study,))
-    later.daemon = True
-    later.start()
+    sys.setswitchinterval(SWITCH)
+    visits = Visits()
+    prepare = (study, environment().get_template, visits.none.wait)
+    threading.Thread(target=warm_up, args=prepare, daemon=True).start()
     if config.open and not connection and not config.token:
         threading.Timer(0.5, webbrowser.open, (url + query,)).start()
     settings = uvicorn.Config(
-        guarded(make_app(study, options), rules),
+        visits.counted(guarded(make_app(study, options), rules)),
         log_level="warning",
         access_log=False,
         server_header=False,

@@ -8,6 +8,7 @@ import numpy as np
 from lorascope.addresses import GROUPS
 from lorascope.errors import BadInput, MissingStage
 from lorascope.study import Study
+from lorascope.token_text import vocabulary_text
 from lorascope.views.feature_list import CLASSES, feature_table
 from lorascope.views.kept import State, kept_once, stamp, study_state
 from lorascope.views.one_feature import open_features, vocabulary_of
@@ -182,10 +183,10 @@ def top_tokens(study: Study, corpus: str, kind: str) -> dict[str, list[str]]:
     ids = np.asarray(store.tokens[store.offsets[trace] + position], np.int64)
     pairs, counts = np.unique(codes[top].astype(np.int64) << 32 | ids, return_counts=True)
     found: dict[str, list[str]] = {}
-    texts = vocabulary_of(study)
+    vocabulary = vocabulary_of(study)
     for place in np.lexsort((-counts, pairs >> 32)):
         feature, token = features[pairs[place] >> 32], int(pairs[place] & 0xFFFFFFFF)
         listed = found.setdefault(feature, [])
         if len(listed) < TOP_TOKENS:
-            listed.append(texts[token] if token < len(texts) else "")
+            listed.append(vocabulary_text(vocabulary, token))
     return found

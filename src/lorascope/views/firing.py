@@ -39,8 +39,7 @@ def coloured_trace(study: Study, corpus: str, index: int, features: list[str]) -
     page = trace_page(study, corpus, index)
     if not page["available"]:
         return page
-    for name in features:
-        check_feature(study, corpus, name)
+    columns = {name: known_column(study, corpus, name) for name in features}
     values_FT = trace_features(study, corpus, index, features, page["length"])
     ordinary_T = np.array(page["segments"]) != 0
     ordinary_T[page["sinks"]] = False
@@ -49,7 +48,7 @@ def coloured_trace(study: Study, corpus: str, index: int, features: list[str]) -
         kind = feature_kind(name)
         stats = feature_rows(study, f"examples/{corpus}/{kind}-stats.parquet", name)
         most = max(float(values_T[ordinary_T].max(initial=0)), stats[0]["max"] if stats else 0.0)
-        typical = typical_activation(study, open_features(study, corpus, kind), corpus, name)
+        typical = typical_activation(open_features(study, corpus, kind), columns[name])
         level = 0.0 if kind == "latent" else known_levels(study, kind).get(name)
         gone = missing_levels(study, corpus, kind) if level is None else None
         about = {"id": name, "kind": kind, "level": level, "missing": gone}
@@ -63,11 +62,17 @@ def check_corpus(study: Study, corpus: str) -> None:
         raise BadInput(f"There is no corpus {corpus!r}; there are: {', '.join(study.corpora()) or 'none yet'}.")
 
 
-def check_feature(study: Study, corpus: str, feature: str) -> None:
-    """Raise BadInput for a feature that is not there."""
+def known_column(study: Study, corpus: str, feature: str) -> int:
+    """The column of a feature among those of its kind.
+
+    Raises:
+        BadInput: it is not there.
+    """
     kind = feature_kind(feature)
-    if column_of(open_features(study, corpus, kind), feature) is None:
+    column = column_of(open_features(study, corpus, kind), feature)
+    if column is None:
         raise BadInput(f"There is no feature {feature!r} of kind {kind} in {study.path}.")
+    return column
 
 
 def fires_here(study: Study, corpus: str, index: int, position: int) -> Json:

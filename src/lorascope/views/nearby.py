@@ -12,9 +12,9 @@ from lorascope.features import FeatureSet
 from lorascope.study import Study
 from lorascope.views.directions import open_directions
 from lorascope.views.feature_list import feature_kind, feature_place
-from lorascope.views.kept import kept_view
+from lorascope.views.kept import kept_view, stamp
 from lorascope.views.one_feature import column_of, open_features
-from lorascope.views.reading import Json, feature_rows, known_levels, ready, table_rows
+from lorascope.views.reading import Json, feature_rows, known_levels, path_of, read_table, ready
 
 NEAR = 8
 WRITES = ("o", "down")
@@ -73,8 +73,10 @@ def thresholds(study: Study, corpus: str, kind: str) -> tuple[npt.NDArray[np.flo
     levels = {} if features.latent else known_levels(study, kind)
     unknown = 0.0 if features.latent else np.nan
     level_F = np.array([levels.get(name, unknown) for name in features.ids], np.float32)
-    stats = table_rows(study, f"examples/{corpus}/{kind}-stats.parquet", ("feature", "density")) or []
-    known = {row["feature"]: row["density"] for row in stats}
+    known: dict[str, float] = {}
+    if path := path_of(study, f"examples/{corpus}/{kind}-stats.parquet"):
+        stats = read_table(path, *stamp(path))
+        known = dict(zip(stats["feature"].to_pylist(), stats["density"].to_pylist(), strict=True))
     return level_F, np.maximum([known.get(name, 0.0) for name in features.ids], 1e-6)
 
 
