@@ -1,6 +1,6 @@
 // The feature page: the activation over the course of the trace where it is strongest.
-import { all, ask, one } from "./studio.js";
-import { drawStrip } from "./strip.js";
+import { all, drawStrip, one } from "./shared.js";
+import { ask } from "./studio.js";
 
 async function course(figure) {
   const { corpus, trace, feature } = figure.dataset;

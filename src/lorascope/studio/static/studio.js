@@ -1,7 +1,6 @@
 // What every page has: the theme, keys, tips of tokens, notes, and the bar that says that the study has changed.
 
-export const one = (selector, root = document) => root.querySelector(selector);
-export const all = (selector, root = document) => [...root.querySelectorAll(selector)];
+import { all, one, themeSwitch, tokenTips, unfoldLinks, watchTables } from "./shared.js";
 
 /** An element with properties and children; text is never markup. */
 export function make(name, properties = {}, ...children) {
@@ -53,19 +52,7 @@ export function toast(text) {
   toastTimer = setTimeout(() => { box.hidden = true; }, 4000);
 }
 
-// --- theme ---
-const root = document.documentElement;
-const isDark = () => (root.dataset.theme || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light")) === "dark";
-const nameTheme = () => { one("#theme").textContent = isDark() ? "Light" : "Dark"; };
-function switchTheme() {
-  root.dataset.theme = isDark() ? "light" : "dark";
-  try { localStorage.setItem("lorascope-theme", root.dataset.theme); } catch { /* for this page only */ }
-  nameTheme();
-  document.dispatchEvent(new Event("themechange"));
-}
-one("#theme").addEventListener("click", switchTheme);
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { nameTheme(); document.dispatchEvent(new Event("themechange")); });
-nameTheme();
+const switchTheme = themeSwitch(one("#theme"));
 
 // --- the side of a direction that the address asks for ---
 const askedSide = all(".sides:not(.single) > .side").find((side) => featureAddress(side.getAttribute("aria-label")) === location.pathname.replaceAll("+", "%2B"));
@@ -117,39 +104,13 @@ document.addEventListener("keydown", (event) => {
   else if (event.key === "/") { event.preventDefault(); (one("#q") || one("#jump")).focus(); }
 });
 
-// --- a token's activation under the pointer ---
-const tip = make("div", { id: "tip", hidden: true });
-document.body.append(tip);
-document.addEventListener("pointerover", (event) => {
-  const token = event.target.closest && event.target.closest(".tokens [data-v]");
-  tip.hidden = !token;
-  if (!token) return;
-  tip.textContent = token.dataset.v;
-  const box = token.getBoundingClientRect();
-  tip.style.left = `${Math.max(4, box.left + scrollX)}px`;
-  tip.style.top = `${box.top + scrollY - 26}px`;
-});
-
-// --- sections that the report has, too, link to its cards: here to the features' pages; and a link into a fold opens it ---
+// --- sections that the report has, too, link to its cards: here to the features' pages ---
 for (const link of all('a[href^="#card-"]')) link.setAttribute("href", featureAddress(link.getAttribute("href").slice(6)));
 if (!one("#dropped")) all('a[href="#dropped"]').forEach((link) => link.setAttribute("href", "/#dropped"));
-document.addEventListener("click", (event) => {
-  const link = event.target.closest && event.target.closest('a[href^="#"]');
-  const target = link && document.getElementById(link.getAttribute("href").slice(1));
-  if (!target) return;
-  target.hidden = false;
-  for (let fold = target.closest("details"); fold; fold = fold.parentElement.closest("details")) fold.open = true;
-});
 
-// --- a table that is wider than the page can be scrolled by key ---
-const watchWidth = new ResizeObserver((entries) => {
-  for (const { target } of entries) {
-    if (target.scrollWidth > target.clientWidth) target.tabIndex = 0;
-    else target.removeAttribute("tabindex");
-  }
-});
-export const watchTables = () => all(".scroll").forEach((box) => watchWidth.observe(box));
+unfoldLinks();
 watchTables();
+tokenTips();
 
 // --- notes: every change is one event, saved at once, one after the other; what could not be saved is tried again ---
 const AGAIN = 4000;

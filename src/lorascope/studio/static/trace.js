@@ -1,6 +1,6 @@
 // A whole trace: coloured by one or several features, jumps between firings, what fires on a token.
-import { all, ask, featureAddress, figures, make, one, toast } from "./studio.js";
-import { drawStrip } from "./strip.js";
+import { all, drawStrip, one } from "./shared.js";
+import { ask, featureAddress, figures, make, toast } from "./studio.js";
 
 const STEPS = 9;
 const MOST = 4;
