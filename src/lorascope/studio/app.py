@@ -20,6 +20,7 @@ from lorascope.studio.live import Live
 from lorascope.studio.live_routes import live_routes
 from lorascope.studio.notes import FILE, add_note, merge_notes
 from lorascope.studio.pages import JSON_ONLY, PAGES, Page
+from lorascope.studio.queries import BadQuery
 from lorascope.study import Study, digest
 from lorascope.views import provenance
 from lorascope.views.kept import kept_view, study_state
@@ -45,8 +46,7 @@ def make_app(study: Study, options: Options) -> Any:
     from starlette.applications import Starlette
     from starlette.routing import Route
 
-    twins = {page.twin or f"{page.path}.json": json_endpoint(study, page.view) for page in PAGES}
-    twins |= {path: json_endpoint(study, view) for path, view in JSON_ONLY.items()}
+    twins = {page.json_path: json_endpoint(study, page) for page in (*PAGES, *JSON_ONLY)}
     pages = {page.path: html_endpoint(study, page) for page in PAGES}
     shown = {"/static/{name}": static_file, "/state.json": lambda request: in_json({"state": state_of(study)})}
     routes = [Route(path, endpoint) for path, endpoint in (twins | pages | shown).items()]
@@ -108,7 +108,7 @@ def outcome(error: Exception, changed: bool) -> tuple[int, str]:
     if changed:
         return 503, "The study changed while it was read; reload the page."
     if isinstance(error, BadInput):
-        return 404, str(error)
+        return 400 if isinstance(error, BadQuery) else 404, str(error)
     if isinstance(error, RunFailed):
         return 503, str(error)
     if isinstance(error, OSError):
@@ -117,14 +117,14 @@ def outcome(error: Exception, changed: bool) -> tuple[int, str]:
     return 500, f"{type(error).__name__}: the traceback is where lorascope studio runs."
 
 
-def json_endpoint(study: Study, view: Callable[..., dict[str, Any]]) -> Endpoint:
-    """An endpoint that gives a view as JSON, errors as `{"error"}`."""
+def json_endpoint(study: Study, page: Page) -> Endpoint:
+    """An endpoint that gives a page's content as JSON, errors as `{"error"}`."""
     from starlette.requests import Request
 
     def answer(request: Request) -> Any:
         before = study_state(study)
         try:
-            return in_json(view(study, request.path_params, dict(request.query_params)))
+            return in_json(page.content(study, request.path_params, dict(request.query_params)))
         except Exception as error:
             status, said = outcome(error, study_state(study) != before)
             return in_json({"error": said}, status)
@@ -140,7 +140,7 @@ def html_endpoint(study: Study, page: Page) -> Endpoint:
     def answer(request: Request) -> HTMLResponse:
         before = study_state(study)
         try:
-            data = page.view(study, request.path_params, dict(request.query_params))
+            data = page.content(study, request.path_params, dict(request.query_params))
             return HTMLResponse(render(study, page.template, page.path, data))
         except Exception as error:
             status, text = outcome(error, study_state(study) != before)

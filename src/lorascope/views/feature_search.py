@@ -7,6 +7,7 @@ import numpy as np
 
 from lorascope.addresses import GROUPS
 from lorascope.errors import BadInput, MissingStage
+from lorascope.features import KINDS
 from lorascope.study import Study
 from lorascope.token_text import vocabulary_text
 from lorascope.views.feature_list import CLASSES, feature_table
@@ -76,12 +77,13 @@ def find_features(
         row is that of `feature_table` with `"tokens"`: the commonest peak tokens of its strongest examples.
 
     Raises:
-        BadInput: an unknown sort or order, or numbers that make no sense.
+        BadInput: an unknown sort, order or value of a filter, or numbers that make no sense.
     """
     check_query(query)
     index = feature_index(study, corpus, study_state(study))
     if not index["available"]:
         return index
+    check_known(query, index)
     words = query.q.lower().split()
     rows = [
         row
@@ -114,6 +116,20 @@ def check_query(query: FeatureQuery) -> None:
         raise BadInput(f"Pages count from 1 and hold 1 to {MOST_PER_PAGE} rows.")
     if len(query.q) > LONGEST_QUERY:
         raise BadInput(f"A search may have at most {LONGEST_QUERY} characters.")
+
+
+def check_known(query: FeatureQuery, index: Json) -> None:
+    """Raise BadInput for a value of a filter that no feature of the study could have."""
+    values = {
+        "kind": (query.kind, list(KINDS)),
+        "type": (query.type, [*GROUPS, *index["types"]]),
+        "layer": (query.layer, [str(layer) for layer in index["layers"]]),
+        "category": (query.category, index["categories"]),
+    }
+    for name, (value, known) in values.items():
+        if value and value not in known:
+            listed = ", ".join(known) or "none here"
+            raise BadInput(f"There is no {name} {value[:40]!r} among the features; there are: {listed}.")
 
 
 def matches(row: Json, query: FeatureQuery) -> bool:

@@ -113,43 +113,30 @@ watchTables();
 tokenTips();
 
 // --- notes: every change is one event, saved at once, one after the other; what could not be saved is tried again ---
-const AGAIN = 4000;
-for (const editor of all(".note-editor")) {
-  const said = one(".saved", editor);
-  const [star, tags] = [one(".star", editor), one(".tags", editor)];
-  const boxes = { label: one(".label", editor), text: one(".text", editor) };
-  const split = () => [...new Set(tags.value.split(",").map((tag) => tag.trim().replace(/[\s:]+/g, "-")).filter(Boolean))];
-  const saved = new Map([["star", star.getAttribute("aria-pressed") === "true"], ...Object.entries(boxes).map(([name, box]) => [name, box.value]), ...split().map((tag) => [`tag:${tag}`, true])]);
+const AGAIN = 4000; // milliseconds until it is
+const PAUSE = 800; // and in typing, after which what is there is saved
+
+/** Saves the fields of one place, of which `saved` holds what the server has. `collect(want)` says what the page holds
+ * by now, `say(text)` tells the reader, `settle()` is called when all is saved or refused. */
+export function keepSaved(place, saved, { collect, say, settle = () => {} }) {
   const wanted = new Map(); // field -> its newest value that is not saved yet, in the order of the changes
   let sending = false;
   let timer = 0;
-
-  const showStar = (on) => {
-    star.setAttribute("aria-pressed", String(on));
-    one("span", star).textContent = on ? "★" : "☆";
-    one(".word", star).textContent = on ? "Starred" : "Star";
-  };
   const stands = (field) => (wanted.has(field) ? wanted.get(field) : saved.get(field) ?? false);
   const want = (field, value) => { if (stands(field) !== value) { wanted.delete(field); wanted.set(field, value); } };
-  /** Note what the boxes hold by now. */
-  function collect() {
-    for (const [name, box] of Object.entries(boxes)) want(name, box.value);
-    const now = split().map((tag) => `tag:${tag}`);
-    now.forEach((field) => want(field, true));
-    for (const field of new Set([...saved.keys(), ...wanted.keys()])) if (field.startsWith("tag:") && !now.includes(field)) want(field, false);
-  }
+  const fields = () => new Set([...saved.keys(), ...wanted.keys()]);
   async function post(field, value) {
-    await ask("/notes", { method: "POST", keepalive: true, body: JSON.stringify({ place: editor.dataset.place, field, value }) });
+    await ask("/notes", { method: "POST", keepalive: true, body: JSON.stringify({ place, field, value }) });
     saved.set(field, value);
     if (wanted.get(field) === value) wanted.delete(field);
   }
   async function flush() {
     clearTimeout(timer);
-    collect();
+    collect(want);
     if (sending || !wanted.size) return;
     sending = true;
     const refused = [];
-    said.textContent = "Saving…";
+    say("Saving…");
     try {
       while (wanted.size) {
         const [field, value] = wanted.entries().next().value;
@@ -161,30 +148,57 @@ for (const editor of all(".note-editor")) {
           if (wanted.get(field) === value) wanted.delete(field); // refused: what the box holds goes out with the next change
         }
       }
-      showStar(stands("star"));
-      said.textContent = refused.length ? `Not saved: ${[...new Set(refused)].join(" ")}` : "Saved.";
+      settle();
+      say(refused.length ? `Not saved: ${[...new Set(refused)].join(" ")}` : "Saved.");
     } catch (error) {
-      said.textContent = `Not saved: ${[...new Set([...refused, error.message])].join(" ")} Trying again…`;
+      say(`Not saved: ${[...new Set([...refused, error.message])].join(" ")} Trying again…`);
       timer = setTimeout(flush, AGAIN);
     } finally {
       sending = false;
     }
   }
-  star.addEventListener("click", () => {
-    want("star", !stands("star"));
-    showStar(stands("star"));
-    flush();
-  });
-  for (const box of Object.values(boxes)) {
-    box.addEventListener("input", () => { clearTimeout(timer); said.textContent = ""; timer = setTimeout(flush, 800); });
-    box.addEventListener("change", flush);
+  /** Save once the reader pauses. */
+  function soon() {
+    clearTimeout(timer);
+    say("");
+    timer = setTimeout(flush, PAUSE);
   }
-  tags.addEventListener("change", flush);
   // the page goes away: nobody is left to send one after the other
   addEventListener("pagehide", () => {
-    collect();
+    collect(want);
     for (const [field, value] of wanted) post(field, value).catch(() => {});
   });
+  return { stands, want, fields, flush, soon, pending: () => { collect(want); return wanted.size > 0; } };
+}
+
+for (const editor of all(".note-editor")) {
+  const [star, tags] = [one(".star", editor), one(".tags", editor)];
+  const boxes = { label: one(".label", editor), text: one(".text", editor) };
+  const split = () => [...new Set(tags.value.split(",").map((tag) => tag.trim().replace(/[\s:]+/g, "-")).filter(Boolean))];
+  const saved = new Map([["star", star.getAttribute("aria-pressed") === "true"], ...Object.entries(boxes).map(([name, box]) => [name, box.value]), ...split().map((tag) => [`tag:${tag}`, true])]);
+  const showStar = () => {
+    const on = note.stands("star");
+    star.setAttribute("aria-pressed", String(on));
+    one("span", star).textContent = on ? "★" : "☆";
+    one(".word", star).textContent = on ? "Starred" : "Star";
+  };
+  function collect(want) {
+    for (const [name, box] of Object.entries(boxes)) want(name, box.value);
+    const now = split().map((tag) => `tag:${tag}`);
+    now.forEach((field) => want(field, true));
+    for (const field of note.fields()) if (field.startsWith("tag:") && !now.includes(field)) want(field, false);
+  }
+  const note = keepSaved(editor.dataset.place, saved, { collect, say: (text) => { one(".saved", editor).textContent = text; }, settle: showStar });
+  star.addEventListener("click", () => {
+    note.want("star", !note.stands("star"));
+    showStar();
+    note.flush();
+  });
+  for (const box of Object.values(boxes)) {
+    box.addEventListener("input", note.soon);
+    box.addEventListener("change", note.flush);
+  }
+  tags.addEventListener("change", note.flush);
 }
 
 // --- the study may be made anew while the page is open ---

@@ -1,6 +1,6 @@
 // A whole trace: coloured by one or several features, jumps between firings, what fires on a token.
 import { all, drawStrip, one } from "./shared.js";
-import { ask, featureAddress, figures, make, toast } from "./studio.js";
+import { ask, featureAddress, figures, keepSaved, make, toast } from "./studio.js";
 
 const STEPS = 9;
 const MOST = 4;
@@ -105,19 +105,19 @@ if (box) {
   const noted = new Set(box.dataset.noted.split(",").filter(Boolean).map(Number));
   const markNoted = (t) => { if (noted.has(t)) tokens[t].dataset.note = "✎"; else delete tokens[t].dataset.note; };
   noted.forEach(markNoted);
+  const notes = new Map(); // token -> its note that was last on the page, which may still be on its way
   function noteOn(t, text) {
+    if (notes.get(t)?.pending()) return notes.get(t).box;
     const area = make("textarea", { className: "token-note", rows: 2, maxLength: 10000, value: text, placeholder: "Note on this token", "aria-label": `Note on token ${t}` });
-    area.addEventListener("change", async () => {
-      try {
-        await ask("/notes", { method: "POST", body: JSON.stringify({ place: `token:${corpus}:${index}:${t}`, field: "text", value: area.value }) });
-        noted[area.value ? "add" : "delete"](t);
-        markNoted(t);
-        toast("Saved.");
-      } catch (error) {
-        toast(`Not saved: ${error.message}`);
-      }
-    });
-    return area;
+    const said = make("p", { className: "saved", role: "status" });
+    const saved = new Map([["text", text]]);
+    const settle = () => { noted[saved.get("text") ? "add" : "delete"](t); markNoted(t); };
+    const note = keepSaved(`token:${corpus}:${index}:${t}`, saved, { collect: (want) => want("text", area.value), say: (words) => { said.textContent = words; }, settle });
+    area.addEventListener("input", note.soon);
+    area.addEventListener("change", note.flush);
+    const box = make("div", {}, area, said);
+    notes.set(t, { box, pending: note.pending });
+    return box;
   }
 
   let asked = 0;
