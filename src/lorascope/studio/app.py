@@ -26,7 +26,7 @@ from lorascope.views import provenance
 from lorascope.views.kept import kept_view, study_state
 
 KINDS_OF_FILE = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
-OWN_FILES = "studio.css icon.svg theme.js studio.js features.js feature.js map.js trace.js live.js notes.js"
+OWN_FILES = "studio.css icon.svg theme.js studio.js painting.js features.js feature.js map.js trace.js live.js notes.js"
 STATIC = dict.fromkeys(("report.css", "shared.js"), "report") | dict.fromkeys(OWN_FILES.split(), "studio/static")
 """The files that are served, and the package folder of each; nothing else can be asked for."""
 NAVIGATION = (

@@ -79,7 +79,7 @@ class Page:
 def overview_page(study: Study, path: Parts, query: Parts) -> Json:
     """What the study is and found, its training, and what was left out."""
     views = {"overview": overview, "leaders": leaders, "curves": training_curves, "sae": sae_page, "dropped": dropped}
-    return {name: kept_view(study, view) for name, view in views.items()}
+    return {name: kept_view(study, view) for name, view in views.items()} | {"notes": notes_at(study, ["study"])}
 
 
 def evidence_page(study: Study, path: Parts, query: Parts) -> Json:

@@ -1,16 +1,14 @@
 // A whole trace: coloured by one or several features, jumps between firings, what fires on a token.
 import { all, drawStrip, one } from "./shared.js";
 import { ask, featureAddress, figures, keepSaved, make, toast } from "./studio.js";
+import { fires, paint, uncountedOf } from "./painting.js";
 
-const STEPS = 9;
 const MOST = 4;
 const box = one("#trace");
 if (box) {
   const { corpus, index } = box.dataset;
   const tokens = all(":scope > span", box);
-  // template and markup, and attention sinks, keep their mark and are never counted
-  const uncounted = tokens.map((token) => ["sp", "sk"].find((name) => token.classList.contains(name)) || "");
-  const fires = (feature, t) => !uncounted[t] && feature.level !== null && feature.values[t] > feature.level && feature.values[t] > feature.typical;
+  const uncounted = uncountedOf(tokens);
   const here = one("#here");
   let features = [];
   let firings = [];
@@ -18,28 +16,9 @@ if (box) {
 
   const address = (names) => `/trace/${encodeURIComponent(corpus)}/${index}${names.length ? `?features=${encodeURIComponent(names.join(","))}` : ""}`;
 
-  function paint() {
-    firings = [];
-    tokens.forEach((token, t) => {
-      let [best, part] = [-1, 0];
-      const firing = [];
-      features.forEach((feature, k) => {
-        const { values, typical, max } = feature;
-        const share = max > typical ? Math.min(1, (values[t] - typical) / (max - typical)) : 0;
-        if (share > part) [best, part] = [k, share];
-        if (fires(feature, t)) firing.push(k + 1);
-      });
-      const classes = uncounted[t] ? [uncounted[t]] : [];
-      if (best >= 0) classes.push(`hue${best}`, `h${Math.min(STEPS, 1 + Math.floor(STEPS * part * 0.9999))}`);
-      if (firing.length) classes.push("f");
-      if (t === at) classes.push("cursor");
-      token.className = classes.join(" ");
-      if (best >= 0) token.dataset.v = features.map((f) => (features.length > 1 ? `${f.id}: ` : "") + figures(f.values[t])).join(" · ");
-      else delete token.dataset.v;
-      if (features.length > 1 && firing.length) token.dataset.n = firing.join(",");
-      else delete token.dataset.n;
-      if (firing.length) firings.push(t);
-    });
+  function show() {
+    firings = paint(tokens, uncounted, features);
+    if (at >= 0) tokens[at].classList.add("cursor");
     const gone = features.find((feature) => feature.missing)?.missing;
     const count = features.length ? `${firings.length} of ${tokens.length} tokens fire` : "No feature chosen";
     one("#counted").textContent = gone ? `Not computed yet: ${gone.what}. Run ${gone.run}` : count;
@@ -50,7 +29,7 @@ if (box) {
     one("#chips").replaceChildren(...features.map((feature, k) => {
       const remove = make("button", { type: "button", textContent: "×", "aria-label": `Remove ${feature.id}` });
       remove.addEventListener("click", () => choose(features.map((f) => f.id).filter((id) => id !== feature.id)));
-      const count = feature.level === null ? "no firing level yet" : `fires on ${feature.values.filter((_, t) => fires(feature, t)).length}`;
+      const count = feature.level === null ? "no firing level yet" : `fires on ${feature.values.filter((_, t) => fires(feature, t, uncounted)).length}`;
       return make("li", { className: `hue${k}` }, make("span", { className: "swatch" }), `${features.length > 1 ? `${k + 1} ` : ""}`,
         make("a", { href: featureAddress(feature.id, corpus), textContent: feature.id.replace(/-$/, "−") }), make("span", { className: "count", textContent: count }), remove);
     }));
@@ -70,7 +49,7 @@ if (box) {
   function colour(chosen) {
     features = chosen;
     showChips();
-    paint();
+    show();
     const names = features.map((feature) => feature.id);
     for (const link of all(".steps a")) link.search = names.length ? `?features=${encodeURIComponent(names.join(","))}` : "";
   }
