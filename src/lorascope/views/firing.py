@@ -12,7 +12,14 @@ from lorascope.study import Study
 from lorascope.views.feature_list import decoder_norms, feature_kind
 from lorascope.views.kept import kept_view
 from lorascope.views.nearby import thresholds
-from lorascope.views.one_feature import column_of, command_in, open_features, token_part, typical_activation
+from lorascope.views.one_feature import (
+    column_of,
+    command_in,
+    explanation_of,
+    open_features,
+    token_part,
+    typical_activation,
+)
 from lorascope.views.one_trace import trace_features, trace_page
 from lorascope.views.reading import Json, feature_rows, known_levels, missing, missing_levels, ready
 
@@ -80,9 +87,10 @@ def fires_here(study: Study, corpus: str, index: int, position: int) -> Json:
 
     Returns:
         `{"available", "corpus", "index", "position", "token", "ordinary", "kinds": {kind: {"firing": number or None,
-        "rows": [{"id", "activation", "level", "ratio"}], "missing": {"what", "run"} or None}}}`. Latents are ordered by
+        "rows": [{"id", "activation", "level", "ratio", "text"}], "missing": {"what", "run"} or None}}}`. Latents are ordered by
         the length of what they write, other features by their activation relative to their firing level, which is
-        `ratio` (None where that level is 0). What is not `ordinary` counts for no feature.
+        `ratio` (None where that level is 0); `text` is a feature's explanation. What is not `ordinary` counts for no
+        feature.
 
     Raises:
         BadInput: no such corpus, trace or token.
@@ -132,6 +140,7 @@ def firing_of(study: Study, corpus: str, kind: str, place: int) -> Json:
             "activation": float(acts_F[i]),
             "level": float(level_F[i]),
             "ratio": float(ratio_F[i]) if level_F[i] > 0 else None,
+            "text": (explanation_of(study, kind, features.ids[i]) or {}).get("text"),
         }
         for i in order[:SHOWN]
     ]

@@ -4,6 +4,10 @@ import { ask, featureAddress, figures, keepSaved, make, toast } from "./studio.j
 import { fires, paint, uncountedOf } from "./painting.js";
 
 const MOST = 4;
+const ORDER = {
+  direction: "By activation relative to the firing level; those whose level is 0 last, with the activation itself.",
+  latent: "By the length of what they write; the number is the activation.",
+};
 const box = one("#trace");
 if (box) {
   const { corpus, index } = box.dataset;
@@ -115,11 +119,12 @@ if (box) {
           const add = make("button", { type: "button", textContent: "colour", "aria-label": `Colour by ${row.id}` });
           add.addEventListener("click", () => choose([...new Set([...features.map((f) => f.id), row.id])]));
           const value = row.ratio === null ? figures(row.activation) : `${figures(row.ratio)} × level`;
-          return make("li", {}, make("a", { href: featureAddress(row.id, corpus), textContent: row.id.replace(/-$/, "−") }), make("span", { textContent: value }), add);
+          return make("li", {}, make("a", { href: featureAddress(row.id, corpus), textContent: row.id.replace(/-$/, "−") }), make("span", { textContent: value }), add, ...(row.text ? [make("p", { textContent: row.text, title: row.text })] : []));
         });
         if (missing) return make("div", {}, make("h3", { textContent: `${kind}s` }), make("p", { className: "absent", textContent: `Not computed yet: ${missing.what}. Run ` }, make("code", { textContent: missing.run })));
         const shown = rows.length < firing ? `, the strongest ${rows.length}` : "";
-        return make("div", {}, make("h3", { textContent: `${firing} ${firing === 1 ? `${kind} fires` : `${kind}s fire`}${shown}` }), make("ol", {}, ...items));
+        return make("div", {}, make("h3", { textContent: `${firing} ${firing === 1 ? `${kind} fires` : `${kind}s fire`}${shown}` }),
+          ...(rows.length ? [make("p", { className: "caption", textContent: ORDER[kind] })] : []), make("ol", {}, ...items));
       });
       if (!found.ordinary) parts.unshift(make("p", { className: "caption", textContent: "Template, markup or an attention sink: it counts for no feature." }));
       here.replaceChildren(title, noteOn(t, found.note.text), ...parts);
