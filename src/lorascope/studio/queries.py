@@ -26,8 +26,8 @@ def asked() -> Iterator[None]:
 
 
 def check_names(query: Query, known: Collection[str]) -> None:
-    """Raise BadQuery for a name that an address does not take."""
-    if unknown := sorted(set(query) - set(known)):
+    """Raise BadQuery for a name that an address does not take; a token that nobody asks for is let be."""
+    if unknown := sorted(set(query) - set(known) - {"token"}):
         takes = f"it takes {', '.join(known)}" if known else "it takes none"
         raise BadQuery(f"This address takes no {unknown[0][:40]!r} after its question mark; {takes}.")
 

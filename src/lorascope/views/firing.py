@@ -87,10 +87,10 @@ def fires_here(study: Study, corpus: str, index: int, position: int) -> Json:
 
     Returns:
         `{"available", "corpus", "index", "position", "token", "ordinary", "kinds": {kind: {"firing": number or None,
-        "rows": [{"id", "activation", "level", "ratio", "text"}], "missing": {"what", "run"} or None}}}`. Latents are ordered by
-        the length of what they write, other features by their activation relative to their firing level, which is
-        `ratio` (None where that level is 0); `text` is a feature's explanation. What is not `ordinary` counts for no
-        feature.
+        "rows": [{"id", "activation", "level", "ratio", "text"}], "missing": {"what", "run"} or None}}}`. Latents are
+        ordered by the length of what they write, other features by their activation relative to their firing level,
+        which is `ratio` (None where that level is 0); `text` is a feature's explanation. What is not `ordinary` counts
+        for no feature.
 
     Raises:
         BadInput: no such corpus, trace or token.
