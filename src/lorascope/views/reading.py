@@ -217,7 +217,7 @@ def grouped_table(path: Path, size: int, modified: int) -> tuple[pa.Table, dict[
     return table, {name: (bounds[i], bounds[i + 1] - bounds[i]) for i, name in enumerate(names)}
 
 
-def coded(table: pa.Table, column: str) -> tuple[npt.NDArray[np.int32], list[Any]]:
+def coded(table: pa.Table, column: str) -> tuple[npt.NDArray[Any], list[Any]]:
     """A column of `CODED` as the number of each row's text, and the texts."""
     found = table[column].unify_dictionaries().combine_chunks()
     return np.from_dlpack(found.indices), found.dictionary.to_pylist()
