@@ -293,8 +293,9 @@ def test_a_note_on_a_token_is_saved_like_any_other(browser: Browser, study: Stud
     area, tried = page.locator("#here textarea"), []
 
     def fail_once(route: Route) -> None:
-        tried.append(json.loads(route.request.post_data or "{}")["value"])
-        if len(tried) == 1:
+        if route.request.method == "POST":
+            tried.append(json.loads(route.request.post_data or "{}")["value"])
+        if tried == ["odd"]:
             route.fulfill(status=503, json={"error": "Not now."})
         else:
             route.continue_()

@@ -13,7 +13,7 @@ import codecs
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,21 +32,50 @@ class HasTokenizer(Protocol):
 class TokenTable:
     """What each vocabulary id stands for.
 
-    `pieces[i]` are the bytes of id i (empty for an id that the tokenizer does not know). `kind` is how they
-    are joined: "bytelevel" (GPT-2, Llama 3, Qwen), "sentencepiece" (Llama 2, Mistral, Gemma: runs of byte
-    tokens are text only when they are whole) or "other" (decoded by the tokenizer itself). `special` are the
-    ids of special tokens. `tokenizer` decodes what is of no known kind; others may do without it.
+    `names[i]` is how the vocabulary writes id i, None for an id that the tokenizer does not know; its bytes are worked
+    out when they are asked for. `kind` is how these are joined: "bytelevel" (GPT-2, Llama 3, Qwen), "sentencepiece"
+    (Llama 2, Mistral, Gemma: runs of byte tokens are text only when they are whole) or "other" (decoded by the
+    tokenizer itself). `space` is what a sentencepiece name writes for a space, `byte_names` whether names such as
+    `<0x0A>` are bytes. `added` are the ids beside the vocabulary, `special` those of special tokens. `tokenizer`
+    decodes what is of no known kind; others may do without it.
     """
 
-    pieces: tuple[bytes, ...]
+    names: tuple[str | None, ...]
     kind: str
-    is_byte: frozenset[int]
+    space: str
+    byte_names: bool
     strips_first_space: bool
+    added: frozenset[int]
     special: frozenset[int]
     tokenizer: Tokenizer | None
 
     def __len__(self) -> int:
-        return len(self.pieces)
+        return len(self.names)
+
+    def is_byte(self, number: int) -> bool:
+        """Whether an id is a byte of a sentencepiece vocabulary."""
+        name = self.names[number] if 0 <= number < len(self) else None
+        return self.byte_names and name is not None and _is_byte_name(name)
+
+    def piece(self, number: int) -> bytes:
+        """The bytes of an id; none for one that the tokenizer does not know."""
+        name = self.names[number] if 0 <= number < len(self) else None
+        if name is None:
+            return b""
+        if self.kind == "bytelevel":
+            return _bytes_of(name)
+        if self.is_byte(number):
+            return bytes([int(name[3:5], 16)])
+        if number not in self.added and self.kind == "sentencepiece":
+            name = name.replace(self.space, " ")
+        elif number not in self.added and self.tokenizer is not None:
+            name = self.tokenizer.decode([number], skip_special_tokens=False)
+        return name.encode("utf-8", "replace")
+
+    @cached_property
+    def pieces(self) -> tuple[bytes, ...]:
+        """The bytes of every id."""
+        return tuple(self.piece(number) for number in range(len(self)))
 
 
 def open_tokenizer(folder: str | Path) -> Tokenizer:
@@ -84,11 +113,11 @@ def token_texts(tokenizer: Tokenizer | HasTokenizer | TokenTable, ids: Sequence[
     numbers = [int(i) for i in ids]
     if table.tokenizer is not None and table.kind == "other":
         return _texts_by_prefix(table.tokenizer, numbers)
-    pieces = [table.pieces[i] if 0 <= i < len(table.pieces) else b"" for i in numbers]
+    pieces = [table.piece(i) for i in numbers]
     if table.kind == "bytelevel":
         texts = _decode_incrementally(pieces)
     else:
-        texts = _decode_with_fallback(pieces, [i in table.is_byte for i in numbers])
+        texts = _decode_with_fallback(pieces, [table.is_byte(i) for i in numbers])
     if table.strips_first_space and texts and texts[0].startswith(" "):
         texts[0] = texts[0][1:]
     return texts
@@ -109,7 +138,7 @@ def readable(text: str) -> str:
 
 def vocabulary_text(table: TokenTable, number: int) -> str:
     """`vocabulary_texts` of one id, "" where there is no such id."""
-    return _text_or_bytes(table.pieces[number]) if 0 <= number < len(table) else ""
+    return _text_or_bytes(table.piece(number))
 
 
 def _file_in(folder: str | Path) -> Path:
@@ -184,25 +213,16 @@ def _table_of(said: dict[str, Any], tokenizer: Tokenizer | None) -> TokenTable:
     else:
         kind, space = "other", ""
     added = {token["id"]: token for token in said.get("added_tokens", [])}
-    names = _names(said["model"]["vocab"], added)
-    pieces: list[bytes] = []
-    is_byte: set[int] = set()
-    for number, name in enumerate(names):
-        if name is None:
-            pieces.append(b"")
-        elif kind == "bytelevel":
-            pieces.append(_bytes_of(name))
-        elif kind == "sentencepiece" and _is_byte_name(name) and "ByteFallback" in kinds:
-            pieces.append(bytes([int(name[3:5], 16)]))
-            is_byte.add(number)
-        elif kind == "sentencepiece" and number not in added:
-            pieces.append(name.replace(space, " ").encode("utf-8", "replace"))
-        elif kind == "other" and number not in added and tokenizer is not None:
-            pieces.append(tokenizer.decode([number], skip_special_tokens=False).encode("utf-8", "replace"))
-        else:
-            pieces.append(name.encode("utf-8", "replace"))
-    special = frozenset(number for number, token in added.items() if token.get("special"))
-    return TokenTable(tuple(pieces), kind, frozenset(is_byte), _strips_first_space(steps), special, tokenizer)
+    return TokenTable(
+        names=tuple(_names(said["model"]["vocab"], added)),
+        kind=kind,
+        space=space,
+        byte_names=kind == "sentencepiece" and "ByteFallback" in kinds,
+        strips_first_space=_strips_first_space(steps),
+        added=frozenset(added),
+        special=frozenset(number for number, token in added.items() if token.get("special")),
+        tokenizer=tokenizer,
+    )
 
 
 def _names(vocabulary: dict[str, int] | list[Any], added: dict[int, Any]) -> list[str | None]:

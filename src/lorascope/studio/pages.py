@@ -115,14 +115,14 @@ def categories_page(study: Study, path: Parts, query: Parts) -> Json:
 def map_page(study: Study, path: Parts, query: Parts) -> Json:
     """The layer × type maps and the ablation tables; what maps need of a whole recording is measured meanwhile."""
     corpus = chosen_corpus(study, query)
-    waiting = measurement_said(measure(study, corpus))  # first: what ends after it is known to the next line
+    waiting = measure(study, corpus)  # first: what ends after it is known to the next line
     known = known_effects(study, corpus) is not None
     pairs = kept_view(study, interaction_matrix)
     return {
         "map": kept_view(study, scored_map, corpus, known),
         "corpus": corpus,
         "corpora": study.corpora(),
-        "measuring": waiting,
+        "measuring": measurement_said(None if known else waiting),
         "ablation": kept_view(study, ablation_view),
         "interactions": {name: value for name, value in pairs.items() if name != "cosines"},
     }

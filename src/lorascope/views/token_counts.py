@@ -1,5 +1,7 @@
 """Which tokens a feature's examples stand on and before, and how densely it fires in each segment."""
 
+from collections import Counter
+
 import numpy as np
 import numpy.typing as npt
 
@@ -24,7 +26,7 @@ def tokens_around(features: FeatureSet, vocabulary: TokenTable, rows: list[Json]
         the last token of its trace has nothing that follows.
     """
     store = features.store
-    places = np.unique([store.offsets[row["trace"]] + row["position"] for row in rows]).astype(np.int64)
+    places = np.array(sorted({int(store.offsets[row["trace"]]) + row["position"] for row in rows}), np.int64)
     ends = store.offsets[store.token_traces(places) + 1]
     followed = places[places + 1 < ends]
     return {
@@ -36,9 +38,8 @@ def tokens_around(features: FeatureSet, vocabulary: TokenTable, rows: list[Json]
 
 def commonest(ids: npt.NDArray[np.int32], vocabulary: TokenTable) -> list[Json]:
     """The commonest token ids as `{"text", "count"}`, at most `MOST`; of equally common ones the lower id first."""
-    found, counts = np.unique(ids, return_counts=True)
-    order = np.argsort(-counts, kind="stable")[:MOST]
-    return [{"text": vocabulary_text(vocabulary, int(found[i])), "count": int(counts[i])} for i in order]
+    counts = sorted(Counter(ids.tolist()).items(), key=lambda found: (-found[1], found[0]))
+    return [{"text": vocabulary_text(vocabulary, number), "count": count} for number, count in counts[:MOST]]
 
 
 def segment_densities(features: FeatureSet, stats: Json) -> dict[str, float | None]:
