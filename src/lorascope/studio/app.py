@@ -24,6 +24,7 @@ from lorascope.studio.queries import BadQuery
 from lorascope.study import Study, digest
 from lorascope.views import provenance
 from lorascope.views.kept import kept_view, study_state
+from lorascope.views.one_feature import vocabulary_of
 
 KINDS_OF_FILE = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 OWN_FILES = "studio.css icon.svg theme.js studio.js painting.js features.js feature.js map.js trace.js live.js notes.js"
@@ -91,11 +92,17 @@ def old_stages(study: Study) -> list[str]:
     return []
 
 
-def first_view(study: Study) -> None:
-    """Make the first page once before anybody asks for it; what is wrong with it, the page itself says."""
+def first_pages(study: Study) -> None:
+    """Make the first page before anybody asks for it, and what a feature's page, the next one, needs longest for.
+
+    What is wrong with them, the pages themselves say.
+    """
     first = PAGES[0]
     with contextlib.suppress(BadInput, RunFailed, OSError):
         render(study, first.template, first.path, first.view(study, {}, {}))
+    with contextlib.suppress(BadInput, OSError):
+        environment().get_template("feature_page.html.j2")
+        vocabulary_of(study)
 
 
 def state_of(study: Study) -> str:

@@ -42,7 +42,7 @@ def serve(study: Study, config: StudioConfig, options: Options) -> dict[str, Any
         raise BadInput('The studio needs the extra "web"; install it with: pip install "lorascope[web]".')
     import uvicorn
 
-    from lorascope.studio.app import environment, first_view, make_app
+    from lorascope.studio.app import environment, first_pages, make_app
     from lorascope.studio.warming import SWITCH, Visits, warm_up
 
     bound = bind(config.host, config.port)
@@ -50,7 +50,7 @@ def serve(study: Study, config: StudioConfig, options: Options) -> dict[str, Any
     rules = rules_for(config.host, token=config.token)
     query = f"?token={rules.token}" if rules.token else ""
     url = address_of(config.host, port)
-    first_view(study)
+    first_pages(study)
     print(f"The studio of {study.path} is at {url}{query} (stop with Ctrl-C).", file=sys.stderr)
     connection = os.environ.get("SSH_CONNECTION", "")
     for line in ways_in(config.host, port, query, connection):
@@ -58,7 +58,7 @@ def serve(study: Study, config: StudioConfig, options: Options) -> dict[str, Any
     sys.stderr.flush()
     sys.setswitchinterval(SWITCH)
     visits = Visits()
-    prepare = (study, environment().get_template, visits.none.wait)
+    prepare = (study, environment().get_template, visits.wait)
     threading.Thread(target=warm_up, args=prepare, daemon=True).start()
     if config.open and not connection and not config.token:
         threading.Timer(0.5, webbrowser.open, (url + query,)).start()

@@ -1,6 +1,6 @@
 """What a studio reads in the background after its start, so that the pages a reader comes to are ready.
 
-It yields to readers: between its steps, each of which is short, it waits until no request is being answered.
+It yields to readers: between its steps, each of which is short, it waits until nobody has asked for a moment.
 """
 
 import contextlib
@@ -14,11 +14,13 @@ from lorascope.studio.guard import Application, Message, Receive, Send
 from lorascope.studio.pages import PAGES, evidence_page, feature_view, features_page, map_page
 from lorascope.study import Study
 from lorascope.views.feature_list import decoder_effects
-from lorascope.views.one_feature import open_features, vocabulary_of
+from lorascope.views.one_feature import open_features
 from lorascope.views.reading import warm_rows
 
 SWITCH = 0.0005
 """Seconds after which a thread lets another run: Python's own 0.005 add up for a page that waits at every file."""
+PAUSE = 0.05
+"""Seconds without a request before the next step: what belongs to a page is asked for right after it."""
 FIRST = ("latent", "direction")
 """Kinds of features that readers go to from the overview."""
 Step = Callable[[], object]
@@ -29,7 +31,7 @@ class Visits:
 
     def __init__(self) -> None:
         self.count = 0
-        self.none = threading.Event()
+        self.some, self.none = threading.Event(), threading.Event()
 
     def counted(self, application: Application) -> Application:
         """The application, whose requests are counted. It runs in the one thread of the server's loop."""
@@ -40,14 +42,22 @@ class Visits:
                 return
             self.count += 1
             self.none.clear()
+            self.some.set()
             try:
                 await application(scope, receive, send)
             finally:
                 self.count -= 1
                 if not self.count:
+                    self.some.clear()
                     self.none.set()
 
         return serve
+
+    def wait(self) -> None:
+        """Return once the server has started and no request came for a moment."""
+        self.none.wait()
+        while self.some.wait(PAUSE):
+            self.none.wait()
 
     def started(self, send: Send) -> Send:
         """`send` that hears when the server has started."""
@@ -70,12 +80,10 @@ def warm_up(study: Study, load_template: Callable[[str], object], wait: Callable
 
 def steps(study: Study, load_template: Callable[[str], object]) -> Iterator[Step]:
     """What pages need, in the order in which readers come to it; the map begins to measure what it needs of a store."""
-    yield partial(vocabulary_of, study)
-    templates = [page.template for page in PAGES]
-    for name in sorted(templates, key=lambda name: name != "feature_page.html.j2"):
-        yield partial(load_template, name)
     for kind in FIRST:
         yield from of_features(study, kind, "train")
+    for page in PAGES:
+        yield partial(load_template, page.template)
     yield partial(features_page, study, {}, {})
     for kind in FIRST:
         for corpus in study.corpora():
