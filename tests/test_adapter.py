@@ -11,15 +11,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from lorascope import adapter as adapter_module
-from lorascope.adapter import (
-    Adapter,
-    direction_layer,
-    direction_type,
-    initial_adapter,
-    locate_modules,
-    parse_layers,
-    select,
-)
+from lorascope.adapter import Adapter, initial_adapter
+from lorascope.addresses import direction_layer, direction_type, locate_modules, parse_layers, select
 from lorascope.attached import attach
 from lorascope.errors import BadInput
 from tiny_models import random_adapter, tiny_model

@@ -100,7 +100,6 @@ def test_a_browser_is_opened_only_where_nobody_else_looks(
 ) -> None:
     opened: list[str] = []
     monkeypatch.setenv("SSH_CONNECTION", connection)
-    monkeypatch.setattr(server, "LATER", 3600)
     monkeypatch.setattr(server.webbrowser, "open", opened.append)
 
     def run(_: Any, sockets: Any) -> None:

@@ -22,6 +22,8 @@ from lorascope.report.marks import score_pair, share_bar
 from lorascope.store import Store, store_folder
 from lorascope.studio import measuring
 from lorascope.studio.app import make_app
+from lorascope.studio.notes import FILE, append_events, read_events
+from lorascope.studio.pages import JSON_ONLY, PAGES
 from lorascope.study import Study, write_json
 from lorascope.views.control_scores import control_means
 from lorascope.views.effects import CACHE, direction_effects
@@ -158,10 +160,42 @@ def test_filters_and_unknown_ones(study: Study) -> None:
     wanted = [name for name, row in rows.items() if row["category"] == category]
     assert ids(client, f"category={quote(category)}") == wanted
     assert {name.split(".")[1][:-1] for name in ids(client, "type=attn")} == {"q", "k", "v", "o"}
-    for wrong, said in (("colour=red", "colour"), ("explained=maybe", "yes, no"), ("class=3", "0, 1, 2")):
+    for wrong, said in (
+        *(("colour=red", "colour"), ("explained=maybe", "yes, no"), ("class=3", "0, 1, 2"), ("kind=latents", "latent")),
+        *(("type=gates", "gate"), ("layer=99", "0, 1, 2"), ("category=none", category), ("only=stars", "starred")),
+    ):
         answer = client.get(f"/features.json?{wrong}")
-        assert answer.status_code == 404, wrong
+        assert answer.status_code == 400, wrong
         assert said in answer.json()["error"]
+
+
+def test_an_address_that_makes_no_sense_is_refused_in_words(study: Study) -> None:
+    client = client_of(study)
+    for page in (*PAGES, *JSON_ONLY):
+        twin = page.json_path.replace("{feature}", "sae.0").replace("{corpus}/{index}", "train/0")
+        answer = client.get(f"{twin.replace('{position}', '0')}?corpsu=heldout")
+        assert answer.status_code == 400, twin
+        assert "corpsu" in answer.json()["error"]
+    for wrong, said in (
+        *(("/live?runs=plain,twice", "twice"), ("/live?where=here", "generated"), ("/live?seed=x", "seed")),
+        *(("/feature/sae.0?all=yes", "all is one of 1"), ("/map?corpus=none", "none"), ("/traces?page=x", "number")),
+    ):
+        answer = client.get(wrong)
+        assert answer.status_code == 400, wrong
+        assert said in answer.text
+        assert "Not understood" in answer.text
+
+
+def test_the_table_says_of_which_feature_a_note_is(copy: Study) -> None:
+    client = client_of(copy)
+    for feature in ("L2.down+", "L2.up+"):
+        client.post("/notes", json={"place": f"feature:{feature}", "field": "label", "value": "mine"})
+    events = read_events(copy.path / FILE)[0]
+    append_events(copy.path / FILE, [events[0] | {"id": "old", "field": "star", "value": True, "about": "another one"}])
+    found = client.get("/features.json?q=mine").json()
+    assert found["notes"]["L2.down+"]["moved"] == "an earlier adapter's direction"
+    assert found["notes"]["L2.up+"]["moved"] == ""
+    assert client.get("/features?q=mine").text.count("an earlier adapter&#39;s direction") == 1
 
 
 def test_features_by_tag(copy: Study) -> None:

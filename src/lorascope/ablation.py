@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from safetensors.numpy import save as to_safetensors
 
-from lorascope.adapter import GROUPS, Adapter, direction_layer, direction_type, select
+from lorascope.adapter import Adapter
+from lorascope.addresses import GROUPS, direction_layer, direction_type, select
 from lorascope.attached import attach, find_module
 from lorascope.config import Options
 from lorascope.errors import BadInput

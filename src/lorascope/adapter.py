@@ -1,4 +1,4 @@
-"""Adapters as directions: addresses, PEFT folders in and out, effects and norms.
+"""Adapters as directions: PEFT folders in and out, effects and norms. Their names are in `addresses`.
 
 Shapes: N = directions (columns), R = rank of one module, I = input width, O = output width.
 """
@@ -6,10 +6,8 @@ Shapes: N = directions (columns), R = rank of one module, I = input width, O = o
 import json
 import math
 import os
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,26 +15,20 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lorascope.addresses import (
+    LAYER_PATTERN,
+    address_of,
+    in_columns,
+    locate_modules,
+    parse_layers,
+    rank_addresses,
+    select,
+)
 from lorascope.errors import BadInput
-from lorascope.peft_files import module_scale, pair_tensors, read_config
-
-SHORT_NAMES = {
-    "q_proj": "q",
-    "k_proj": "k",
-    "v_proj": "v",
-    "o_proj": "o",
-    "gate_proj": "gate",
-    "up_proj": "up",
-    "down_proj": "down",
-}
-TYPE_ORDER = {name: i for i, name in enumerate(SHORT_NAMES.values())}
-GROUPS = {"attn": ("q", "k", "v", "o"), "mlp": ("gate", "up", "down")}
-PREFIX = "base_model.model."
-LAYER_PATTERN = re.compile(r"(?:^|\.)(\d+)\.(.+)$")
+from lorascope.peft_files import PREFIX, read_config, read_vectors
 
 
 @dataclass(frozen=True)
@@ -76,20 +68,11 @@ class Adapter:
         """
         folder = Path(folder)
         config = read_config(folder)
-        file = folder / "adapter_model.safetensors"
-        if not file.is_file():
-            hint = (
-                " (adapter_model.bin is a pickle and is not opened)" if (folder / "adapter_model.bin").exists() else ""
-            )
-            raise BadInput(f"{folder} has no adapter_model.safetensors{hint}; save the adapter as safetensors.")
-        try:
-            tensors = load_file(file)
-        except (SafetensorError, OSError) as error:
-            raise BadInput(f"{file} is damaged ({error}); fetch or train the adapter again.") from error
-        pairs = pair_tensors(tensors, folder)
-        return build_adapter(
-            {path: (a, b, module_scale(config, path, a.shape[0])) for path, (a, b) in pairs.items()}, config
-        )
+        weights = {
+            path: (torch.from_numpy(a_RI), torch.from_numpy(b_OR), scale)
+            for path, (a_RI, b_OR, scale) in read_vectors(folder, config).items()
+        }
+        return build_adapter(weights, config)
 
     def save(self, folder: str | Path) -> None:
         """Write a PEFT folder that PEFT, vLLM and lm-eval load. Scales are carried by alpha and alpha_pattern.
@@ -118,11 +101,7 @@ class Adapter:
     @cached_property
     def addresses(self) -> list[str]:
         """The N addresses in column order, e.g. `L12.gate`, or `L12.gate#1` at rank above 1."""
-        return [
-            name + (f"#{r}" if module.rank > 1 else "")
-            for module, name in zip(self.modules, self.module_addresses, strict=True)
-            for r in range(module.rank)
-        ]
+        return [name for m in self.modules for name in rank_addresses(m.layer, m.type, m.rank)]
 
     @cached_property
     def module_addresses(self) -> list[str]:
@@ -171,86 +150,12 @@ def svd_module(module: AdaptedModule) -> AdaptedModule:
 
 def build_adapter(weights: dict[str, tuple[Tensor, Tensor, float]], config: dict[str, Any]) -> Adapter:
     """An adapter from `{module path: (a [R, I], b [O, R], scale)}`, put into column order."""
-    located = locate_modules(weights)
-    modules, start = [], 0
-    for path in sorted(weights, key=lambda p: sort_key(*located[p])):
-        a_RI, b_OR, scale = weights[path]
-        layer, type_ = located[path]
-        columns = slice(start, start + a_RI.shape[0])
-        modules.append(AdaptedModule(path, layer, type_, a_RI.detach().float(), b_OR.detach().float(), scale, columns))
-        start = columns.stop
+    modules = []
+    for place in in_columns({path: a_RI.shape[0] for path, (a_RI, _, _) in weights.items()}):
+        a_RI, b_OR, scale = weights[place.path]
+        where = (place.path, place.layer, place.type)
+        modules.append(AdaptedModule(*where, a_RI.detach().float(), b_OR.detach().float(), scale, place.columns))
     return Adapter(tuple(modules), config)
-
-
-def locate_modules(paths: Iterable[str]) -> dict[str, tuple[int | None, str]]:
-    """`(layer, type)` of each module path. Types that would clash inside a layer keep more of their path."""
-    located: dict[str, tuple[int | None, str]] = {}
-    for path in paths:
-        match = LAYER_PATTERN.search(path)
-        layer, rest = (int(match[1]), match[2]) if match else (None, path)
-        last = rest.rsplit(".", 1)[-1]
-        located[path] = (layer, SHORT_NAMES.get(last, last))
-    counts: dict[tuple[int | None, str], int] = {}
-    for place in located.values():
-        counts[place] = counts.get(place, 0) + 1
-    for path, place in located.items():
-        if counts[place] > 1:
-            match = LAYER_PATTERN.search(path)
-            located[path] = (place[0], match[2] if match else path)
-    return located
-
-
-def sort_key(layer: int | None, type_: str) -> tuple[float, int, str]:
-    """DESIGN's column order: layer (modules outside layers last), then q k v o gate up down, then others by name."""
-    return (math.inf if layer is None else layer, TYPE_ORDER.get(type_, len(TYPE_ORDER)), type_)
-
-
-def address_of(layer: int | None, type_: str) -> str:
-    """`L12.gate`, or the bare name for a module outside the layers."""
-    return type_ if layer is None else f"L{layer}.{type_}"
-
-
-def direction_layer(address: str) -> int | None:
-    """The layer of an address, None outside the layers."""
-    match = re.match(r"L(\d+)\.", address)
-    return int(match[1]) if match else None
-
-
-def direction_type(address: str) -> str:
-    """The type of an address: `gate` for `L12.gate#1`."""
-    return re.sub(r"^L\d+\.", "", address).split("#")[0]
-
-
-def expand_pattern(pattern: str) -> list[str]:
-    """One fnmatch pattern, with `attn` and `mlp` written out: `L4*.mlp` becomes `L4*.gate`, `L4*.up`, `L4*.down`."""
-    head, _, last = pattern.rpartition(".")
-    return [f"{head or 'L*'}.{name}" for name in GROUPS[last]] if last in GROUPS else [pattern]
-
-
-def matches(address: str, pattern: str) -> bool:
-    """Whether an address matches one pattern: the address itself, without its `#rank`, or its bare type."""
-    names = (address, address.split("#")[0], direction_type(address))
-    return any(fnmatchcase(name, pattern) for name in names)
-
-
-def select(addresses: Sequence[str], patterns: str | Sequence[str]) -> NDArray[np.bool_]:
-    """Which addresses match any of the patterns, bool [N]. Commas split a string of patterns.
-
-    `L3.q` also selects `L3.q#0`, `L3.q#1`, …; `gate` selects that type in every layer; `attn` and `mlp` are groups.
-
-    Raises:
-        BadInput: a pattern matches nothing.
-    """
-    given = patterns.split(",") if isinstance(patterns, str) else list(patterns)
-    chosen = np.zeros(len(addresses), dtype=bool)
-    for pattern in (text.strip() for text in given):
-        parts = expand_pattern(pattern)
-        hits = np.array([any(matches(a, part) for part in parts) for a in addresses], dtype=bool)
-        if not hits.any():
-            shown = ", ".join(list(addresses)[:3])
-            raise BadInput(f"The pattern {pattern!r} matches no direction; addresses look like {shown}.")
-        chosen |= hits
-    return chosen
 
 
 def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -326,27 +231,3 @@ def target_config(weights: Iterable[str], located: dict[str, tuple[int | None, s
         return {"target_modules": sorted(chosen)}
     every = {place[0] for place in located.values()}
     return {"target_modules": names} | ({} if set(layers) == every else {"layers_to_transform": layers})
-
-
-def parse_layers(text: str, count: int) -> set[int]:
-    """Layer numbers from `12`, `0-9`, `0-29:3`, an fnmatch pattern (`*`, `2[0-9]`, `1?`) or a comma list of these.
-
-    Raises:
-        BadInput: it is none of these, or chooses a layer that the model does not have.
-    """
-    numbers: set[int] = set()
-    for part in (p.strip() for p in text.split(",")):
-        match = re.fullmatch(r"(\d+)(?:-(\d+)(?::(\d+))?)?", part)
-        if match:
-            first, last = int(match[1]), int(match[2] or match[1])
-            numbers |= set(range(first, last + 1, max(1, int(match[3] or 1))))
-        elif set(part) & set("*?["):
-            hits = {n for n in range(count) if fnmatchcase(str(n), part)}
-            if not hits:
-                raise BadInput(f"The model has layers 0-{count - 1}; no layer matches {part!r}.")
-            numbers |= hits
-        else:
-            raise BadInput(f"{part!r} is not a layer choice; use *, 12, 0-9, 0-29:3, 2[0-9] or a comma list of these.")
-    if outside := sorted(n for n in numbers if n >= count):
-        raise BadInput(f"The model has layers 0-{count - 1}; there is no layer {outside[0]}.")
-    return numbers

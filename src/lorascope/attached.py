@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorascope.adapter import AdaptedModule, Adapter, select
+from lorascope.adapter import AdaptedModule, Adapter
+from lorascope.addresses import select
 from lorascope.edits import Edit
 from lorascope.errors import BadInput
 from lorascope.rank1 import adapted_forward

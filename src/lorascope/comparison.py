@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lorascope.adapter import direction_layer, direction_type
+from lorascope.addresses import direction_layer, direction_type
 from lorascope.config import Options
 from lorascope.differences import (
     Clustered,

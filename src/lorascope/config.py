@@ -128,14 +128,14 @@ def parse_arguments(
 
 def early_threads(arguments: list[str]) -> int | None:
     """The number of threads asked for by flag or in the YAML file; what is wrong there, `parse_arguments` says."""
-    import yaml
-
     parser = Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--config")
     given = parser.parse_known_args(arguments)[0]
     if given.threads is not None or given.config is None:
         return given.threads
+    import yaml
+
     with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError):
         values = yaml.safe_load(Path(given.config).read_text(encoding="utf-8"))
         threads = values.get("threads") if isinstance(values, dict) else None

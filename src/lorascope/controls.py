@@ -19,14 +19,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from lorascope.adapter import (
-    AdaptedModule,
-    Adapter,
-    build_adapter,
-    initial_adapter,
-    linear_modules,
-    locate_modules,
-)
+from lorascope.adapter import AdaptedModule, Adapter, build_adapter, initial_adapter, linear_modules
+from lorascope.addresses import locate_modules
 from lorascope.attached import Attached, decoder_layers, find_module
 from lorascope.errors import BadInput, MissingStage
 from lorascope.features import DIFFERENCE

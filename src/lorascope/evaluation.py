@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from lorascope import edits
-from lorascope.adapter import Adapter, select
+from lorascope.adapter import Adapter
+from lorascope.addresses import select
 from lorascope.attached import attach
 from lorascope.config import Options
 from lorascope.errors import BadInput

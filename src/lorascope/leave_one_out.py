@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lorascope import edits
-from lorascope.adapter import direction_layer
+from lorascope.addresses import direction_layer
 from lorascope.attached import Attached, decoder_layers
 from lorascope.fused import fused_reading
 from lorascope.kl import Changes, assistant_positions, compare_hidden, predicted_segments

@@ -1,4 +1,4 @@
-"""Reading PEFT's LoRA files: what directions can express, and its rules for rank and alpha.
+"""Reading PEFT's LoRA files: what directions can express, and its rules for rank and alpha. Nothing here loads torch.
 
 Shapes: R = rank of one module, I = input width, O = output width.
 """
@@ -9,9 +9,16 @@ import re
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, deserialize
 
 from lorascope.errors import BadInput
+
+PREFIX = "base_model.model."
+FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
+Vectors = dict[str, tuple[NDArray[np.float32], NDArray[np.float32], float]]
+"""`{module path: (a_RI, b_OR, scale)}`: the matrix becomes `W + scale · b_OR · a_RI`."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -57,16 +64,56 @@ def refuse_unknown(config: dict[str, Any], folder: Path) -> None:
         )
 
 
-def pair_tensors(tensors: dict[str, Tensor], folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
+def read_vectors(folder: Path, config: dict[str, Any]) -> Vectors:
+    """The read and write vectors of a PEFT folder's modules, in the order of the file.
+
+    Args:
+        config: what `read_config` gave.
+
+    Raises:
+        BadInput: the file is missing or damaged, or holds what directions cannot express.
+    """
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        hint = " (adapter_model.bin is a pickle and is not opened)" if (folder / "adapter_model.bin").exists() else ""
+        raise BadInput(f"{folder} has no adapter_model.safetensors{hint}; save the adapter as safetensors.")
+    pairs = pair_arrays(read_arrays(file), folder)
+    return {path: (a_RI, b_OR, module_scale(config, path, len(a_RI))) for path, (a_RI, b_OR) in pairs.items()}
+
+
+def read_arrays(file: Path) -> dict[str, NDArray[np.float32]]:
+    """The tensors of a safetensors file as float32, in their order there."""
+    try:
+        tensors = deserialize(file.read_bytes())
+    except (SafetensorError, OSError) as error:
+        raise BadInput(f"{file} is damaged ({error}); fetch or train the adapter again.") from error
+    return {name: float32_of(tensor, f"{file}: {name}") for name, tensor in tensors}
+
+
+def float32_of(tensor: dict[str, Any], name: str) -> NDArray[np.float32]:
+    """A tensor of a file as an array. numpy has no bfloat16, which is the first half of a float32."""
+    kind, data = tensor["dtype"], tensor["data"]
+    if kind == "BF16":
+        values = (np.frombuffer(data, np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
+    elif kind in FLOATS:
+        values = np.frombuffer(data, FLOATS[kind]).astype(np.float32)
+    else:
+        raise BadInput(f"{name} is of type {kind}; save the adapter in float32, bfloat16 or float16.")
+    return values.reshape(tensor["shape"])
+
+
+def pair_arrays(
+    arrays: dict[str, NDArray[np.float32]], folder: Path
+) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
     """`{module path: (a [R, I], b [O, R])}` from PEFT's keys; any other key is refused by name."""
-    halves: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
+    halves: dict[str, dict[str, NDArray[np.float32]]] = {}
+    for key, array in arrays.items():
         match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight", key)
         if not match:
             raise BadInput(f"{folder} holds a tensor that is not a LoRA matrix: {key}.")
-        if tensor.ndim != 2:
-            raise BadInput(f"{folder}: {key} has {tensor.ndim} dimensions; only LoRA of linear layers is read.")
-        halves.setdefault(match[1], {})[match[2]] = tensor
+        if array.ndim != 2:
+            raise BadInput(f"{folder}: {key} has {array.ndim} dimensions; only LoRA of linear layers is read.")
+        halves.setdefault(match[1], {})[match[2]] = array
     pairs = {}
     for path, half in halves.items():
         if set(half) != {"A", "B"}:

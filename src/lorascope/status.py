@@ -23,7 +23,7 @@ EXTRAS = {
     "math": "math_verify",
     "gym": "reasoning_gym",
     "hub": "datasets",
-    "web": "fastapi",
+    "web": "starlette",
     "embed": "sentence_transformers",
     "umap": "umap",
     "judge": "openai",

@@ -6,7 +6,7 @@ A store is the folder `scalars/CORPUS/SOURCE/` of a study:
     calibration.json    one power-of-two scale per direction, from the first batch
     shard-*.safetensors z [T, N] float16 (scalar / scale), with tokens, segments, sinks, clipping counts
     tokens.safetensors  token ids, segments and sinks of the whole corpus
-    index.json          written last: checksums of all files, counts; without it the recording is unfinished
+    index.json          written last: checksums of all files, counts, medians; without it the recording is unfinished
 
 A new recording goes to `.SOURCE.part` beside a finished store until it is finished too, and then takes its place.
 
@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lorascope.errors import MissingStage, RunFailed
+from lorascope.traces import SEGMENT_NAMES
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
@@ -41,6 +42,10 @@ DTYPES: dict[str, np.dtype[Any]] = {
 CHUNK_SCALARS = 1 << 20  # a chunk of 4 MB in float32 stays in the cache while it is used
 OPEN_SHARDS = 16
 """Shards that a store keeps mapped: each is an open file, of which a process may have 256, and a study ten stores."""
+
+
+MEDIAN_TOKENS = 20_000
+"""Most tokens that a direction's median is taken over, spread evenly."""
 
 
 def shard_name(number: int) -> str:
@@ -161,13 +166,19 @@ class Store:
                 f"The recording of {corpus} from {source} {state}; "
                 f"run: lorascope record {study} --corpus {corpus} --source {source}"
             )
-        index, plan = read_json(folder / INDEX), read_json(folder / PLAN)
+        index = read_json(folder / INDEX)
         if index.get("format") != FORMAT:
             raise RunFailed(f"{folder} has a store of another version; record this corpus again.")
         for name, entry in index["files"].items():
             file = folder / name
             if not file.is_file() or file.stat().st_size != entry["bytes"]:
                 raise RunFailed(f"{file} is missing or damaged; record this corpus again.")
+        return Store.of(folder, index)
+
+    @staticmethod
+    def of(folder: Path, index: dict[str, Any]) -> "Store":
+        """The store of files that are all there, with what its index says or will say."""
+        plan = read_json(folder / PLAN)
         tokens = [sum(plan["lengths"][i] for batch in shard for i in batch) for shard in plan["shards"]]
         starts = np.cumsum([0, *tokens], dtype=np.int64)
         scale = read_json(folder / CALIBRATION)["scale"]
@@ -232,6 +243,28 @@ class Store:
     def ordinary(self) -> npt.NDArray[np.bool_]:
         """Tokens that are neither special nor a sink, bool [T]."""
         return np.asarray((self.segments != 0) & ~self.sink)
+
+    @cached_property
+    def ordinary_by_segment(self) -> list[int]:
+        """How many ordinary tokens each segment has, by its code."""
+        known = self.index.get("ordinary_by_segment")
+        return known or np.bincount(self.segments[self.ordinary], minlength=len(SEGMENT_NAMES)).tolist()
+
+    @cached_property
+    def medians(self) -> npt.NDArray[np.float64]:
+        """Median scalar of each direction over at most `MEDIAN_TOKENS` ordinary tokens, float64 [N]; 0 without any.
+
+        The index has it; only recordings from before it did are read for it.
+        """
+        if known := self.index.get("medians"):
+            return np.array(known, np.float64)
+        ordinary = np.flatnonzero(self.ordinary)
+        if not len(ordinary):
+            return np.zeros(len(self.scale_N))
+        chosen = ordinary[:: -(-len(ordinary) // MEDIAN_TOKENS)]
+        z_TN = self.visit(chosen)
+        parts = [z_TN[:, first : first + 32] for first in range(0, z_TN.shape[1], 32)]  # twice as much at a time only
+        return np.concatenate([np.median(part.astype(np.float64), axis=0) for part in parts])
 
     @cached_property
     def shard(self) -> Callable[[int], Array]:

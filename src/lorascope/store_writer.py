@@ -28,6 +28,7 @@ from lorascope.store import (
     TOKENS,
     Array,
     Floats,
+    Store,
     hash_file,
     map_tensors,
     read_header,
@@ -313,6 +314,8 @@ class StoreWriter:
             "bytes": sum((folder / name).stat().st_size for name in files),
         }
         index = {"format": FORMAT, "counts": counts, "about": plan.about, "files": files}
+        made = Store.of(folder, {})
+        index |= {"ordinary_by_segment": made.ordinary_by_segment, "medians": made.medians.tolist()}
         write_json_file(folder / INDEX, index)
         if folder != self.folder:
             put_folder(folder, self.folder)

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache, lru_cache
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -385,18 +386,25 @@ class Study:
 
         `state` is `done`, `stale` (an input changed since) or `incomplete` (an output is gone).
         """
-        rows = []
+        rows, fingerprint = [], cache(self.fingerprint)
         for stage, record in self.manifest["stages"].items():
-            changed, gone = self.changes(record)
+            changed, gone = self.changes(record, fingerprint)
             state = "incomplete" if gone else "stale" if changed else "done"
             why = f"{', '.join(gone)} missing" if gone else f"{', '.join(changed)} changed" if changed else ""
             kept = {key: record[key] for key in ("seconds", "peak_rss", "finished")}
             rows.append({"stage": stage, "state": state, "why": why} | kept)
         return rows
 
-    def changes(self, record: dict[str, Any]) -> tuple[list[str], list[str]]:
-        """What is no longer as a stage's record says: inputs that changed, outputs that are gone."""
-        changed = [name for name, hash_ in record["inputs"].items() if self.fingerprint(name) != hash_]
+    def changes(
+        self, record: dict[str, Any], fingerprint: Callable[[str], str | None] | None = None
+    ) -> tuple[list[str], list[str]]:
+        """What is no longer as a stage's record says: inputs that changed, outputs that are gone.
+
+        Args:
+            fingerprint: what remembers `fingerprint` for the records of one look at the study.
+        """
+        find = fingerprint or self.fingerprint
+        changed = [name for name, hash_ in record["inputs"].items() if find(name) != hash_]
         return changed, [name for name in record["outputs"] if not (self.path / name).exists()]
 
     def holds(self, record: dict[str, Any]) -> bool:
@@ -426,7 +434,8 @@ class Study:
     def _file_hash(self, path: Path) -> str:
         cache_file = self.path / ".fingerprints.json"
         try:
-            cache = json.loads(cache_file.read_text())
+            known = cache_file.stat()
+            cache = read_fingerprints(cache_file, known.st_size, known.st_mtime_ns)
         except (OSError, ValueError):
             cache = {}
         stat = path.stat()
@@ -456,6 +465,12 @@ class Study:
 
     def _manifest_lock(self) -> FileLock:
         return FileLock(self.path / ".manifest.lock", timeout=30)
+
+
+@lru_cache(maxsize=4)
+def read_fingerprints(file: Path, size: int, modified: int) -> dict[str, list[Any]]:
+    """The hashes that are known, of one state of their file: {file: [size, modification time, hash]}."""
+    return dict(json.loads(file.read_text()))
 
 
 def is_shared(relative: str) -> bool:

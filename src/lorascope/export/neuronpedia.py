@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from lorascope.adapter import direction_layer
+from lorascope.addresses import direction_layer
 from lorascope.errors import MissingStage, RunFailed
 from lorascope.export.gaps import missing_features
 from lorascope.export.neuronpedia_schema import row_faults
@@ -32,9 +32,9 @@ from lorascope.export.windows import feature_windows
 from lorascope.features import KINDS, FeatureSet, load_features
 from lorascope.progress import progress
 from lorascope.study import Study, write_json
-from lorascope.token_text import TokenTable, token_table
+from lorascope.token_text import TokenTable
 from lorascope.views.feature_list import feature_place
-from lorascope.views.one_feature import tokenizer_of
+from lorascope.views.one_feature import vocabulary_of
 from lorascope.views.reading import explanations, feature_rows, missing, path_of
 
 Json = dict[str, Any]
@@ -76,7 +76,7 @@ def write_neuronpedia(study: Study, config: ExportConfig, folder: Path) -> Json:
             f"There are no examples of the study's features on {config.corpus} yet; "
             f"run first: lorascope examples {study.path} --corpus {config.corpus}."
         )
-    table = token_table(tokenizer_of(study))
+    table = vocabulary_of(study)
     sets = {kind: load_features(study, config.corpus, kind) for kind in kinds}
     layers = 1 + max(direction_layer(name) or 0 for features in sets.values() for name in features.store.addresses)
     counts = dict.fromkeys(("sources", "features", "activations", "explanations", "without_explanation"), 0)

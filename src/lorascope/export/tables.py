@@ -14,7 +14,7 @@ from lorascope.study import Study
 from lorascope.token_text import vocabulary_texts
 from lorascope.views import feature_table
 from lorascope.views.ablation_tables import WAYS, ablation_table
-from lorascope.views.one_feature import tokenizer_of
+from lorascope.views.one_feature import vocabulary_of
 from lorascope.views.reading import explanations, feature_rows, json_lines, missing, path_of, ready, table_rows
 
 Json = dict[str, Any]
@@ -57,7 +57,7 @@ def write_features(study: Study, config: ExportConfig, folder: Path, left_out: l
         return {}
     kinds = [kind for kind, count in table["kinds"].items() if count]
     left_out += missing_features(study, config.corpus, kinds)
-    names = vocabulary_texts(tokenizer_of(study))
+    names = vocabulary_texts(vocabulary_of(study))
     written: dict[str, int] = {}
     for kind in kinds:
         features = load_features(study, config.corpus, kind)

@@ -106,7 +106,7 @@ def missing_commands(data: dict[str, Any]) -> list[str]:
 def render_html(data: dict[str, Any]) -> str:
     """The whole page."""
     environment = make_environment(jinja2.PackageLoader("lorascope.report"))
-    style, script = asset("report.css"), asset("report.js")
+    style, script = asset("report.css"), asset("shared.js") + asset("report.js")
     payload = data["traces"].get("data", {"features": [], "traces": []})
     return environment.get_template("report.html.j2").render(
         **data,

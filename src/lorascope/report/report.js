@@ -1,27 +1,12 @@
 // The report works without this; it adds the theme button, the map's switch and read-out, keys, the filter and the
-// colouring of whole traces.
-"use strict";
-
-const all = (selector, root = document) => [...root.querySelectorAll(selector)];
-const one = (selector, root = document) => root.querySelector(selector);
+// colouring of whole traces. It follows shared.js in one script, so it need not import what that gives.
 
 // --- theme ---
-const root = document.documentElement;
-const themeButton = one("#theme");
-const isDark = () => (root.dataset.theme || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light")) === "dark";
-const nameTheme = () => { themeButton.textContent = isDark() ? "Light theme" : "Dark theme"; };
-function switchTheme() {
-  root.dataset.theme = isDark() ? "light" : "dark";
-  try { localStorage.setItem("lorascope-theme", root.dataset.theme); } catch { /* files may have no storage */ }
-  nameTheme();
-}
 try {
   const kept = localStorage.getItem("lorascope-theme");
-  if (kept === "light" || kept === "dark") root.dataset.theme = kept;
-} catch { /* as above */ }
-themeButton.addEventListener("click", switchTheme);
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", nameTheme);
-nameTheme();
+  if (kept === "light" || kept === "dark") document.documentElement.dataset.theme = kept;
+} catch { /* files may have no storage */ }
+const switchTheme = themeSwitch(one("#theme"), " theme");
 
 // --- which section is in view ---
 const links = all(".contents li a");
@@ -33,25 +18,7 @@ const spy = new IntersectionObserver((entries) => {
 links.forEach((a) => { const target = one(a.hash); if (target) spy.observe(target); });
 
 // --- maps: switch, read-out, arrow keys, links to cards ---
-const tabs = all('[role="tab"]');
-function showMap(tab, focus = false) {
-  for (const other of tabs) {
-    const chosen = other === tab;
-    other.setAttribute("aria-selected", String(chosen));
-    other.tabIndex = chosen ? 0 : -1;
-    one(`#${other.getAttribute("aria-controls")}`).hidden = !chosen;
-  }
-  if (focus) tab.focus();
-}
-tabs.forEach((tab, i) => {
-  tab.addEventListener("click", () => showMap(tab));
-  tab.addEventListener("keydown", (event) => {
-    const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-    if (step) { event.preventDefault(); showMap(tabs[(i + step + tabs.length) % tabs.length], true); }
-  });
-});
-if (tabs.length) showMap(one('[role="tab"][aria-selected="true"]') || tabs[0]);
-
+switchTabs();
 const cardOf = (name) => document.getElementById(`card-${name}`);
 function openCard(card) {
   card.open = true;
@@ -69,53 +36,12 @@ for (const link of all('a[href^="#card-"]')) {
   });
 }
 for (const map of all("svg.map:not(.small)")) {
-  const readout = one(".readout", map.closest("figure"));
-  const cells = all("rect[data-a]", map);
-  let at = -1;
-  const show = (i) => {
-    if (i < 0 || i >= cells.length) return;
-    if (at >= 0) cells[at].classList.remove("at");
-    at = i;
-    cells[at].classList.add("at");
-    const more = cells[at].dataset.card ? " · has a card: click or press Enter" : "";
-    readout.textContent = `${cells[at].dataset.a}: ${cells[at].dataset.s}${more}`;
-  };
-  const follow = () => { const card = at >= 0 && cells[at].dataset.card && cardOf(cells[at].dataset.a); if (card) openCard(card); };
-  // hatched cells lie on top of the ones that carry the values
-  const under = (event) => cells.indexOf(document.elementsFromPoint(event.clientX, event.clientY).find((e) => e.dataset && e.dataset.a && map.contains(e)));
-  map.addEventListener("pointermove", (event) => show(under(event)));
-  map.addEventListener("click", (event) => { show(under(event)); follow(); });
-  map.addEventListener("focus", () => { if (at < 0) show(0); });
-  map.addEventListener("keydown", (event) => {
-    if (event.key === "Enter") return follow();
-    const move = { ArrowRight: [1, 0], ArrowLeft: [-1, 0], ArrowDown: [0, 1], ArrowUp: [0, -1] }[event.key];
-    if (!move || at < 0) return;
-    event.preventDefault();
-    const [x, y] = ["x", "y"].map((name) => parseFloat(cells[at].getAttribute(name)));
-    const ahead = cells.map((cell, i) => [parseFloat(cell.getAttribute("x")) - x, parseFloat(cell.getAttribute("y")) - y, i])
-      .filter(([dx, dy]) => (move[0] ? Math.abs(dy) < 0.01 && dx * move[0] > 0.001 : Math.abs(dx) < 0.001 && dy * move[1] > 0.01))
-      .sort((a, b) => Math.abs(a[0]) + Math.abs(a[1]) - Math.abs(b[0]) - Math.abs(b[1]));
-    if (ahead.length) show(ahead[0][2]);
-  });
+  const open = (cell) => { const card = cell.dataset.card && cardOf(cell.dataset.a); if (card) openCard(card); };
+  readMap(map, open, (cell) => (cell.dataset.card ? " · has a card: click or press Enter" : ""));
 }
-
-// --- a link into something folded unfolds it ---
-document.addEventListener("click", (event) => {
-  const link = event.target.closest && event.target.closest('a[href^="#"]');
-  const target = link && document.getElementById(link.getAttribute("href").slice(1));
-  if (!target) return;
-  target.hidden = false;
-  for (let fold = target.closest("details"); fold; fold = fold.parentElement.closest("details")) fold.open = true;
-});
-
-// --- a table that is wider than the page can be scrolled by key ---
-const watchWidth = new ResizeObserver((entries) => {
-  for (const { target } of entries) {
-    if (target.scrollWidth > target.clientWidth) target.tabIndex = 0;
-    else target.removeAttribute("tabindex");
-  }
-});
-all(".scroll").forEach((box) => watchWidth.observe(box));
+unfoldLinks();
+watchTables();
+tokenTips();
 
 // --- cards: j, k, /, filter ---
 const cards = all(".card");
@@ -164,21 +90,6 @@ document.addEventListener("keydown", (event) => {
   else if (event.key === "/" && filter) { event.preventDefault(); filter.focus(); filter.scrollIntoView({ block: "center" }); }
 });
 
-// --- a token's activation under the pointer ---
-const tip = document.createElement("div");
-tip.id = "tip";
-tip.hidden = true;
-document.body.append(tip);
-document.addEventListener("pointerover", (event) => {
-  const token = event.target.closest && event.target.closest(".tokens [data-v]");
-  tip.hidden = !token;
-  if (!token) return;
-  tip.textContent = token.dataset.v;
-  const box = token.getBoundingClientRect();
-  tip.style.left = `${Math.max(4, box.left + scrollX)}px`;
-  tip.style.top = `${box.top + scrollY - 26}px`;
-});
-
 // --- whole traces ---
 const data = JSON.parse(one("#data").textContent);
 const featureSelect = one("#feature");
@@ -197,19 +108,6 @@ if (featureSelect && data.features.length) {
   });
   let firings = [];
   let place = -1;
-  const drawStrip = (codes, feature) => {
-    const strip = one("#strip");
-    const bars = [];
-    const width = 100 / codes.length;
-    codes.forEach((code, i) => {
-      if (!code) return;
-      const bar = document.createElementNS("http://www.w3.org/2000/svg", "rect");
-      const height = Math.max(1, (40 * code) / 255);
-      for (const [name, value] of [["class", feature.kind], ["x", `${i * width}%`], ["width", `${Math.max(width, 0.15)}%`], ["y", 42 - height], ["height", height]]) bar.setAttribute(name, value);
-      bars.push(bar);
-    });
-    strip.replaceChildren(...bars);
-  };
   const colour = () => {
     const f = Number(featureSelect.value);
     const t = Number(traceSelect.value);
@@ -231,7 +129,8 @@ if (featureSelect && data.features.length) {
     });
     one("#counted").textContent = `fires on ${firings.length} of ${tokens.length} tokens`;
     one("#next").disabled = firings.length === 0;
-    drawStrip(codes, feature);
+    one("#strip").setAttribute("class", `strip ${feature.kind}`);
+    drawStrip(one("#strip"), codes, 0, 255);
   };
   featureSelect.addEventListener("change", colour);
   traceSelect.addEventListener("change", colour);

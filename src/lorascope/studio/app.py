@@ -1,7 +1,6 @@
-"""The application: addresses, templates, static files, and what may be written. FastAPI is loaded inside functions."""
+"""The application: addresses, templates, static files, what may be written. Starlette is loaded inside functions."""
 
 import contextlib
-import json
 import traceback
 from collections.abc import Callable
 from functools import cache, partial
@@ -16,17 +15,20 @@ from lorascope.config import Options
 from lorascope.errors import BadInput, RunFailed
 from lorascope.report.build import make_environment
 from lorascope.report.scatter import point_map
+from lorascope.studio.answers import Endpoint, in_json, posted
 from lorascope.studio.live import Live
-from lorascope.studio.live_routes import add_live
+from lorascope.studio.live_routes import live_routes
 from lorascope.studio.notes import FILE, add_note, merge_notes
 from lorascope.studio.pages import JSON_ONLY, PAGES, Page
+from lorascope.studio.queries import BadQuery
 from lorascope.study import Study, digest
 from lorascope.views import provenance
 from lorascope.views.kept import kept_view, study_state
+from lorascope.views.one_feature import vocabulary_of
 
 KINDS_OF_FILE = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
-OWN_FILES = "studio.css icon.svg theme.js studio.js strip.js features.js feature.js map.js trace.js live.js notes.js"
-STATIC = {"report.css": "report"} | dict.fromkeys(OWN_FILES.split(), "studio/static")
+OWN_FILES = "studio.css icon.svg theme.js studio.js painting.js features.js feature.js map.js trace.js live.js notes.js"
+STATIC = dict.fromkeys(("report.css", "shared.js"), "report") | dict.fromkeys(OWN_FILES.split(), "studio/static")
 """The files that are served, and the package folder of each; nothing else can be asked for."""
 NAVIGATION = (
     ("/", "Overview"),
@@ -42,20 +44,16 @@ NAVIGATION = (
 
 def make_app(study: Study, options: Options) -> Any:
     """The application of one study, without the guard around it."""
-    from fastapi import FastAPI
+    from starlette.applications import Starlette
+    from starlette.routing import Route
 
-    app = FastAPI(title="lorascope studio", openapi_url=None, docs_url=None, redoc_url=None)
-    for page in PAGES:
-        app.add_api_route(page.twin or f"{page.path}.json", json_endpoint(study, page.view), methods=["GET"])
-    for path, view in JSON_ONLY.items():
-        app.add_api_route(path, json_endpoint(study, view), methods=["GET"])
-    for page in PAGES:
-        app.add_api_route(page.path, html_endpoint(study, page), methods=["GET"])
-    add_files(app)
-    add_notes(app, study)
-    add_live(app, Live(study, options))
-    add_errors(app, study)
-    return app
+    twins = {page.json_path: json_endpoint(study, page) for page in (*PAGES, *JSON_ONLY)}
+    pages = {page.path: html_endpoint(study, page) for page in PAGES}
+    shown = {"/static/{name}": static_file, "/state.json": lambda request: in_json({"state": state_of(study)})}
+    routes = [Route(path, endpoint) for path, endpoint in (twins | pages | shown).items()]
+    acting = note_routes(study) + live_routes(Live(study, options))
+    routes += [Route(path, endpoint, methods=[method]) for path, method, endpoint in acting]
+    return Starlette(routes=routes, exception_handlers=error_handlers(study))
 
 
 @cache
@@ -94,11 +92,17 @@ def old_stages(study: Study) -> list[str]:
     return []
 
 
-def first_view(study: Study) -> None:
-    """Make the first page once before anybody asks for it; what is wrong with it, the page itself says."""
+def first_pages(study: Study) -> None:
+    """Make the first page before anybody asks for it, and what a feature's page, the next one, needs longest for.
+
+    What is wrong with them, the pages themselves say.
+    """
     first = PAGES[0]
     with contextlib.suppress(BadInput, RunFailed, OSError):
         render(study, first.template, first.path, first.view(study, {}, {}))
+    with contextlib.suppress(BadInput, OSError):
+        environment().get_template("feature_page.html.j2")
+        vocabulary_of(study)
 
 
 def state_of(study: Study) -> str:
@@ -111,7 +115,7 @@ def outcome(error: Exception, changed: bool) -> tuple[int, str]:
     if changed:
         return 503, "The study changed while it was read; reload the page."
     if isinstance(error, BadInput):
-        return 404, str(error)
+        return 400 if isinstance(error, BadQuery) else 404, str(error)
     if isinstance(error, RunFailed):
         return 503, str(error)
     if isinstance(error, OSError):
@@ -120,31 +124,30 @@ def outcome(error: Exception, changed: bool) -> tuple[int, str]:
     return 500, f"{type(error).__name__}: the traceback is where lorascope studio runs."
 
 
-def json_endpoint(study: Study, view: Callable[..., dict[str, Any]]) -> Callable[..., Any]:
-    """An endpoint that gives a view as JSON, errors as `{"error"}`."""
-    from fastapi import Request, Response
+def json_endpoint(study: Study, page: Page) -> Endpoint:
+    """An endpoint that gives a page's content as JSON, errors as `{"error"}`."""
+    from starlette.requests import Request
 
-    def answer(request: Request) -> Response:
+    def answer(request: Request) -> Any:
         before = study_state(study)
         try:
-            status, text = 200, dumped(view(study, request.path_params, dict(request.query_params)))
+            return in_json(page.content(study, request.path_params, dict(request.query_params)))
         except Exception as error:
             status, said = outcome(error, study_state(study) != before)
-            text = dumped({"error": said})
-        return Response(text, status, media_type="application/json")
+            return in_json({"error": said}, status)
 
     return answer
 
 
-def html_endpoint(study: Study, page: Page) -> Callable[..., Any]:
+def html_endpoint(study: Study, page: Page) -> Endpoint:
     """An endpoint that gives a view as a page, errors as a page that says what to do."""
-    from fastapi import Request
-    from fastapi.responses import HTMLResponse
+    from starlette.requests import Request
+    from starlette.responses import HTMLResponse
 
     def answer(request: Request) -> HTMLResponse:
         before = study_state(study)
         try:
-            data = page.view(study, request.path_params, dict(request.query_params))
+            data = page.content(study, request.path_params, dict(request.query_params))
             return HTMLResponse(render(study, page.template, page.path, data))
         except Exception as error:
             status, text = outcome(error, study_state(study) != before)
@@ -153,30 +156,18 @@ def html_endpoint(study: Study, page: Page) -> Callable[..., Any]:
     return answer
 
 
-def dumped(value: Any) -> bytes:
-    """Compact JSON without NaN, as UTF-8.
+def static_file(request: Any) -> Any:
+    """A style sheet or script, from memory and by name."""
+    from starlette.responses import Response
 
-    Raises:
-        ValueError: a number or a text in it can be no part of that.
-    """
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
-
-
-def add_files(app: Any) -> None:
-    """Style sheets and scripts, from memory and by name."""
-    from fastapi import Request, Response
-
-    def static(name: str, request: Request) -> Response:
-        if name not in STATIC:
-            return Response(dumped({"error": "There is no such file."}), 404, media_type="application/json")
-        text = static_text(name)
-        tag = f'"{digest(text)[:16]}"'
-        if request.headers.get("if-none-match") == tag:
-            return Response(status_code=304, headers={"etag": tag})
-        kind = KINDS_OF_FILE[name[name.rindex(".") :]]
-        return Response(text, media_type=kind, headers={"etag": tag})
-
-    app.add_api_route("/static/{name}", static, methods=["GET"])
+    name = request.path_params["name"]
+    if name not in STATIC:
+        return in_json({"error": "There is no such file."}, 404)
+    text = static_text(name)
+    tag = f'"{digest(text)[:16]}"'
+    if request.headers.get("if-none-match") == tag:
+        return Response(status_code=304, headers={"etag": tag})
+    return Response(text, media_type=KINDS_OF_FILE[name[name.rindex(".") :]], headers={"etag": tag})
 
 
 @cache
@@ -185,26 +176,23 @@ def static_text(name: str) -> str:
     return (resources.files("lorascope") / STATIC[name] / name).read_text(encoding="utf-8")
 
 
-def add_notes(app: Any, study: Study) -> None:
-    """Writing, merging and exporting notes; and the state of the study."""
-    from fastapi import Body, Request, Response
-    from fastapi.concurrency import run_in_threadpool
+def note_routes(study: Study) -> list[tuple[str, str, Endpoint]]:
+    """(address, method, endpoint) of writing, merging and exporting notes."""
+    from starlette.concurrency import run_in_threadpool
+    from starlette.requests import Request
+    from starlette.responses import Response
 
-    def state() -> dict[str, str]:
-        return {"state": state_of(study)}
-
-    def saved(save: Callable[[], dict[str, Any]]) -> Response:
+    def saved(save: Callable[[], dict[str, Any]]) -> Any:
         try:
-            status, value = 200, save()
+            return in_json(save())
         except BadInput as error:
-            status, value = 400, {"error": str(error)}
+            return in_json({"error": str(error)}, 400)
         except RunFailed as error:
-            status, value = 503, {"error": str(error)}
+            return in_json({"error": str(error)}, 503)
         except OSError as error:
-            status, value = 507, {"error": f"The notes were not saved: {error.strerror or error}."}
-        return Response(dumped(value), status, media_type="application/json")
+            return in_json({"error": f"The notes were not saved: {error.strerror or error}."}, 507)
 
-    def write(event: dict[str, Any] = Body()) -> Response:  # noqa: B008 (FastAPI's way to name a body)
+    def write(event: dict[str, Any]) -> Any:
         return saved(lambda: add_note(study, event.get("place", ""), event.get("field", ""), event.get("value")))
 
     async def merge(request: Request) -> Response:
@@ -212,34 +200,28 @@ def add_notes(app: Any, study: Study) -> None:
         # in a thread: somebody else may be writing, and other pages go on meanwhile
         return await run_in_threadpool(saved, lambda: merge_notes(study, text))
 
-    def export() -> Response:
+    def export(request: Request) -> Response:
         path = study.path / FILE
         content = path.read_bytes() if path.is_file() else b""
         headers = {"content-disposition": f'attachment; filename="{FILE}"'}
         return Response(content, media_type="application/x-ndjson", headers=headers)
 
-    app.add_api_route("/state.json", state, methods=["GET"])
-    app.add_api_route("/notes", write, methods=["POST"])
-    app.add_api_route("/notes/merge", merge, methods=["POST"])
-    app.add_api_route("/notes.jsonl", export, methods=["GET"])
+    return [("/notes", "POST", posted(write)), ("/notes/merge", "POST", merge), ("/notes.jsonl", "GET", export)]
 
 
-def add_errors(app: Any, study: Study) -> None:
-    """Addresses that do not exist, and bodies that are no JSON object, as sentences."""
-    from fastapi import Request, Response
-    from fastapi.exceptions import RequestValidationError
-    from fastapi.responses import HTMLResponse
+def error_handlers(study: Study) -> dict[Any, Callable[..., Any]]:
+    """Addresses that do not exist, and bodies that were cut off at their limit, as sentences."""
+    from starlette.requests import ClientDisconnect, Request
+    from starlette.responses import HTMLResponse
 
-    def absent(request: Request, error: Exception) -> Response:
+    def absent(request: Request, error: Exception) -> Any:
         status = getattr(error, "status_code", 404)
         text = "There is no such page." if status == 404 else "This cannot be done here."
         if request.url.path.endswith(".json") or request.method != "GET":
-            return Response(dumped({"error": text}), status, media_type="application/json")
+            return in_json({"error": text}, status)
         return HTMLResponse(render(study, "error_page.html.j2", "", {"status": status, "text": text}), status)
 
-    def malformed(request: Request, error: Exception) -> Response:
-        return Response(dumped({"error": "The body must be a JSON object."}), 400, media_type="application/json")
+    def cut_off(request: Request, error: Exception) -> Any:
+        return in_json({"error": "The request is too long."}, 413)
 
-    app.add_exception_handler(404, absent)
-    app.add_exception_handler(405, absent)
-    app.add_exception_handler(RequestValidationError, malformed)
+    return {404: absent, 405: absent, ClientDisconnect: cut_off}

@@ -3,10 +3,11 @@
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 from lorascope.errors import BadInput
+from lorascope.studio.answers import Endpoint, in_json, posted
 from lorascope.studio.live import ENDS, Job, Live, read_request
 from lorascope.views.reading import ready
 
@@ -14,19 +15,18 @@ QUIET = 1.0
 """Seconds without news after which a line is sent all the same, which finds out whether the page is still there."""
 
 
-def add_live(app: Any, live: Live) -> None:
-    """Register the addresses."""
-    from fastapi import Body, Response
-    from fastapi.responses import StreamingResponse
+def live_routes(live: Live) -> list[tuple[str, str, Endpoint]]:
+    """(address, method, endpoint) of each."""
+    from starlette.responses import StreamingResponse
 
-    def state() -> Response:
+    def state(request: Any) -> Any:
         return in_json(live.status())
 
-    def open_model() -> Response:
+    def open_model(request: Any) -> Any:
         live.open()
         return in_json(live.status())
 
-    def generate(body: dict[str, Any] = Body()) -> Response:  # noqa: B008 (FastAPI's way to name a body)
+    def generate(body: dict[str, Any]) -> Any:
         try:
             job = live.submit(read_request(body))
         except BadInput as error:
@@ -34,20 +34,15 @@ def add_live(app: Any, live: Live) -> None:
         headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
         return StreamingResponse(server_sent(live, job), media_type="text/event-stream", headers=headers)
 
-    def stop(body: dict[str, Any] = Body()) -> Response:  # noqa: B008
+    def stop(body: dict[str, Any]) -> Any:
         return in_json({"stopped": live.stop(str(body.get("id", "")))})
 
-    def in_json(value: Any, status: int = 200) -> Response:
-        return Response(json.dumps(value, allow_nan=False), status, media_type="application/json")
-
-    routes: dict[str, tuple[Callable[..., Any], str]] = {
-        "/live/state.json": (state, "GET"),
-        "/live/open": (open_model, "POST"),
-        "/live/generate": (generate, "POST"),
-        "/live/stop": (stop, "POST"),
-    }
-    for path, (endpoint, method) in routes.items():
-        app.add_api_route(path, endpoint, methods=[method], response_model=None)
+    return [
+        ("/live/state.json", "GET", state),
+        ("/live/open", "POST", open_model),
+        ("/live/generate", "POST", posted(generate)),
+        ("/live/stop", "POST", posted(stop)),
+    ]
 
 
 async def server_sent(live: Live, job: Job) -> AsyncIterator[str]:

@@ -7,14 +7,13 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-from lorascope.errors import BadInput, MissingStage, RunFailed
-from lorascope.features import KINDS
+from lorascope.errors import BadInput, MissingStage
 from lorascope.studio.live import LONGEST_PROMPT, MOST_FEATURES, RUNS, WEIGHTS, sample_prompts
 from lorascope.studio.measuring import Measurement, known_effects, measure
 from lorascope.studio.notes import FILE, Note, as_shown, current_notes, read_events, searchable
+from lorascope.studio.queries import BadQuery, asked, check_names, choice, chosen_corpus, listed_features, whole_number
 from lorascope.study import Study, digest
 from lorascope.views import (
     ablation_view,
@@ -34,7 +33,7 @@ from lorascope.views import (
 from lorascope.views.control_scores import control_means
 from lorascope.views.feature_list import feature_kind, feature_place
 from lorascope.views.feature_search import SORTS, FeatureQuery, feature_index, find_features
-from lorascope.views.firing import check_corpus, coloured_trace, fires_here, trace_list
+from lorascope.views.firing import check_corpus, coloured_trace, fires_here, known_column, trace_list
 from lorascope.views.interactions import interaction_matrix
 from lorascope.views.kept import kept_view, study_state
 from lorascope.views.leaders import leaders
@@ -57,41 +56,30 @@ class Page:
     template: str
     view: Callable[[Study, Parts, Parts], Json]
     """(study, parts of the path, parts of the query) to the page's content."""
+    asks: tuple[str, ...] = ()
+    """The names that its query may have."""
     twin: str = ""
     """The address of the JSON twin (default: the path with .json)."""
 
+    @property
+    def json_path(self) -> str:
+        """The address of its JSON."""
+        return self.twin or f"{self.path}.json"
 
-def chosen_corpus(study: Study, query: Parts) -> str:
-    """The corpus that a query names, the training corpus by default."""
-    corpus = query.get("corpus") or "train"
-    if corpus != "train":
-        check_corpus(study, corpus)
-    return corpus
+    def content(self, study: Study, path: Parts, query: Parts) -> Json:
+        """What it shows.
 
-
-def whole_number(text: str, what: str) -> int:
-    """A number from an address.
-
-    Raises:
-        BadInput: it is none.
-    """
-    if not text.isascii() or not text.isdigit() or len(text) > 9:
-        raise BadInput(f"{what} must be a number, not {text[:40]!r}.")
-    return int(text)
-
-
-def listed_features(query: Parts, most: int) -> list[str]:
-    """The features that a query lists, comma-separated, each once."""
-    names = list(dict.fromkeys(name for name in query.get("features", "").split(",") if name))
-    if len(names) > most:
-        raise BadInput(f"At most {most} features can be shown together.")
-    return names
+        Raises:
+            BadQuery: the query has a name or a value that makes no sense.
+        """
+        check_names(query, self.asks)
+        return self.view(study, path, query)
 
 
 def overview_page(study: Study, path: Parts, query: Parts) -> Json:
     """What the study is and found, its training, and what was left out."""
     views = {"overview": overview, "leaders": leaders, "curves": training_curves, "sae": sae_page, "dropped": dropped}
-    return {name: kept_view(study, view) for name, view in views.items()}
+    return {name: kept_view(study, view) for name, view in views.items()} | {"notes": notes_at(study, ["study"])}
 
 
 def evidence_page(study: Study, path: Parts, query: Parts) -> Json:
@@ -127,14 +115,14 @@ def categories_page(study: Study, path: Parts, query: Parts) -> Json:
 def map_page(study: Study, path: Parts, query: Parts) -> Json:
     """The layer × type maps and the ablation tables; what maps need of a whole recording is measured meanwhile."""
     corpus = chosen_corpus(study, query)
-    waiting = measurement_said(measure(study, corpus))  # first: what ends after it is known to the next line
+    waiting = measure(study, corpus)  # first: what ends after it is known to the next line
     known = known_effects(study, corpus) is not None
     pairs = kept_view(study, interaction_matrix)
     return {
         "map": kept_view(study, scored_map, corpus, known),
         "corpus": corpus,
         "corpora": study.corpora(),
-        "measuring": waiting,
+        "measuring": measurement_said(None if known else waiting),
         "ablation": kept_view(study, ablation_view),
         "interactions": {name: value for name, value in pairs.items() if name != "cosines"},
     }
@@ -167,19 +155,17 @@ def scored_map(study: Study, corpus: str, measured: bool) -> Json:
 def features_page(study: Study, path: Parts, query: Parts) -> Json:
     """The table of features."""
     corpus = chosen_corpus(study, query)
-    names = [field.name for field in dataclasses.fields(FeatureQuery)]
-    given: dict[str, Any] = {name: query[key] for name in names if query.get(key := name.rstrip("_"))}
-    if unknown := set(query) - {name.rstrip("_") for name in names} - {"corpus", "only", "tag"}:
-        raise BadInput(f"There is no filter {sorted(unknown)[0][:40]!r} of the table of features.")
-    for name in {"page", "size"} & set(given):
-        given[name] = whole_number(given[name], name.capitalize())
-    wanted = FeatureQuery(**given)
+    given: dict[str, Any] = {name: query[key] for key, name in FILTERS.items() if query.get(key)}
     notes = current_notes(read_events(study.path / FILE)[0])
-    only, tag = query.get("only", ""), query.get("tag", "")
-    found = find_features(study, corpus, wanted, said=searchable(notes), only=noted_as(notes, only == "starred", tag))
+    only, tag = choice(query, "only", ("starred",)), query.get("tag", "")
+    with asked():
+        for name in {"page", "size"} & set(given):
+            given[name] = whole_number(given[name], name.capitalize())
+        noted = noted_as(notes, only == "starred", tag)
+        found = find_features(study, corpus, FeatureQuery(**given), said=searchable(notes), only=noted)
     places = {name: f"feature:{name}" for name in (row["id"] for row in found.get("rows", []))}
-    labels = {name: notes[place] for name, place in places.items() if place in notes}
-    shown = {name: {"label": note.label, "star": note.star, "tags": note.tags} for name, note in labels.items()}
+    labels = {name: as_shown(study, notes[place]) for name, place in places.items() if place in notes}
+    shown = {name: {key: note[key] for key in ("label", "star", "tags", "moved")} for name, note in labels.items()}
     tags = sorted({name for place, note in notes.items() if place.startswith("feature:") for name in note.tags})
     chosen = {"only": only, "tag": tag, "tags": tags, "study": study_name(study)}
     return found | chosen | {"notes": shown, "sorts": SORTS, "corpora": study.corpora()}
@@ -201,7 +187,7 @@ def study_name(study: Study) -> str:
 def feature_view(study: Study, path: Parts, query: Parts) -> Json:
     """One feature: both polarities of a direction, or one latent, with what stands near it."""
     corpus = chosen_corpus(study, query)
-    everything = query.get("all") == "1"
+    everything = choice(query, "all", ("1",)) == "1"
     feature = path["feature"]
     kind = feature_kind(feature)
     sides = polarities(feature, kind)
@@ -265,7 +251,8 @@ def traces_page(study: Study, path: Parts, query: Parts) -> Json:
     corpus = query.get("corpus") or ("heldout" if "heldout" in corpora else next(iter(corpora), "train"))
     if not corpora:
         return direction_absent(study)
-    return trace_list(study, corpus, whole_number(query.get("page") or "1", "Page"))
+    with asked():
+        return trace_list(study, corpus, whole_number(query.get("page") or "1", "Page"))
 
 
 def direction_absent(study: Study) -> Json:
@@ -278,6 +265,10 @@ def trace_view(study: Study, path: Parts, query: Parts) -> Json:
     """One trace, coloured by the features that the query lists."""
     index = whole_number(path["index"], "The trace")
     names = listed_features(query, MOST_COMPARED)
+    check_corpus(study, path["corpus"])
+    with asked(), contextlib.suppress(MissingStage):  # what is missing, the page says
+        for name in names:
+            known_column(study, path["corpus"], name)
     page = coloured_trace(study, path["corpus"], index, names)
     if page["available"]:
         place = f"{path['corpus']}:{index}"
@@ -319,43 +310,42 @@ def live_page(study: Study, path: Parts, query: Parts) -> Json:
         command = f"lorascope train {study.path}"
         return {"available": False, "missing": {"what": "the adapter", "run": command}}
     features = listed_features(query, MOST_FEATURES)
+    check_live(query)
     corpus, prompts = sample_prompts(study)
     about = {"features": features, "prompts": prompts, "prompts_from": corpus, "runs": RUNS}
     return {"available": True, "longest": LONGEST_PROMPT} | about
 
 
+def check_live(query: Parts) -> None:
+    """Raise BadQuery for runs, places and numbers that the Live page does not have; what else it is asked, it shows."""
+    if unknown := sorted(set(filter(None, query.get("runs", "").split(","))) - set(RUNS)):
+        raise BadQuery(f"There is no run {unknown[0][:40]!r}; choose from {', '.join(RUNS)}.")
+    choice(query, "where", ("generated", "all"))
+    for name in ("tokens", "temperature", "seed"):
+        try:
+            float(query.get(name) or 0)
+        except ValueError as error:
+            raise BadQuery(f"{name} must be a number, not {query[name][:40]!r}.") from error
+
+
+FILTERS = {field.name.rstrip("_"): field.name for field in dataclasses.fields(FeatureQuery)}
+"""What the table of features can be asked for, and the field that says it."""
+LIVE = ("features", "moves", "runs", "tokens", "temperature", "seed", "where", "prompt")
 PAGES = (
-    Page("/", "overview_page.html.j2", overview_page, "/overview.json"),
-    Page("/map", "map_page.html.j2", map_page),
+    Page("/", "overview_page.html.j2", overview_page, twin="/overview.json"),
+    Page("/map", "map_page.html.j2", map_page, ("corpus",)),
     Page("/evidence", "evidence_page.html.j2", evidence_page),
     Page("/categories", "categories_page.html.j2", categories_page),
-    Page("/features", "features_page.html.j2", features_page),
-    Page("/feature/{feature}", "feature_page.html.j2", feature_view),
-    Page("/compare", "compare_page.html.j2", compare_page),
-    Page("/traces", "traces_page.html.j2", traces_page),
-    Page("/trace/{corpus}/{index}", "trace_page.html.j2", trace_view),
-    Page("/live", "live_page.html.j2", live_page),
-    Page("/notes", "notes_page.html.j2", notes_page),
+    Page("/features", "features_page.html.j2", features_page, (*FILTERS, "corpus", "only", "tag")),
+    Page("/feature/{feature}", "feature_page.html.j2", feature_view, ("corpus", "all")),
+    Page("/compare", "compare_page.html.j2", compare_page, ("features", "corpus")),
+    Page("/traces", "traces_page.html.j2", traces_page, ("corpus", "page")),
+    Page("/trace/{corpus}/{index}", "trace_page.html.j2", trace_view, ("features",)),
+    Page("/live", "live_page.html.j2", live_page, LIVE),
+    Page("/notes", "notes_page.html.j2", notes_page, ("tag",)),
 )
-JSON_ONLY = {
-    "/fires/{corpus}/{index}/{position}.json": fires_page,
-    "/measured.json": measured_page,
-    "/interactions.json": interactions_page,
-}
-
-
-def warm_up(study: Study) -> None:
-    """Read in the background what the first pages need; the map begins to measure what it needs of the whole store."""
-    everything: Parts = {}
-
-    def one_feature(kind: str) -> None:
-        feature_view(study, {"feature": open_features(study, "train", kind).ids[0]}, everything)
-
-    features: list[Callable[[], object]] = [partial(one_feature, kind) for kind in KINDS]
-    pages: list[Callable[[], object]] = [
-        partial(page, study, everything, everything) for page in (features_page, evidence_page, map_page)
-    ]
-    # A reader goes from the overview to a feature: directions and latents come before all else.
-    for prepare in (*features[:2], *pages, *features[2:]):
-        with contextlib.suppress(MissingStage, BadInput, RunFailed, OSError):  # the page itself says what is wrong
-            prepare()
+JSON_ONLY = (
+    Page("/fires/{corpus}/{index}/{position}", "", fires_page),
+    Page("/measured", "", measured_page, ("corpus",)),
+    Page("/interactions", "", interactions_page),
+)

@@ -16,8 +16,6 @@ from lorascope.studio.guard import guarded, rules_for
 from lorascope.study import Study
 
 FIRST_PORT, TRIES = 8700, 20
-LATER = 0.3
-"""Seconds that the first page has for itself before the others are prepared."""
 
 
 @dataclass(frozen=True)
@@ -40,31 +38,32 @@ def serve(study: Study, config: StudioConfig, options: Options) -> dict[str, Any
     Raises:
         BadInput: the extra `web` is not installed, or the address cannot be bound.
     """
-    if not all(util.find_spec(name) for name in ("fastapi", "uvicorn")):
+    if not all(util.find_spec(name) for name in ("starlette", "uvicorn")):
         raise BadInput('The studio needs the extra "web"; install it with: pip install "lorascope[web]".')
     import uvicorn
 
-    from lorascope.studio.app import first_view, make_app
-    from lorascope.studio.pages import warm_up
+    from lorascope.studio.app import environment, first_pages, make_app
+    from lorascope.studio.warming import SWITCH, Visits, warm_up
 
     bound = bind(config.host, config.port)
     port = bound.getsockname()[1]
     rules = rules_for(config.host, token=config.token)
     query = f"?token={rules.token}" if rules.token else ""
     url = address_of(config.host, port)
-    first_view(study)
+    first_pages(study)
     print(f"The studio of {study.path} is at {url}{query} (stop with Ctrl-C).", file=sys.stderr)
     connection = os.environ.get("SSH_CONNECTION", "")
     for line in ways_in(config.host, port, query, connection):
         print(line, file=sys.stderr)
     sys.stderr.flush()
-    later = threading.Timer(LATER, warm_up, (study,))
-    later.daemon = True
-    later.start()
+    sys.setswitchinterval(SWITCH)
+    visits = Visits()
+    prepare = (study, environment().get_template, visits.wait)
+    threading.Thread(target=warm_up, args=prepare, daemon=True).start()
     if config.open and not connection and not config.token:
         threading.Timer(0.5, webbrowser.open, (url + query,)).start()
     settings = uvicorn.Config(
-        guarded(make_app(study, options), rules),
+        visits.counted(guarded(make_app(study, options), rules)),
         log_level="warning",
         access_log=False,
         server_header=False,

@@ -5,7 +5,7 @@ from collections import Counter
 from lorascope.explain.categories.assign import NO_ANSWER, NONE_FITS, WITHOUT
 from lorascope.study import Study
 from lorascope.views.feature_list import kind_rows
-from lorascope.views.reading import Json, json_file, json_lines, missing, ready, table_rows
+from lorascope.views.reading import Json, feature_lines, json_file, json_lines, missing, ready, table_rows
 
 LABELS = {"latent": "latents", "direction": "directions", "base": "control: base model", "token": "tokens"}
 SPACES = {
@@ -62,7 +62,7 @@ def category_view(study: Study) -> Json:
 
 def feature_category(study: Study, kind: str, feature: str) -> Json | None:
     """One feature's row of `categories/KIND.jsonl`; None when features of its kind were not sorted into categories."""
-    return next((row for row in json_lines(study, f"categories/{kind}.jsonl") if row["feature"] == feature), None)
+    return next(iter(feature_lines(study, f"categories/{kind}.jsonl", feature)), None)
 
 
 def one_kind(study: Study, kind: str, table: Json, numbers: dict[str, int], known: dict[str, Json]) -> Json:

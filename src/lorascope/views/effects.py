@@ -12,21 +12,19 @@ import numpy.typing as npt
 
 from lorascope.store import INDEX, Store, store_folder
 from lorascope.study import Study, digest, read_json, write_json
-from lorascope.views.kept import kept_once, stamp
 
 CACHE = ".views"
 """Folder in the study for what can be computed again; names with a dot are no stage's input."""
 VERSION = 2
 """Part of the stamp of what is kept: raise it when the statistics change."""
-MEDIAN_TOKENS = 20_000
 
 
 def direction_effects(study: Study, corpus: str, source: str = "adapter") -> dict[str, list[Any]]:
     """Per direction, over ordinary tokens: `{"address", "rms", "mean", "median", "participation"}`, lists of N.
 
-    `rms`, `mean` and `median` are of the effect s·‖b‖·z, the median over at most `MEDIAN_TOKENS` tokens spread
-    evenly. `participation` is (E|e|)² / E[e²]: 1 when |e| is the same on every token, 2/π = 0.64 for a Gaussian,
-    near 0 when few tokens carry everything; None for a direction that is always 0.
+    `rms`, `mean` and `median` are of the effect s·‖b‖·z, the median that of `Store.medians`. `participation` is
+    (E|e|)² / E[e²]: 1 when |e| is the same on every token, 2/π = 0.64 for a Gaussian, near 0 when few tokens carry
+    everything; None for a direction that is always 0.
 
     Raises:
         MissingStage: the corpus is not recorded.
@@ -59,24 +57,6 @@ def store_stamp(folder: Path) -> str:
     return digest([VERSION, read_json(folder / INDEX)])
 
 
-def typical_effects(study: Study, corpus: str, source: str = "adapter") -> dict[str, float]:
-    """The median effect of each direction, as in `direction_effects`, without a reading of the whole store.
-
-    Raises:
-        MissingStage: the corpus is not recorded.
-    """
-    folder = store_folder(study.path, corpus, source)
-    index = folder / INDEX
-    return kept_medians(folder, *(stamp(index) if index.is_file() else (0, 0)))
-
-
-@kept_once(maxsize=24)
-def kept_medians(folder: Path, size: int, modified: int) -> dict[str, float]:
-    """`typical_effects` of one state of a store."""
-    store = Store.open(folder)
-    return dict(zip(store.addresses, median_effects(store).tolist(), strict=True))
-
-
 def measure_effects(store: Store) -> dict[str, list[Any]]:
     """The statistics of `direction_effects`, computed."""
     n = len(store.addresses)
@@ -93,19 +73,9 @@ def measure_effects(store: Store) -> dict[str, list[Any]]:
         "address": list(store.addresses),
         "rms": np.sqrt(square_N / size).tolist(),
         "mean": (total_N / size).tolist(),
-        "median": median_effects(store).tolist(),
+        "median": (store.medians * store.effect_per_scalar).tolist(),
         "participation": participation(absolute_N / size, square_N / size),
     }
-
-
-def median_effects(store: Store) -> npt.NDArray[np.float64]:
-    """Median effect of each direction over ordinary tokens; 0 without any."""
-    ordinary = np.flatnonzero(store.ordinary)
-    if not len(ordinary):
-        return np.zeros(len(store.addresses))
-    chosen = ordinary[:: -(-len(ordinary) // MEDIAN_TOKENS)]
-    median_N = np.median(store.visit(chosen).astype(np.float64), axis=0)
-    return np.asarray(median_N * store.effect_per_scalar)
 
 
 def participation(absolute_N: npt.NDArray[np.float64], square_N: npt.NDArray[np.float64]) -> list[float | None]:

@@ -1,7 +1,6 @@
 """One table for every kind of feature: directions' polarities, latents, controls."""
 
 from collections.abc import Iterable
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +8,14 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load_file
 
-from lorascope.adapter import Adapter, direction_layer, direction_type
+from lorascope.addresses import direction_layer, direction_type
+from lorascope.errors import RunFailed
 from lorascope.explain import LEXICAL
 from lorascope.features import KINDS
 from lorascope.study import Study, read_json
 from lorascope.views.ablation_tables import direction_kl
-from lorascope.views.kept import stamp
+from lorascope.views.directions import open_directions
+from lorascope.views.kept import kept_once, stamp
 from lorascope.views.reading import Json, explanations, json_lines, missing, ready, table_rows
 
 SHOWN_STATS = (
@@ -148,18 +149,21 @@ def decoder_norms(study: Study) -> dict[str, float]:
 
 def decoder_effects(study: Study) -> tuple[list[str], npt.NDArray[np.float32]] | None:
     """Addresses [N] and the SAE's decoder [F, N] in effect units (W_dec · s·‖b‖); None without SAE or adapter."""
-    weights, adapter = study.path / "sae" / "sae_weights.safetensors", study.path / "adapter"
-    if not weights.is_file() or not (adapter / "adapter_config.json").is_file():
+    weights = study.path / "sae" / "sae_weights.safetensors"
+    adapter = study.path / "adapter" / "adapter_config.json"
+    if not weights.is_file() or not adapter.is_file():
         return None
-    return read_decoder(weights, adapter, *stamp(weights))
+    return read_decoder(study, weights, stamp(weights), stamp(adapter))
 
 
-@lru_cache(maxsize=2)
-def read_decoder(weights: Path, adapter: Path, size: int, modified: int) -> tuple[list[str], npt.NDArray[np.float32]]:
-    """`decoder_effects` of one state of the SAE's file."""
-    loaded = Adapter.load(adapter)
+@kept_once(maxsize=2)
+def read_decoder(study: Study, weights: Path, *state: tuple[int, int]) -> tuple[list[str], npt.NDArray[np.float32]]:
+    """`decoder_effects` of one state of the SAE's and the adapter's files."""
+    adapter = open_directions(study)
+    if adapter is None:
+        raise RunFailed("The adapter is being made anew; reload the page.")
     decoder: npt.NDArray[Any] = load_file(weights)["W_dec"]
-    return loaded.addresses, (decoder * loaded.effect_per_scalar).astype(np.float32)
+    return adapter.addresses, (decoder * adapter.effect_per_scalar).astype(np.float32)
 
 
 def sae_config(study: Study) -> Json:

@@ -4,15 +4,16 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow.compute as pc
 
-from lorascope.adapter import GROUPS
+from lorascope.addresses import GROUPS
 from lorascope.errors import BadInput, MissingStage
+from lorascope.features import KINDS
 from lorascope.study import Study
+from lorascope.token_text import vocabulary_text
 from lorascope.views.feature_list import CLASSES, feature_table
 from lorascope.views.kept import State, kept_once, stamp, study_state
 from lorascope.views.one_feature import open_features, vocabulary_of
-from lorascope.views.reading import Json, explanations, path_of, read_table
+from lorascope.views.reading import Json, coded, explanations, path_of, plain, read_table
 
 SORTS = {
     "strength": "strength",
@@ -76,12 +77,13 @@ def find_features(
         row is that of `feature_table` with `"tokens"`: the commonest peak tokens of its strongest examples.
 
     Raises:
-        BadInput: an unknown sort or order, or numbers that make no sense.
+        BadInput: an unknown sort, order or value of a filter, or numbers that make no sense.
     """
     check_query(query)
     index = feature_index(study, corpus, study_state(study))
     if not index["available"]:
         return index
+    check_known(query, index)
     words = query.q.lower().split()
     rows = [
         row
@@ -114,6 +116,20 @@ def check_query(query: FeatureQuery) -> None:
         raise BadInput(f"Pages count from 1 and hold 1 to {MOST_PER_PAGE} rows.")
     if len(query.q) > LONGEST_QUERY:
         raise BadInput(f"A search may have at most {LONGEST_QUERY} characters.")
+
+
+def check_known(query: FeatureQuery, index: Json) -> None:
+    """Raise BadInput for a value of a filter that no feature of the study could have."""
+    values = {
+        "kind": (query.kind, list(KINDS)),
+        "type": (query.type, [*GROUPS, *index["types"]]),
+        "layer": (query.layer, [str(layer) for layer in index["layers"]]),
+        "category": (query.category, index["categories"]),
+    }
+    for name, (value, known) in values.items():
+        if value and value not in known:
+            listed = ", ".join(known) or "none here"
+            raise BadInput(f"There is no {name} {value[:40]!r} among the features; there are: {listed}.")
 
 
 def matches(row: Json, query: FeatureQuery) -> bool:
@@ -175,17 +191,18 @@ def top_tokens(study: Study, corpus: str, kind: str) -> dict[str, list[str]]:
         store = open_features(study, corpus, kind).store
     except MissingStage:
         return {}
-    table = read_table(path, *stamp(path))[0]
-    table = table.filter(pc.equal(table["where"], "top"))
-    names = table["feature"].combine_chunks().dictionary_encode()
-    trace, position = (table[key].to_numpy() for key in ("trace", "position"))
+    table = read_table(path, *stamp(path))
+    groups, names = coded(table, "where")
+    top = groups == names.index("top") if "top" in names else np.zeros(len(groups), bool)
+    codes, features = coded(table, "feature")
+    trace, position = (plain(table, key)[top] for key in ("trace", "position"))
     ids = np.asarray(store.tokens[store.offsets[trace] + position], np.int64)
-    pairs, counts = np.unique(names.indices.to_numpy().astype(np.int64) << 32 | ids, return_counts=True)
+    pairs, counts = np.unique(codes[top].astype(np.int64) << 32 | ids, return_counts=True)
     found: dict[str, list[str]] = {}
-    texts, features = vocabulary_of(study), names.dictionary.to_pylist()
+    vocabulary = vocabulary_of(study)
     for place in np.lexsort((-counts, pairs >> 32)):
         feature, token = features[pairs[place] >> 32], int(pairs[place] & 0xFFFFFFFF)
         listed = found.setdefault(feature, [])
         if len(listed) < TOP_TOKENS:
-            listed.append(texts[token] if token < len(texts) else "")
+            listed.append(vocabulary_text(vocabulary, token))
     return found

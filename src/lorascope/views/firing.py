@@ -12,7 +12,14 @@ from lorascope.study import Study
 from lorascope.views.feature_list import decoder_norms, feature_kind
 from lorascope.views.kept import kept_view
 from lorascope.views.nearby import thresholds
-from lorascope.views.one_feature import column_of, command_in, open_features, token_part, typical_activation
+from lorascope.views.one_feature import (
+    column_of,
+    command_in,
+    explanation_of,
+    open_features,
+    token_part,
+    typical_activation,
+)
 from lorascope.views.one_trace import trace_features, trace_page
 from lorascope.views.reading import Json, feature_rows, known_levels, missing, missing_levels, ready
 
@@ -39,8 +46,7 @@ def coloured_trace(study: Study, corpus: str, index: int, features: list[str]) -
     page = trace_page(study, corpus, index)
     if not page["available"]:
         return page
-    for name in features:
-        check_feature(study, corpus, name)
+    columns = {name: known_column(study, corpus, name) for name in features}
     values_FT = trace_features(study, corpus, index, features, page["length"])
     ordinary_T = np.array(page["segments"]) != 0
     ordinary_T[page["sinks"]] = False
@@ -49,7 +55,7 @@ def coloured_trace(study: Study, corpus: str, index: int, features: list[str]) -
         kind = feature_kind(name)
         stats = feature_rows(study, f"examples/{corpus}/{kind}-stats.parquet", name)
         most = max(float(values_T[ordinary_T].max(initial=0)), stats[0]["max"] if stats else 0.0)
-        typical = typical_activation(study, open_features(study, corpus, kind), corpus, name)
+        typical = typical_activation(open_features(study, corpus, kind), columns[name])
         level = 0.0 if kind == "latent" else known_levels(study, kind).get(name)
         gone = missing_levels(study, corpus, kind) if level is None else None
         about = {"id": name, "kind": kind, "level": level, "missing": gone}
@@ -63,11 +69,17 @@ def check_corpus(study: Study, corpus: str) -> None:
         raise BadInput(f"There is no corpus {corpus!r}; there are: {', '.join(study.corpora()) or 'none yet'}.")
 
 
-def check_feature(study: Study, corpus: str, feature: str) -> None:
-    """Raise BadInput for a feature that is not there."""
+def known_column(study: Study, corpus: str, feature: str) -> int:
+    """The column of a feature among those of its kind.
+
+    Raises:
+        BadInput: it is not there.
+    """
     kind = feature_kind(feature)
-    if column_of(open_features(study, corpus, kind), feature) is None:
+    column = column_of(open_features(study, corpus, kind), feature)
+    if column is None:
         raise BadInput(f"There is no feature {feature!r} of kind {kind} in {study.path}.")
+    return column
 
 
 def fires_here(study: Study, corpus: str, index: int, position: int) -> Json:
@@ -75,9 +87,10 @@ def fires_here(study: Study, corpus: str, index: int, position: int) -> Json:
 
     Returns:
         `{"available", "corpus", "index", "position", "token", "ordinary", "kinds": {kind: {"firing": number or None,
-        "rows": [{"id", "activation", "level", "ratio"}], "missing": {"what", "run"} or None}}}`. Latents are ordered by
-        the length of what they write, other features by their activation relative to their firing level, which is
-        `ratio` (None where that level is 0). What is not `ordinary` counts for no feature.
+        "rows": [{"id", "activation", "level", "ratio", "text"}], "missing": {"what", "run"} or None}}}`. Latents are
+        ordered by the length of what they write, other features by their activation relative to their firing level,
+        which is `ratio` (None where that level is 0); `text` is a feature's explanation. What is not `ordinary` counts
+        for no feature.
 
     Raises:
         BadInput: no such corpus, trace or token.
@@ -127,6 +140,7 @@ def firing_of(study: Study, corpus: str, kind: str, place: int) -> Json:
             "activation": float(acts_F[i]),
             "level": float(level_F[i]),
             "ratio": float(ratio_F[i]) if level_F[i] > 0 else None,
+            "text": (explanation_of(study, kind, features.ids[i]) or {}).get("text"),
         }
         for i in order[:SHOWN]
     ]

@@ -1,11 +1,10 @@
 """The first page: what the study is, its headline numbers, and what stands out."""
 
-import json
 from typing import Any
 
-from lorascope.adapter import Adapter
 from lorascope.study import Study
 from lorascope.views.ablation_tables import ablation_table
+from lorascope.views.directions import open_directions
 from lorascope.views.gains import recovery_view
 from lorascope.views.reading import Json, json_file, missing, ready
 
@@ -37,21 +36,19 @@ def overview(study: Study) -> Json:
 
 def adapter_facts(study: Study) -> Json:
     """Size and shape of the adapter."""
-    folder = study.path / "adapter"
-    if not (folder / "adapter_config.json").is_file():
+    adapter = open_directions(study)
+    if adapter is None:
         return missing(study, "the adapter", "lorascope train STUDY")
-    adapter = Adapter.load(folder)
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     return {
         "available": True,
         "directions": len(adapter.addresses),
         "matrices": len(adapter.modules),
-        "rank": max(m.rank for m in adapter.modules),
-        "alpha": config.get("lora_alpha"),
+        "rank": adapter.rank,
+        "alpha": adapter.config.get("lora_alpha"),
         "layers": len({m.layer for m in adapter.modules if m.layer is not None}),
         "types": list(dict.fromkeys(m.type for m in adapter.modules)),
-        "parameters": sum(m.a_RI.numel() + m.b_OR.numel() for m in adapter.modules),
-        "basis_dependent": adapter.basis_dependent,
+        "parameters": sum(a_RI.size + b_OR.size for _, a_RI, b_OR, _ in adapter.factors()),
+        "basis_dependent": adapter.rank > 1,
     }
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable
-from functools import lru_cache, wraps
+from functools import cache, lru_cache, wraps
 from pathlib import Path
 from threading import Lock, RLock
 from typing import Any, ParamSpec, TypeVar
@@ -72,8 +72,9 @@ def remembered(view: Callable[..., Any], study: Study, arguments: tuple[Any, ...
 def of_other_features(study: Study) -> frozenset[str]:
     """Files of the study that say something of features it no longer has, by their stages' records."""
     files: set[str] = set()
+    fingerprint = cache(study.fingerprint)
     for record in study.manifest["stages"].values():
         said = [name for name in record["outputs"] if name.startswith(FEATURE_FOLDERS)]
-        if said and any(name.startswith(IDENTITY) for name in study.changes(record)[0]):
+        if said and any(name.startswith(IDENTITY) for name in study.changes(record, fingerprint)[0]):
             files.update(name for name in said if not is_shared(name))
     return frozenset(files)

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lorascope.adapter import TYPE_ORDER, Adapter, direction_layer, direction_type
+from lorascope.addresses import TYPE_ORDER, direction_layer, direction_type
 from lorascope.store import store_folder
 from lorascope.study import Study
 from lorascope.views.ablation_tables import COMMAND, ablation_table, direction_kl
+from lorascope.views.directions import open_directions
 from lorascope.views.effects import direction_effects
 from lorascope.views.feature_list import CLASSES
 from lorascope.views.reading import Json, json_file, missing, ready
@@ -94,15 +95,17 @@ def direction_map(
         "under_floor": the same of bool, "floor", "address": the same of the shown direction, "notes": {address: what
         else its read-out says}}` or, when its stage has not run, `{"key", "label", "available": False, "missing"}`.
     """
-    folder = study.path / "adapter"
-    if not (folder / "adapter_config.json").is_file():
+    adapter = open_directions(study)
+    if adapter is None:
         return missing(study, "the layer × type map", "lorascope train STUDY")
-    adapter = Adapter.load(folder)
     addresses = adapter.addresses
     layers, types = axes(addresses)
     place = Places(addresses, layers, types)
-    norms = [float(np.linalg.norm(factor_product(m.a_RI.numpy(), m.b_OR.numpy())) * m.scale) for m in adapter.modules]
-    per_direction = [norm for norm, m in zip(norms, adapter.modules, strict=True) for _ in range(m.rank)]
+    per_direction = [
+        float(np.linalg.norm(factor_product(a_RI, b_OR)) * scale)
+        for module, a_RI, b_OR, scale in adapter.factors()
+        for _ in range(module.rank)
+    ]
     grids = [place.grid("norm", per_direction)]
     recorded = store_folder(study.path, corpus, "adapter").is_dir()
     effects = effects_of(study, corpus) if recorded else None
@@ -113,9 +116,8 @@ def direction_map(
         command = RECORD.format(corpus)
         grids += [absent(study, "effect", command), absent(study, "relative", command), kl_grid(study, place)]
         grids += [absent(study, "density", command)]
-    rank = max(m.rank for m in adapter.modules)
-    shown = {"available": True, "rank": rank, "corpus": corpus, "layers": layers, "types": types, "grids": grids}
-    return dict(ready(shown))
+    about = {"available": True, "rank": adapter.rank, "corpus": corpus}
+    return dict(ready(about | {"layers": layers, "types": types, "grids": grids}))
 
 
 def relative_grid(study: Study, place: "Places", corpus: str, rms_N: Sequence[float]) -> Json:

@@ -3,20 +3,18 @@
 Shape legend: M sampled firings, F features, N directions, D width of the residual stream.
 """
 
-from functools import lru_cache
-from pathlib import Path
-
 import numpy as np
 import numpy.typing as npt
 
-from lorascope.adapter import Adapter
+from lorascope.addresses import rank_addresses
 from lorascope.errors import MissingStage
 from lorascope.features import FeatureSet
 from lorascope.study import Study
+from lorascope.views.directions import open_directions
 from lorascope.views.feature_list import feature_kind, feature_place
 from lorascope.views.kept import kept_view, stamp
 from lorascope.views.one_feature import column_of, open_features
-from lorascope.views.reading import Json, feature_rows, known_levels, ready, table_rows
+from lorascope.views.reading import Json, feature_rows, known_levels, path_of, read_table, ready
 
 NEAR = 8
 WRITES = ("o", "down")
@@ -75,19 +73,17 @@ def thresholds(study: Study, corpus: str, kind: str) -> tuple[npt.NDArray[np.flo
     levels = {} if features.latent else known_levels(study, kind)
     unknown = 0.0 if features.latent else np.nan
     level_F = np.array([levels.get(name, unknown) for name in features.ids], np.float32)
-    stats = table_rows(study, f"examples/{corpus}/{kind}-stats.parquet", ("feature", "density")) or []
-    known = {row["feature"]: row["density"] for row in stats}
+    known: dict[str, float] = {}
+    if path := path_of(study, f"examples/{corpus}/{kind}-stats.parquet"):
+        stats = read_table(path, *stamp(path))
+        known = dict(zip(stats["feature"].to_pylist(), stats["density"].to_pylist(), strict=True))
     return level_F, np.maximum([known.get(name, 0.0) for name in features.ids], 1e-6)
 
 
 def direction_cosines(study: Study, address: str) -> list[Json]:
     """Directions whose residual-stream vectors are closest to this one's, by absolute cosine."""
-    folder = study.path / "adapter"
-    weights = folder / "adapter_model.safetensors"
-    if not weights.is_file():
-        return []
     found: list[Json] = []
-    for side, (names, unit_ND) in residual_vectors(folder, *stamp(weights)).items():
+    for side, (names, unit_ND) in kept_view(study, residual_vectors).items():
         if address not in names:
             continue
         cosine_N = unit_ND @ unit_ND[names.index(address)]
@@ -97,16 +93,14 @@ def direction_cosines(study: Study, address: str) -> list[Json]:
     return found
 
 
-@lru_cache(maxsize=2)
-def residual_vectors(folder: Path, size: int, modified: int) -> dict[str, tuple[list[str], npt.NDArray[np.float32]]]:
+def residual_vectors(study: Study) -> dict[str, tuple[list[str], npt.NDArray[np.float32]]]:
     """Unit vectors in the residual stream: `read` of q k v gate up, `write` of o and down, each with its addresses."""
-    adapter = Adapter.load(folder)
+    adapter = open_directions(study)
     sides: dict[str, tuple[list[str], list[npt.NDArray[np.float32]]]] = {"read": ([], []), "write": ([], [])}
-    for module in adapter.modules:
+    for module, a_RI, b_OR, _ in adapter.factors() if adapter else ():
         names, vectors = sides["write" if module.type in WRITES else "read"]
-        vector_RD = module.b_OR.T if module.type in WRITES else module.a_RI
-        names += adapter.addresses[module.columns]
-        vectors += list(vector_RD.float().numpy())
+        names += rank_addresses(module.layer, module.type, module.rank)
+        vectors += list(b_OR.T if module.type in WRITES else a_RI)
     return {side: (names, unit_rows(vectors)) for side, (names, vectors) in sides.items() if names}
 
 

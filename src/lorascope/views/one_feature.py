@@ -10,24 +10,22 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Tokenizer
 
 from lorascope.errors import BadInput, MissingStage
 from lorascope.explain import LEXICAL
 from lorascope.features import FeatureSet, load_features, source_of
 from lorascope.store import INDEX, store_folder
 from lorascope.study import Study
-from lorascope.token_text import open_tokenizer, token_texts, vocabulary_texts
+from lorascope.token_text import TokenTable, open_table, token_texts
 from lorascope.traces import SEGMENT_NAMES
 from lorascope.views.ablation_tables import direction_kl
 from lorascope.views.category_shares import feature_category
-from lorascope.views.effects import typical_effects
 from lorascope.views.feature_list import TOO_FEW, decoder_effects, feature_kind, feature_place
 from lorascope.views.kept import kept_once, stamp
 from lorascope.views.lens import feature_lens
 from lorascope.views.maps import signed_map
-from lorascope.views.reading import Json, explanations, feature_rows, missing, ready
-from lorascope.views.token_counts import segment_densities, tokens_around
+from lorascope.views.reading import Json, explanations_of, feature_rows, missing, ready
+from lorascope.views.token_counts import NOTHING_AROUND, segment_densities, tokens_around
 
 WINDOW = 24
 """Tokens shown on either side of an example."""
@@ -65,7 +63,7 @@ def feature_page(
     if column is None:
         raise BadInput(f"There is no feature {feature!r} of kind {kind} in {study.path}.")
     page = {"available": True, "id": feature, "kind": kind, "corpus": corpus, "unit": features.unit}
-    page["typical"] = typical_activation(study, features, corpus, feature)
+    page["typical"] = typical_activation(features, column)
     page |= {"latent": features.latent} | feature_place(feature)
     gone: list[Json] = []
     stats = feature_rows(study, f"examples/{corpus}/{kind}-stats.parquet", feature)
@@ -75,7 +73,7 @@ def feature_page(
         gone.append(missing(study, f"examples of {kind}s on {corpus}", command)["missing"])
     page |= statistics(stats[0] if stats else None)
     page["densities"] = segment_densities(features, stats[0]) if stats else None
-    page["around"] = tokens_around(features, vocabulary_of(study) if rows else [], rows or [])
+    page["around"] = tokens_around(features, vocabulary_of(study), rows) if rows else NOTHING_AROUND
     page["examples"] = shown_examples(study, features, column, rows or [], window, top, per_quantile)
     page["kl"] = direction_kl(study).get(str(page["address"])) if kind == "direction" else None
     page["explanation"] = explanation_of(study, kind, feature)
@@ -94,13 +92,13 @@ def command_in(error: MissingStage, corpus: str) -> str:
     return named + command if named else f"lorascope record STUDY --corpus {corpus}"
 
 
-def typical_activation(study: Study, features: FeatureSet, corpus: str, feature: str) -> float:
+def typical_activation(features: FeatureSet, column: int) -> float:
     """The median activation of a direction's polarity over ordinary tokens; 0 for a latent."""
     if features.latent:
         return 0.0
-    medians = typical_effects(study, corpus, features.store.folder.name)
-    median = medians[str(feature_place(feature)["address"])]
-    return max(0.0, median if feature.endswith("+") else -median)
+    store, direction = features.store, column // 2
+    median = float(store.medians[direction] * store.effect_per_scalar[direction])
+    return max(0.0, -median if column % 2 else median)
 
 
 def open_features(study: Study, corpus: str, kind: str) -> FeatureSet:
@@ -133,24 +131,8 @@ def column_of(features: FeatureSet, feature: str) -> int | None:
     return numbered(tuple(features.ids)).get(feature)
 
 
-def tokenizer_of(study: Study) -> Tokenizer:
-    """The study's tokenizer, read once.
-
-    Raises:
-        BadInput: the study has none.
-    """
-    path = study.path / "tokenizer" / "tokenizer.json"
-    return kept_tokenizer(path, *(stamp(path) if path.is_file() else (0, 0)))
-
-
-@lru_cache(maxsize=2)
-def kept_tokenizer(path: Path, size: int, modified: int) -> Tokenizer:
-    """The tokenizer of one state of its file."""
-    return open_tokenizer(path)
-
-
-def vocabulary_of(study: Study) -> list[str]:
-    """Readable text of every id of the study's vocabulary, made once.
+def vocabulary_of(study: Study) -> TokenTable:
+    """What the study's token ids stand for, read once.
 
     Raises:
         BadInput: the study has no tokenizer.
@@ -159,10 +141,10 @@ def vocabulary_of(study: Study) -> list[str]:
     return kept_vocabulary(path, *(stamp(path) if path.is_file() else (0, 0)))
 
 
-@lru_cache(maxsize=2)
-def kept_vocabulary(path: Path, size: int, modified: int) -> list[str]:
+@kept_once(maxsize=2)
+def kept_vocabulary(path: Path, size: int, modified: int) -> TokenTable:
     """`vocabulary_of` one state of the tokenizer's file."""
-    return vocabulary_texts(kept_tokenizer(path, size, modified))
+    return open_table(path)
 
 
 def statistics(row: Json | None) -> Json:
@@ -239,7 +221,7 @@ def token_part(study: Study, features: FeatureSet, trace: int, start: int, stop:
     first = int(features.store.offsets[trace])
     before = max(0, start - MARGIN)
     ids = features.store.tokens[first + before : first + stop].tolist()
-    texts = token_texts(tokenizer_of(study), ids)[start - before :]
+    texts = token_texts(vocabulary_of(study), ids)[start - before :]
     place = slice(first + start, first + stop)
     sinks = np.flatnonzero(features.store.sink[place]).tolist()
     return {"tokens": texts, "segments": features.store.segments[place].tolist(), "sinks": sinks}
@@ -253,7 +235,7 @@ def activations(features: FeatureSet, column: int, places_T: npt.NDArray[np.int6
 def explanation_of(study: Study, kind: str, feature: str) -> Json | None:
     """The explanation's row as `{"explainer", "text", "rule", "reason", "class", "scores": {"detection": {"own",
     "wrong", "shuffled"}, ..}, "wrong_from", "also": [the same of other explainers]}`, the lexical explainer's first."""
-    rows = [row for row in explanations(study, kind) if row["feature"] == feature]
+    rows = explanations_of(study, kind, feature)
     said = [explanation_row(row) for row in sorted(rows, key=lambda row: str(row["explainer"]) != LEXICAL)]
     return said[0] | {"also": said[1:]} if said else None
 

@@ -5,23 +5,29 @@ A view never fails because a stage has not run: it carries `"available": False` 
 another autoencoder has latents of the same names. Numbers that are not finite become None.
 """
 
+import contextlib
 import json
 import math
+import re
 from collections.abc import Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lorascope.errors import RunFailed
-from lorascope.explained import current_rows
+from lorascope.explained import current_rows, made_from
 from lorascope.study import Study, read_json
 from lorascope.views.kept import kept_once, kept_view, of_other_features, stamp
 
 Json = dict[str, Any]
+CODED = ("feature", "where")
+"""Columns of tables that say the same few texts in many rows."""
+FEATURE_FIRST = re.compile(rb'\{"feature": ?("(?:[^"\\]|\\.)*")')
+"""The beginning of a line that is about a feature."""
 
 
 def ready(value: Any) -> Any:
@@ -91,7 +97,56 @@ def explanations(study: Study, kind: str) -> tuple[Json, ...]:
 
 def current_explanations(study: Study, kind: str) -> tuple[Json, ...]:
     """`explanations` of one state of the study."""
-    return current_rows(study, kind, json_lines(study, f"explanations/{kind}.jsonl"))
+    return current_rows(study, kind, json_lines(study, f"explanations/{kind}.jsonl"), kept_making)
+
+
+def explanations_of(study: Study, kind: str, feature: str) -> tuple[Json, ...]:
+    """The rows of `explanations` that are of one feature."""
+    return current_rows(study, kind, feature_lines(study, f"explanations/{kind}.jsonl", feature), kept_making)
+
+
+def kept_making(study: Study, corpus: str, kind: str) -> str:
+    """`made_from`, computed once per state of the study."""
+    return str(kept_view(study, made_from, corpus, kind))
+
+
+def feature_lines(study: Study, relative: str, feature: str) -> list[Json]:
+    """Rows of one feature (key `feature`) of a JSON Lines file, none when there is none; no other line is parsed."""
+    path = path_of(study, relative)
+    if not path:
+        return []
+    rows: list[Json] = []
+    with path.open("rb") as file:
+        for start, length in line_places(path, *stamp(path)).get(feature, ()):
+            file.seek(start)
+            try:
+                rows.append(json.loads(file.read(length)))
+            except ValueError as error:
+                raise RunFailed(f"A line of {path} is damaged ({error}); remove it or restore the file.") from error
+    return rows
+
+
+def warm_rows(study: Study, relative: str) -> None:
+    """Read what finding the rows of a feature in a file needs, if there is such a file."""
+    if path := path_of(study, relative):
+        (grouped_table if path.suffix == ".parquet" else line_places)(path, *stamp(path))
+
+
+@kept_once(maxsize=32)
+def line_places(path: Path, size: int, modified: int) -> dict[str, list[tuple[int, int]]]:
+    """Where the lines of each feature are, as (start, length), in one state of a JSON Lines file.
+
+    A line that does not begin with its feature, as ours do, is parsed for it; one that was cut off is left out.
+    """
+    places: dict[str, list[tuple[int, int]]] = {}
+    start = 0
+    for line in path.read_bytes().splitlines(keepends=True):
+        found = FEATURE_FIRST.match(line) if line.endswith(b"\n") else None
+        with contextlib.suppress(ValueError):
+            name = json.loads(found[1]) if found else json.loads(line).get("feature")
+            places.setdefault(name, []).append((start, len(line)))
+        start += len(line)
+    return places
 
 
 @kept_once(maxsize=32)
@@ -120,7 +175,7 @@ def table_rows(study: Study, relative: str, columns: tuple[str, ...] | None = No
     path = path_of(study, relative)
     if not path:
         return None
-    table = read_table(path, *stamp(path))[0]
+    table = read_table(path, *stamp(path))
     rows: list[Json] = (table.select(list(columns)) if columns else table).to_pylist()
     return rows
 
@@ -130,27 +185,47 @@ def feature_rows(study: Study, relative: str, feature: str) -> list[Json] | None
     path = path_of(study, relative)
     if not path:
         return None
-    table, places = read_table(path, *stamp(path))
-    rows: list[Json] = table.take(pa.array(places.get(feature, []), pa.int64())).to_pylist()
+    table, places = grouped_table(path, *stamp(path))
+    rows: list[Json] = table.slice(*places.get(feature, (0, 0))).to_pylist()
     return rows
 
 
-@lru_cache(maxsize=16)
-def read_table(path: Path, size: int, modified: int) -> tuple[pa.Table, dict[str, list[int]]]:
-    """One state of a Parquet file, and the row numbers of each feature."""
+@kept_once(maxsize=16)
+def read_table(path: Path, size: int, modified: int) -> pa.Table:
+    """One state of a Parquet file; its columns of `CODED` texts stay numbered.
+
+    `pq.read_table`, Arrow's own conversions from and to NumPy and its functions on columns would load pandas, where
+    that is installed, and modules that take longer than all else here.
+    """
     try:
-        table = pq.read_table(path)
+        names = pq.read_schema(path).names
+        with pq.ParquetFile(path, read_dictionary=[name for name in CODED if name in names]) as file:
+            return file.read()
     except (OSError, pa.ArrowException) as error:
         raise RunFailed(f"{path} is damaged ({error}); remove it and run its stage again.") from error
-    places: dict[str, list[int]] = {}
-    if "feature" in table.column_names:
-        coded = table.column("feature").cast(pa.string()).combine_chunks().dictionary_encode("encode")
-        codes = coded.indices.to_numpy()
+
+
+@kept_once(maxsize=16)
+def grouped_table(path: Path, size: int, modified: int) -> tuple[pa.Table, dict[str, tuple[int, int]]]:
+    """One state of a Parquet file with the rows of a feature together, and (first row, number of rows) of each."""
+    table = read_table(path, size, modified)
+    codes, names = coded(table, "feature")
+    if np.any(codes[1:] < codes[:-1]):
         order = np.argsort(codes, kind="stable")
-        names = coded.dictionary.to_pylist()
-        bounds = np.searchsorted(codes[order], np.arange(len(names) + 1))
-        places = {name: order[bounds[i] : bounds[i + 1]].tolist() for i, name in enumerate(names)}
-    return table, places
+        table, codes = table.take(pa.array(order)), codes[order]
+    bounds = np.searchsorted(codes, np.arange(len(names) + 1)).tolist()
+    return table, {name: (bounds[i], bounds[i + 1] - bounds[i]) for i, name in enumerate(names)}
+
+
+def coded(table: pa.Table, column: str) -> tuple[npt.NDArray[Any], list[Any]]:
+    """A column of `CODED` as the number of each row's text, and the texts."""
+    found = table[column].unify_dictionaries().combine_chunks()
+    return np.from_dlpack(found.indices), found.dictionary.to_pylist()
+
+
+def plain(table: pa.Table, column: str) -> npt.NDArray[Any]:
+    """A column of numbers, none of them missing."""
+    return np.from_dlpack(table[column].combine_chunks())
 
 
 def interval(row: Mapping[str, Any], value: str = "value") -> Json | None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lorascope.adapter import direction_layer, direction_type
+from lorascope.addresses import direction_layer, direction_type
 from lorascope.explain.categories.clusters import (
     COMPONENTS,
     FloatArray,

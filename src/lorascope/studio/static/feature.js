@@ -1,10 +1,12 @@
-// The feature page: the activation over the course of the trace where it is strongest.
-import { all, ask, one } from "./studio.js";
-import { drawStrip } from "./strip.js";
+// The feature page: the activation over the course of the trace where it is strongest; examples unfold to whole traces.
+import { all, drawStrip, one } from "./shared.js";
+import { ask, send, toast } from "./studio.js";
+import { paint, uncountedOf } from "./painting.js";
+
+const addressOf = ({ corpus, trace, feature }, twin = "") => `/trace/${encodeURIComponent(corpus)}/${trace}${twin}?features=${encodeURIComponent(feature)}`;
 
 async function course(figure) {
-  const { corpus, trace, feature } = figure.dataset;
-  const page = await ask(`/trace/${encodeURIComponent(corpus)}/${trace}.json?features=${encodeURIComponent(feature)}`);
+  const page = await ask(addressOf(figure.dataset, ".json"));
   const { values, typical, max } = page.features[0];
   drawStrip(one("svg", figure), values, typical, max);
 }
@@ -16,3 +18,33 @@ const seen = new IntersectionObserver((entries) => {
   }
 });
 all(".course").forEach((figure) => seen.observe(figure));
+
+/** The whole trace of an example, shaded by its feature: a part of the trace's own page. */
+async function wholeTrace({ dataset }) {
+  const response = await send(addressOf(dataset));
+  const page = new DOMParser().parseFromString(await response.text(), "text/html");
+  const whole = one("#trace", page);
+  if (!whole) throw new Error(one("main .absent", page)?.textContent || `Error ${response.status}`);
+  whole.removeAttribute("id");
+  const tokens = all(":scope > span", whole);
+  paint(tokens, uncountedOf(tokens), JSON.parse(whole.dataset.features));
+  tokens.forEach((token) => token.classList.remove("hue0")); // the side's own colour
+  tokens[dataset.position].classList.add("peak");
+  return whole;
+}
+for (const button of all(".unfold")) {
+  button.addEventListener("click", async () => {
+    const example = button.closest(".example");
+    try {
+      if (!one(".whole", example)) example.append(await wholeTrace(button));
+    } catch (error) {
+      toast(error.message);
+      return;
+    }
+    const [whole, open] = [one(".whole", example), button.getAttribute("aria-expanded") === "false"];
+    button.setAttribute("aria-expanded", String(open));
+    one(":scope > .tokens:not(.whole)", example).hidden = open;
+    whole.hidden = !open;
+    if (open) whole.scrollTo({ top: one(".peak", whole).offsetTop - whole.clientHeight / 3 });
+  });
+}

@@ -1,5 +1,6 @@
 // The feature table: searched, sorted and paged on the server while one types; rows chosen for comparison.
-import { all, one, send, toast, watchTables } from "./studio.js";
+import { all, one, watchTables } from "./shared.js";
+import { send, toast } from "./studio.js";
 
 const MOST = 4;
 const form = one("#filters");

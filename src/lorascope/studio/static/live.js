@@ -1,6 +1,6 @@
 // The model live: prompts in, tokens out by server-sent events, features watched and steered.
-import { all, ask, featureAddress, figures, make, one, send, toast } from "./studio.js";
-import { drawStrip } from "./strip.js";
+import { all, drawStrip, one } from "./shared.js";
+import { ask, featureAddress, figures, make, send, toast } from "./studio.js";
 
 const STEPS = 9;
 const MOST = 8;

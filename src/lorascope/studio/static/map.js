@@ -1,57 +1,15 @@
 // The maps: what the shade means, a read-out by pointer and arrow keys, links to directions; the interaction matrix.
-import { all, ask, featureAddress, one } from "./studio.js";
+import { all, one, readMap, switchTabs } from "./shared.js";
+import { ask, featureAddress } from "./studio.js";
 
 /** The corpus that a map's links keep. */
 const corpusOf = (element) => element.closest("[data-corpus]")?.dataset.corpus || "train";
 const open = (element, address) => { location.href = featureAddress(`${address}+`, corpusOf(element)); };
 
-const tabs = all('[role="tab"]');
-function showMap(tab, focus = false) {
-  for (const other of tabs) {
-    const chosen = other === tab;
-    other.setAttribute("aria-selected", String(chosen));
-    other.tabIndex = chosen ? 0 : -1;
-    one(`#${other.getAttribute("aria-controls")}`).hidden = !chosen;
-  }
-  if (focus) tab.focus();
-}
-tabs.forEach((tab, i) => {
-  tab.addEventListener("click", () => { showMap(tab); history.replaceState(null, "", `#${tab.id.slice(4)}`); });
-  tab.addEventListener("keydown", (event) => {
-    const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-    if (step) { event.preventDefault(); showMap(tabs[(i + step + tabs.length) % tabs.length], true); }
-  });
-});
-if (tabs.length) showMap(tabs.find((tab) => location.hash === `#${tab.id.slice(4)}`) || one('[role="tab"][aria-selected="true"]') || tabs[0]);
-
-for (const map of all("svg.map")) {
-  const readout = one(".readout", map.closest("figure"));
-  const cells = all("rect[data-a]", map);
-  let at = -1;
-  const show = (i) => {
-    if (i < 0 || i >= cells.length) return;
-    if (at >= 0) cells[at].classList.remove("at");
-    at = i;
-    cells[at].classList.add("at");
-    readout.textContent = `${cells[at].dataset.a}: ${cells[at].dataset.s}`;
-  };
-  const follow = () => { if (at >= 0) open(map, cells[at].dataset.a); };
-  const under = (event) => cells.indexOf(document.elementsFromPoint(event.clientX, event.clientY).find((e) => e.dataset && e.dataset.a && map.contains(e)));
-  map.addEventListener("pointermove", (event) => show(under(event)));
-  map.addEventListener("click", (event) => { const i = under(event); if (i >= 0) { show(i); follow(); } });
-  map.addEventListener("focus", () => { if (at < 0) show(0); });
-  map.addEventListener("keydown", (event) => {
-    if (event.key === "Enter") { follow(); return; }
-    const move = { ArrowRight: [1, 0], ArrowLeft: [-1, 0], ArrowDown: [0, 1], ArrowUp: [0, -1] }[event.key];
-    if (!move || at < 0) return;
-    event.preventDefault();
-    const [x, y] = ["x", "y"].map((name) => parseFloat(cells[at].getAttribute(name)));
-    const ahead = cells.map((cell, i) => [parseFloat(cell.getAttribute("x")) - x, parseFloat(cell.getAttribute("y")) - y, i])
-      .filter(([dx, dy]) => (move[0] ? Math.abs(dy) < 0.01 && dx * move[0] > 0.001 : Math.abs(dx) < 0.001 && dy * move[1] > 0.01))
-      .sort((a, b) => Math.abs(a[0]) + Math.abs(a[1]) - Math.abs(b[0]) - Math.abs(b[1]));
-    if (ahead.length) show(ahead[0][2]);
-  });
-}
+// which map is shown stands in the address
+const asked = location.hash && one(`[role="tab"][id="tab-${CSS.escape(location.hash.slice(1))}"]`);
+switchTabs({ start: asked, chosen: (tab) => history.replaceState(null, "", `#${tab.id.slice(4)}`) });
+for (const map of all("svg.map")) readMap(map, (cell) => open(map, cell.dataset.a));
 
 // --- a layer's column leads where its link under the chart does ---
 for (const column of all("#groups g[data-column]")) {

@@ -1,5 +1,6 @@
 // Merging another person's file of notes.
-import { ask, one } from "./studio.js";
+import { one } from "./shared.js";
+import { ask } from "./studio.js";
 
 one("#merge").addEventListener("change", async (event) => {
   const file = event.target.files[0];

@@ -1,7 +1,6 @@
 // What every page has: the theme, keys, tips of tokens, notes, and the bar that says that the study has changed.
 
-export const one = (selector, root = document) => root.querySelector(selector);
-export const all = (selector, root = document) => [...root.querySelectorAll(selector)];
+import { all, one, themeSwitch, tokenTips, unfoldLinks, watchTables } from "./shared.js";
 
 /** An element with properties and children; text is never markup. */
 export function make(name, properties = {}, ...children) {
@@ -53,19 +52,7 @@ export function toast(text) {
   toastTimer = setTimeout(() => { box.hidden = true; }, 4000);
 }
 
-// --- theme ---
-const root = document.documentElement;
-const isDark = () => (root.dataset.theme || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light")) === "dark";
-const nameTheme = () => { one("#theme").textContent = isDark() ? "Light" : "Dark"; };
-function switchTheme() {
-  root.dataset.theme = isDark() ? "light" : "dark";
-  try { localStorage.setItem("lorascope-theme", root.dataset.theme); } catch { /* for this page only */ }
-  nameTheme();
-  document.dispatchEvent(new Event("themechange"));
-}
-one("#theme").addEventListener("click", switchTheme);
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { nameTheme(); document.dispatchEvent(new Event("themechange")); });
-nameTheme();
+const switchTheme = themeSwitch(one("#theme"));
 
 // --- the side of a direction that the address asks for ---
 const askedSide = all(".sides:not(.single) > .side").find((side) => featureAddress(side.getAttribute("aria-label")) === location.pathname.replaceAll("+", "%2B"));
@@ -117,78 +104,39 @@ document.addEventListener("keydown", (event) => {
   else if (event.key === "/") { event.preventDefault(); (one("#q") || one("#jump")).focus(); }
 });
 
-// --- a token's activation under the pointer ---
-const tip = make("div", { id: "tip", hidden: true });
-document.body.append(tip);
-document.addEventListener("pointerover", (event) => {
-  const token = event.target.closest && event.target.closest(".tokens [data-v]");
-  tip.hidden = !token;
-  if (!token) return;
-  tip.textContent = token.dataset.v;
-  const box = token.getBoundingClientRect();
-  tip.style.left = `${Math.max(4, box.left + scrollX)}px`;
-  tip.style.top = `${box.top + scrollY - 26}px`;
-});
-
-// --- sections that the report has, too, link to its cards: here to the features' pages; and a link into a fold opens it ---
+// --- sections that the report has, too, link to its cards: here to the features' pages ---
 for (const link of all('a[href^="#card-"]')) link.setAttribute("href", featureAddress(link.getAttribute("href").slice(6)));
 if (!one("#dropped")) all('a[href="#dropped"]').forEach((link) => link.setAttribute("href", "/#dropped"));
-document.addEventListener("click", (event) => {
-  const link = event.target.closest && event.target.closest('a[href^="#"]');
-  const target = link && document.getElementById(link.getAttribute("href").slice(1));
-  if (!target) return;
-  target.hidden = false;
-  for (let fold = target.closest("details"); fold; fold = fold.parentElement.closest("details")) fold.open = true;
-});
 
-// --- a table that is wider than the page can be scrolled by key ---
-const watchWidth = new ResizeObserver((entries) => {
-  for (const { target } of entries) {
-    if (target.scrollWidth > target.clientWidth) target.tabIndex = 0;
-    else target.removeAttribute("tabindex");
-  }
-});
-export const watchTables = () => all(".scroll").forEach((box) => watchWidth.observe(box));
+unfoldLinks();
 watchTables();
+tokenTips();
 
 // --- notes: every change is one event, saved at once, one after the other; what could not be saved is tried again ---
-const AGAIN = 4000;
-for (const editor of all(".note-editor")) {
-  const said = one(".saved", editor);
-  const [star, tags] = [one(".star", editor), one(".tags", editor)];
-  const boxes = { label: one(".label", editor), text: one(".text", editor) };
-  const split = () => [...new Set(tags.value.split(",").map((tag) => tag.trim().replace(/[\s:]+/g, "-")).filter(Boolean))];
-  const saved = new Map([["star", star.getAttribute("aria-pressed") === "true"], ...Object.entries(boxes).map(([name, box]) => [name, box.value]), ...split().map((tag) => [`tag:${tag}`, true])]);
+const AGAIN = 4000; // milliseconds until it is
+const PAUSE = 800; // and in typing, after which what is there is saved
+
+/** Saves the fields of one place, of which `saved` holds what the server has. `collect(want)` says what the page holds
+ * by now, `say(text)` tells the reader, `settle()` is called when all is saved or refused. */
+export function keepSaved(place, saved, { collect, say, settle = () => {} }) {
   const wanted = new Map(); // field -> its newest value that is not saved yet, in the order of the changes
   let sending = false;
   let timer = 0;
-
-  const showStar = (on) => {
-    star.setAttribute("aria-pressed", String(on));
-    one("span", star).textContent = on ? "★" : "☆";
-    one(".word", star).textContent = on ? "Starred" : "Star";
-  };
   const stands = (field) => (wanted.has(field) ? wanted.get(field) : saved.get(field) ?? false);
   const want = (field, value) => { if (stands(field) !== value) { wanted.delete(field); wanted.set(field, value); } };
-  /** Note what the boxes hold by now. */
-  function collect() {
-    for (const [name, box] of Object.entries(boxes)) want(name, box.value);
-    const now = split().map((tag) => `tag:${tag}`);
-    now.forEach((field) => want(field, true));
-    for (const field of new Set([...saved.keys(), ...wanted.keys()])) if (field.startsWith("tag:") && !now.includes(field)) want(field, false);
-  }
+  const fields = () => new Set([...saved.keys(), ...wanted.keys()]);
   async function post(field, value) {
-    await ask("/notes", { method: "POST", keepalive: true, body: JSON.stringify({ place: editor.dataset.place, field, value }) });
+    await ask("/notes", { method: "POST", keepalive: true, body: JSON.stringify({ place, field, value }) });
     saved.set(field, value);
     if (wanted.get(field) === value) wanted.delete(field);
   }
   async function flush() {
     clearTimeout(timer);
-    collect();
+    collect(want);
     if (sending || !wanted.size) return;
     sending = true;
     const refused = [];
-    said.textContent = "Saving…";
+    say("Saving…");
     try {
       while (wanted.size) {
         const [field, value] = wanted.entries().next().value;
@@ -200,30 +148,57 @@ for (const editor of all(".note-editor")) {
           if (wanted.get(field) === value) wanted.delete(field); // refused: what the box holds goes out with the next change
         }
       }
-      showStar(stands("star"));
-      said.textContent = refused.length ? `Not saved: ${[...new Set(refused)].join(" ")}` : "Saved.";
+      settle();
+      say(refused.length ? `Not saved: ${[...new Set(refused)].join(" ")}` : "Saved.");
     } catch (error) {
-      said.textContent = `Not saved: ${[...new Set([...refused, error.message])].join(" ")} Trying again…`;
+      say(`Not saved: ${[...new Set([...refused, error.message])].join(" ")} Trying again…`);
       timer = setTimeout(flush, AGAIN);
     } finally {
       sending = false;
     }
   }
-  star.addEventListener("click", () => {
-    want("star", !stands("star"));
-    showStar(stands("star"));
-    flush();
-  });
-  for (const box of Object.values(boxes)) {
-    box.addEventListener("input", () => { clearTimeout(timer); said.textContent = ""; timer = setTimeout(flush, 800); });
-    box.addEventListener("change", flush);
+  /** Save once the reader pauses. */
+  function soon() {
+    clearTimeout(timer);
+    say("");
+    timer = setTimeout(flush, PAUSE);
   }
-  tags.addEventListener("change", flush);
   // the page goes away: nobody is left to send one after the other
   addEventListener("pagehide", () => {
-    collect();
+    collect(want);
     for (const [field, value] of wanted) post(field, value).catch(() => {});
   });
+  return { stands, want, fields, flush, soon, pending: () => { collect(want); return wanted.size > 0; } };
+}
+
+for (const editor of all(".note-editor")) {
+  const [star, tags] = [one(".star", editor), one(".tags", editor)];
+  const boxes = { label: one(".label", editor), text: one(".text", editor) };
+  const split = () => [...new Set(tags.value.split(",").map((tag) => tag.trim().replace(/[\s:]+/g, "-")).filter(Boolean))];
+  const saved = new Map([["star", star.getAttribute("aria-pressed") === "true"], ...Object.entries(boxes).map(([name, box]) => [name, box.value]), ...split().map((tag) => [`tag:${tag}`, true])]);
+  const showStar = () => {
+    const on = note.stands("star");
+    star.setAttribute("aria-pressed", String(on));
+    one("span", star).textContent = on ? "★" : "☆";
+    one(".word", star).textContent = on ? "Starred" : "Star";
+  };
+  function collect(want) {
+    for (const [name, box] of Object.entries(boxes)) want(name, box.value);
+    const now = split().map((tag) => `tag:${tag}`);
+    now.forEach((field) => want(field, true));
+    for (const field of note.fields()) if (field.startsWith("tag:") && !now.includes(field)) want(field, false);
+  }
+  const note = keepSaved(editor.dataset.place, saved, { collect, say: (text) => { one(".saved", editor).textContent = text; }, settle: showStar });
+  star.addEventListener("click", () => {
+    note.want("star", !note.stands("star"));
+    showStar();
+    note.flush();
+  });
+  for (const box of Object.values(boxes)) {
+    box.addEventListener("input", note.soon);
+    box.addEventListener("change", note.flush);
+  }
+  tags.addEventListener("change", note.flush);
 }
 
 // --- the study may be made anew while the page is open ---

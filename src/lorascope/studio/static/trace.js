@@ -1,16 +1,18 @@
 // A whole trace: coloured by one or several features, jumps between firings, what fires on a token.
-import { all, ask, featureAddress, figures, make, one, toast } from "./studio.js";
-import { drawStrip } from "./strip.js";
+import { all, drawStrip, one } from "./shared.js";
+import { ask, featureAddress, figures, keepSaved, make, toast } from "./studio.js";
+import { fires, paint, uncountedOf } from "./painting.js";
 
-const STEPS = 9;
 const MOST = 4;
+const ORDER = {
+  direction: "By activation relative to the firing level; those whose level is 0 last, with the activation itself.",
+  latent: "By the length of what they write; the number is the activation.",
+};
 const box = one("#trace");
 if (box) {
   const { corpus, index } = box.dataset;
   const tokens = all(":scope > span", box);
-  // template and markup, and attention sinks, keep their mark and are never counted
-  const uncounted = tokens.map((token) => ["sp", "sk"].find((name) => token.classList.contains(name)) || "");
-  const fires = (feature, t) => !uncounted[t] && feature.level !== null && feature.values[t] > feature.level && feature.values[t] > feature.typical;
+  const uncounted = uncountedOf(tokens);
   const here = one("#here");
   let features = [];
   let firings = [];
@@ -18,28 +20,9 @@ if (box) {
 
   const address = (names) => `/trace/${encodeURIComponent(corpus)}/${index}${names.length ? `?features=${encodeURIComponent(names.join(","))}` : ""}`;
 
-  function paint() {
-    firings = [];
-    tokens.forEach((token, t) => {
-      let [best, part] = [-1, 0];
-      const firing = [];
-      features.forEach((feature, k) => {
-        const { values, typical, max } = feature;
-        const share = max > typical ? Math.min(1, (values[t] - typical) / (max - typical)) : 0;
-        if (share > part) [best, part] = [k, share];
-        if (fires(feature, t)) firing.push(k + 1);
-      });
-      const classes = uncounted[t] ? [uncounted[t]] : [];
-      if (best >= 0) classes.push(`hue${best}`, `h${Math.min(STEPS, 1 + Math.floor(STEPS * part * 0.9999))}`);
-      if (firing.length) classes.push("f");
-      if (t === at) classes.push("cursor");
-      token.className = classes.join(" ");
-      if (best >= 0) token.dataset.v = features.map((f) => (features.length > 1 ? `${f.id}: ` : "") + figures(f.values[t])).join(" · ");
-      else delete token.dataset.v;
-      if (features.length > 1 && firing.length) token.dataset.n = firing.join(",");
-      else delete token.dataset.n;
-      if (firing.length) firings.push(t);
-    });
+  function show() {
+    firings = paint(tokens, uncounted, features);
+    if (at >= 0) tokens[at].classList.add("cursor");
     const gone = features.find((feature) => feature.missing)?.missing;
     const count = features.length ? `${firings.length} of ${tokens.length} tokens fire` : "No feature chosen";
     one("#counted").textContent = gone ? `Not computed yet: ${gone.what}. Run ${gone.run}` : count;
@@ -50,7 +33,7 @@ if (box) {
     one("#chips").replaceChildren(...features.map((feature, k) => {
       const remove = make("button", { type: "button", textContent: "×", "aria-label": `Remove ${feature.id}` });
       remove.addEventListener("click", () => choose(features.map((f) => f.id).filter((id) => id !== feature.id)));
-      const count = feature.level === null ? "no firing level yet" : `fires on ${feature.values.filter((_, t) => fires(feature, t)).length}`;
+      const count = feature.level === null ? "no firing level yet" : `fires on ${feature.values.filter((_, t) => fires(feature, t, uncounted)).length}`;
       return make("li", { className: `hue${k}` }, make("span", { className: "swatch" }), `${features.length > 1 ? `${k + 1} ` : ""}`,
         make("a", { href: featureAddress(feature.id, corpus), textContent: feature.id.replace(/-$/, "−") }), make("span", { className: "count", textContent: count }), remove);
     }));
@@ -70,7 +53,7 @@ if (box) {
   function colour(chosen) {
     features = chosen;
     showChips();
-    paint();
+    show();
     const names = features.map((feature) => feature.id);
     for (const link of all(".steps a")) link.search = names.length ? `?features=${encodeURIComponent(names.join(","))}` : "";
   }
@@ -105,19 +88,19 @@ if (box) {
   const noted = new Set(box.dataset.noted.split(",").filter(Boolean).map(Number));
   const markNoted = (t) => { if (noted.has(t)) tokens[t].dataset.note = "✎"; else delete tokens[t].dataset.note; };
   noted.forEach(markNoted);
+  const notes = new Map(); // token -> its note that was last on the page, which may still be on its way
   function noteOn(t, text) {
+    if (notes.get(t)?.pending()) return notes.get(t).box;
     const area = make("textarea", { className: "token-note", rows: 2, maxLength: 10000, value: text, placeholder: "Note on this token", "aria-label": `Note on token ${t}` });
-    area.addEventListener("change", async () => {
-      try {
-        await ask("/notes", { method: "POST", body: JSON.stringify({ place: `token:${corpus}:${index}:${t}`, field: "text", value: area.value }) });
-        noted[area.value ? "add" : "delete"](t);
-        markNoted(t);
-        toast("Saved.");
-      } catch (error) {
-        toast(`Not saved: ${error.message}`);
-      }
-    });
-    return area;
+    const said = make("p", { className: "saved", role: "status" });
+    const saved = new Map([["text", text]]);
+    const settle = () => { noted[saved.get("text") ? "add" : "delete"](t); markNoted(t); };
+    const note = keepSaved(`token:${corpus}:${index}:${t}`, saved, { collect: (want) => want("text", area.value), say: (words) => { said.textContent = words; }, settle });
+    area.addEventListener("input", note.soon);
+    area.addEventListener("change", note.flush);
+    const box = make("div", {}, area, said);
+    notes.set(t, { box, pending: note.pending });
+    return box;
   }
 
   let asked = 0;
@@ -136,11 +119,12 @@ if (box) {
           const add = make("button", { type: "button", textContent: "colour", "aria-label": `Colour by ${row.id}` });
           add.addEventListener("click", () => choose([...new Set([...features.map((f) => f.id), row.id])]));
           const value = row.ratio === null ? figures(row.activation) : `${figures(row.ratio)} × level`;
-          return make("li", {}, make("a", { href: featureAddress(row.id, corpus), textContent: row.id.replace(/-$/, "−") }), make("span", { textContent: value }), add);
+          return make("li", {}, make("a", { href: featureAddress(row.id, corpus), textContent: row.id.replace(/-$/, "−") }), make("span", { textContent: value }), add, ...(row.text ? [make("p", { textContent: row.text, title: row.text })] : []));
         });
         if (missing) return make("div", {}, make("h3", { textContent: `${kind}s` }), make("p", { className: "absent", textContent: `Not computed yet: ${missing.what}. Run ` }, make("code", { textContent: missing.run })));
         const shown = rows.length < firing ? `, the strongest ${rows.length}` : "";
-        return make("div", {}, make("h3", { textContent: `${firing} ${firing === 1 ? `${kind} fires` : `${kind}s fire`}${shown}` }), make("ol", {}, ...items));
+        return make("div", {}, make("h3", { textContent: `${firing} ${firing === 1 ? `${kind} fires` : `${kind}s fire`}${shown}` }),
+          ...(rows.length ? [make("p", { className: "caption", textContent: ORDER[kind] })] : []), make("ol", {}, ...items));
       });
       if (!found.ordinary) parts.unshift(make("p", { className: "caption", textContent: "Template, markup or an attention sink: it counts for no feature." }));
       here.replaceChildren(title, noteOn(t, found.note.text), ...parts);

@@ -1,0 +1,35 @@
+// The tokens of a whole trace, shaded by features.
+import { figures } from "./studio.js";
+
+const STEPS = 9;
+
+/** Why a token counts for no feature: "sp" for template and markup, "sk" for an attention sink; "" where it counts. */
+export const uncountedOf = (tokens) => tokens.map((token) => ["sp", "sk"].find((name) => token.classList.contains(name)) || "");
+
+/** Whether a feature fires on a token. */
+export const fires = ({ values, level, typical }, t, uncounted) => !uncounted[t] && level !== null && values[t] > level && values[t] > typical;
+
+/** Shade each token by the feature that is strongest there, underline it where any fires; the tokens where one does. */
+export function paint(tokens, uncounted, features) {
+  const firings = [];
+  tokens.forEach((token, t) => {
+    let [best, part] = [-1, 0];
+    const firing = [];
+    features.forEach((feature, k) => {
+      const { values, typical, max } = feature;
+      const share = max > typical ? Math.min(1, (values[t] - typical) / (max - typical)) : 0;
+      if (share > part) [best, part] = [k, share];
+      if (fires(feature, t, uncounted)) firing.push(k + 1);
+    });
+    const classes = uncounted[t] ? [uncounted[t]] : [];
+    if (best >= 0) classes.push(`hue${best}`, `h${Math.min(STEPS, 1 + Math.floor(STEPS * part * 0.9999))}`);
+    if (firing.length) classes.push("f");
+    token.className = classes.join(" ");
+    if (best >= 0) token.dataset.v = features.map((f) => (features.length > 1 ? `${f.id}: ` : "") + figures(f.values[t])).join(" · ");
+    else delete token.dataset.v;
+    if (features.length > 1 && firing.length) token.dataset.n = firing.join(",");
+    else delete token.dataset.n;
+    if (firing.length) firings.push(t);
+  });
+  return firings;
+}
