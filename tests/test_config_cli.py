@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorascope.cli import COMMANDS, main
+from lorascope.cli import COMMANDS, main, readable
 from lorascope.config import Options, field_docs, parse_arguments
 from lorascope.errors import BadInput, RunFailed
 from lorascope.explain.categories import CategorizeConfig
@@ -247,3 +247,18 @@ def test_commands_that_ask_judges_share_their_options() -> None:
     assert {"judge_model", "judge_max_tokens", "judge_timeout", "budget_money", "price_out"} < shared
     for cls in (ExplainConfig, CategorizeConfig):
         assert shared < {field.name for field in fields(cls)}
+
+
+def test_results_are_readable_and_intervals_on_one_line() -> None:
+    score = {"mean": 0.71234, "low": 0.7, "high": 0.72}
+    result = {"n": 12, "detection": score, "none": None, "kinds": {"latent": {"n": 3, "score": score}}, "list": [1, 2]}
+    assert readable(result).splitlines() == [
+        "n: 12",
+        "detection: 0.7123 (0.7 to 0.72)",
+        "none: None",
+        "kinds:",
+        "  latent:",
+        "    n: 3",
+        "    score: 0.7123 (0.7 to 0.72)",
+        "list: 1, 2",
+    ]
