@@ -6,7 +6,8 @@ flatters a kind that fails often. Explainers are never mixed. Shape legend: n fe
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -34,7 +35,7 @@ from lorascope.errors import BadInput, MissingStage, RunFailed
 from lorascope.explained import LEXICAL, current_rows, inputs_of
 from lorascope.features import DIFFERENCE, cluster_of, source_of
 from lorascope.stats import FloatArray, percentile_bounds
-from lorascope.study import Study, read_json, read_rows, write_json
+from lorascope.study import Study, read_json, stream_rows, write_json
 
 Json = dict[str, Any]
 ORDER = ("direction", "latent", "neuron", "random", "untrained", "base")
@@ -84,8 +85,8 @@ class Cell:
     kind: str
     group: str | None
     ids: list[str]
-    rows: list[Json]
-    """The explainer's row of each feature."""
+    said: list[tuple[bool, str | None]]
+    """Of each feature, whether it has an explanation, and why it has no score (None: it has one)."""
     size: int
     """Features of the kind, explained or not."""
     training_tokens: int | None
@@ -151,12 +152,13 @@ def comparison_of(study: Study, config: CompareConfig, seed: int) -> Json:
     cells: list[Cell] = []
     missing, stale = [], []
     for kind in ORDER:
-        rows = [row for row in read_rows(study.path / f"explanations/{kind}.jsonl") if row["corpus"] == config.corpus]
-        current = current_rows(study, kind, rows) if study.is_current(f"examples:{config.corpus}:{kind}") else ()
-        found = read_kind(study, config.corpus, kind, current)
+        explainers = dict.fromkeys(row["explainer"] for row in rows_about(study, config.corpus, kind))
+        of_now = study.is_current(f"examples:{config.corpus}:{kind}")
+        current = current_rows(study, kind, rows_about(study, config.corpus, kind)) if of_now else ()
+        found, now = read_kind(study, config.corpus, kind, current)
         cells += found
-        stale += stale_explainers(study, config.corpus, kind, rows, current)
-        if not rows or (current and not found):
+        stale += stale_explainers(study, config.corpus, kind, [name for name in explainers if name not in now])
+        if not explainers or (now and not found):
             missing.append({"kind": kind, "run": command_for(study, config.corpus, kind)})
     if not cells:
         gone = (missing + stale)[0]
@@ -193,12 +195,17 @@ def command_for(study: Study, corpus: str, kind: str) -> str:
     return f"lorascope explain {study.path} --corpus {corpus} --kinds {kind}"
 
 
-def stale_explainers(study: Study, corpus: str, kind: str, rows: Sequence[Json], current: Sequence[Json]) -> list[Json]:
+def rows_about(study: Study, corpus: str, kind: str) -> Iterator[Json]:
+    """The rows of all explainers about a kind, scored on a corpus; one in memory at a time."""
+    rows = stream_rows(study.path / f"explanations/{kind}.jsonl")
+    return (row for row in rows if row["corpus"] == corpus)
+
+
+def stale_explainers(study: Study, corpus: str, kind: str, explainers: Sequence[str]) -> list[Json]:
     """Explainers whose rows are all of features that a kind no longer has, with the command that renews them."""
-    of_now = {row["explainer"] for row in current}
     renew = f"lorascope explain {study.path} --corpus {corpus} --kinds {kind}"
     stale = []
-    for explainer in dict.fromkeys(row["explainer"] for row in rows if row["explainer"] not in of_now):
+    for explainer in explainers:
         judge = "" if explainer == LEXICAL else f" --explainer judge --judge-model {explainer.partition(':')[2]} ..."
         run = renew + judge
         if not study.is_current(f"examples:{corpus}:{kind}"):
@@ -207,8 +214,11 @@ def stale_explainers(study: Study, corpus: str, kind: str, rows: Sequence[Json],
     return stale
 
 
-def read_kind(study: Study, corpus: str, kind: str, explained: Sequence[Json]) -> list[Cell]:
-    """A kind's features that were explained for a corpus, one cell per explainer."""
+def read_kind(study: Study, corpus: str, kind: str, explained: Iterable[Json]) -> tuple[list[Cell], set[str]]:
+    """A kind's features that were explained for a corpus, one cell per explainer, and whose explanations there are.
+
+    Rows are looked at once and not kept.
+    """
     stats_file, _, reasoning_file = (study.path / name for name in files_of(corpus, kind))
     stats = {row["feature"]: row for row in table_rows(stats_file, ("feature", "density", "n_firing", *SHARES))}
     # Scores of features that the study no longer has are left out.
@@ -217,17 +227,24 @@ def read_kind(study: Study, corpus: str, kind: str, explained: Sequence[Json]) -
     reasoning = {row["feature"]: row["score"] for row in reasoned}
     index = study.path / "scalars" / "train" / source_of(kind) / "index.json"
     tokens = read_json(index)["counts"]["ordinary"] if index.is_file() else None
-    by_explainer: dict[str, dict[str, Json]] = {}
+    explainers: set[str] = set()
+    by_explainer: dict[str, dict[str, tuple[FloatArray, tuple[bool, str | None]]]] = {}
     for row in explained:
-        if row["feature"] in stats:
-            by_explainer.setdefault(row["explainer"], {})[row["feature"]] = row
+        name = row["feature"]
+        explainers.add(row["explainer"])
+        if name in stats:
+            values = np.array(measure(row, stats[name], reasoning.get(name)))
+            reason = None if np.isfinite(values[MEASURES.index("score")]) else plain_reason(row.get("reason"))
+            by_explainer.setdefault(row["explainer"], {})[name] = values, (row["text"] is not None, reason)
     cells = []
-    for explainer, rows in by_explainer.items():
-        classed = any(class_of(row) is not None for row in rows.values())
-        values = [measure(row, stats[name], reasoning.get(name), classed) for name, row in rows.items()]
-        values_nM = np.array(values, np.float64)
-        cells.append(Cell(explainer, kind, None, list(rows), list(rows.values()), len(stats), tokens, values_nM))
-    return cells
+    for explainer, found in by_explainer.items():
+        values_nM = np.array([values for values, _ in found.values()])
+        classes = [MEASURES.index(f"class_{name}") for name in CLASSES]
+        if (values_nM[:, MEASURES.index("class_none")] == 1).all():
+            values_nM[:, classes] = np.nan  # nobody was asked for classes
+        said = [of_feature for _, of_feature in found.values()]
+        cells.append(Cell(explainer, kind, None, list(found), said, len(stats), tokens, values_nM))
+    return cells, explainers
 
 
 def table_rows(path: Path, columns: Sequence[str]) -> list[Json]:
@@ -251,7 +268,7 @@ def class_of(row: Json) -> str | None:
     return text if text in ("0", "1", "2") else None
 
 
-def measure(row: Json, stat: Json, reasoning: float | None, classed: bool) -> list[float]:
+def measure(row: Json, stat: Json, reasoning: float | None) -> list[float]:
     """A feature's number for each of `MEASURES`, NaN where it has none."""
     scored = row["scored"] or {}
     found = {name: (scored.get(name) or {}).get("value", np.nan) for name in SCORES.values()}
@@ -260,7 +277,7 @@ def measure(row: Json, stat: Json, reasoning: float | None, classed: bool) -> li
         found[f"{task}_gain"] = found[task] - found[f"{task}_wrong"]
     known = bool(np.isfinite(found["detection"]))
     given = class_of(row) or "none"
-    classes = [float(given == name) if classed else np.nan for name in CLASSES]
+    classes = [float(given == name) for name in CLASSES]
     shares = [stat[name] if stat["n_firing"] else np.nan for name in SHARES]
     return [
         *(found[name] for name in SCORES.values()),
@@ -319,7 +336,7 @@ def split_cells(cells: Sequence[Cell], groups_of: Callable[[str, str], Sequence[
                 cell,
                 group=group,
                 ids=[cell.ids[i] for i in chosen],
-                rows=[cell.rows[i] for i in chosen],
+                said=[cell.said[i] for i in chosen],
                 values_nM=cell.values_nM[chosen],
             )
             for group, chosen in members.items()
@@ -360,11 +377,7 @@ def row_of(cell: Cell, draws_DM: FloatArray) -> Json:
         name: interval_of(value, draws_DM[:, k])
         for k, (name, value) in enumerate(zip(MEASURES, means(cell), strict=True))
     }
-    failures: dict[str, int] = {}
-    for row, value in zip(cell.rows, cell.values_nM[:, MEASURES.index("score")], strict=True):
-        if not np.isfinite(value):
-            reason = plain_reason(row.get("reason"))
-            failures[reason] = failures.get(reason, 0) + 1
+    failures = dict(Counter(reason for _, reason in cell.said if reason is not None))
     classes = {name: intervals[f"class_{name}"] for name in CLASSES}
     return {
         "explainer": cell.explainer,
@@ -374,7 +387,7 @@ def row_of(cell: Cell, draws_DM: FloatArray) -> Json:
         "clusters": len(cell.clustered.sums_CM),
         "features": cell.size,
         "training_tokens": cell.training_tokens,
-        "explained": sum(row["text"] is not None for row in cell.rows),
+        "explained": sum(explained for explained, _ in cell.said),
         "scored": len(cell.ids) - sum(failures.values()),
         "failures": failures,
         **{name: intervals[name] for name in (*SCORES, "score_all", "scored_share")},

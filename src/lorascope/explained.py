@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any
 
@@ -24,7 +24,7 @@ def made_from(study: Study, corpus: str, kind: str) -> str:
     return digest([study.fingerprint(name) for name in inputs_of(corpus, kind)])[:16]
 
 
-def current_rows(study: Study, kind: str, rows: Iterable[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
+def current_rows(study: Study, kind: str, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """The rows that are of the features a kind has now; a row that says nothing of its making is taken as such."""
     now = cache(lambda corpus: made_from(study, corpus, kind))
-    return tuple(row for row in rows if row.get("made_from") is None or row["made_from"] == now(row["corpus"]))
+    return (row for row in rows if row.get("made_from") is None or row["made_from"] == now(row["corpus"]))

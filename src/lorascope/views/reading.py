@@ -91,7 +91,7 @@ def explanations(study: Study, kind: str) -> tuple[Json, ...]:
 
 def current_explanations(study: Study, kind: str) -> tuple[Json, ...]:
     """`explanations` of one state of the study."""
-    return current_rows(study, kind, json_lines(study, f"explanations/{kind}.jsonl"))
+    return tuple(current_rows(study, kind, json_lines(study, f"explanations/{kind}.jsonl")))
 
 
 @kept_once(maxsize=32)
