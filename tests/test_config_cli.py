@@ -252,6 +252,7 @@ def test_commands_that_ask_judges_share_their_options() -> None:
 def test_results_are_readable_and_intervals_on_one_line() -> None:
     score = {"mean": 0.71234, "low": 0.7, "high": 0.72}
     result = {"n": 12, "detection": score, "none": None, "kinds": {"latent": {"n": 3, "score": score}}, "list": [1, 2]}
+    result |= {"top": [{"feature": f"sae.{k}", "p": k / 3} for k in (1, 20)], "odd": [{"a": 1}, {"b": {"c": [2]}}]}
     assert readable(result).splitlines() == [
         "n: 12",
         "detection: 0.7123 (0.7 to 0.72)",
@@ -261,4 +262,14 @@ def test_results_are_readable_and_intervals_on_one_line() -> None:
         "    n: 3",
         "    score: 0.7123 (0.7 to 0.72)",
         "list: 1, 2",
+        "top:",
+        "  feature  p",
+        "  sae.1    0.3333",
+        "  sae.20   6.667",
+        "odd:",
+        "  -",
+        "    a: 1",
+        "  -",
+        "    b:",
+        "      c: 2",
     ]

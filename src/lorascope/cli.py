@@ -17,8 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from lorascope import __version__
+from lorascope.columns import aligned
 from lorascope.config import Options, early_threads, parse_arguments
 from lorascope.errors import BadInput, RunFailed
+
+WIDEST = 160
+"""Characters of a table's line; what would be wider is printed as blocks."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +183,7 @@ def words(command: Command, result: dict[str, Any]) -> str:
 
 
 def readable(value: Any, indent: int = 0) -> str:
-    """A result as indented `name: value` lines, numbers rounded, intervals on one; lists of dicts as blocks."""
+    """A result as indented `name: value` lines, numbers rounded, intervals on one; lists of like dicts as tables."""
     pad = "  " * indent
     if is_interval(value):
         number, low, high = (readable(inner) for inner in value.values())
@@ -187,14 +191,32 @@ def readable(value: Any, indent: int = 0) -> str:
     if isinstance(value, dict):
         lines = []
         for key, inner in value.items():
-            nested = isinstance(inner, dict | list) and inner and not flat(inner) and not is_interval(inner)
-            lines.append(f"{pad}{key}:\n{readable(inner, indent + 1)}" if nested else f"{pad}{key}: {readable(inner)}")
+            below = nested(inner)
+            lines.append(f"{pad}{key}:\n{readable(inner, indent + 1)}" if below else f"{pad}{key}: {readable(inner)}")
         return "\n".join(lines)
     if isinstance(value, list):
         if flat(value):
             return ", ".join(readable(item) for item in value)
+        if lines := table_lines(value):
+            return "\n".join(pad + line for line in lines)
         return "\n".join(f"{pad}-\n{readable(item, indent + 1)}" for item in value)
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def table_lines(rows: list[Any]) -> list[str]:
+    """Dicts of the same names, with a plain value or an interval under each, as an aligned table; none of others, nor
+    where it would be wider than a terminal may be."""
+    names = list(rows[0]) if isinstance(rows[0], dict) else []
+    alike = all(isinstance(row, dict) and list(row) == names for row in rows)
+    if not names or not alike or any(nested(cell) for row in rows for cell in row.values()):
+        return []
+    lines = aligned([names, *([readable(cell) for cell in row.values()] for row in rows)])
+    return lines if max(map(len, lines)) <= WIDEST else []
+
+
+def nested(value: Any) -> bool:
+    """Whether a value needs lines of its own."""
+    return isinstance(value, dict | list) and bool(value) and not flat(value) and not is_interval(value)
 
 
 def is_interval(value: Any) -> bool:

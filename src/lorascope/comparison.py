@@ -5,7 +5,6 @@ or a score are counted by reason, and `score_all` takes them as chance, since a 
 flatters a kind that fails often. Explainers are never mixed. Shape legend: n features, M measures, D draws.
 """
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lorascope.adapter import direction_layer, direction_type
+from lorascope.adapter import TYPE_ORDER, direction_layer, direction_type
 from lorascope.config import Options
 from lorascope.differences import (
     Clustered,
@@ -32,7 +31,7 @@ from lorascope.differences import (
     smallest_difference,
 )
 from lorascope.errors import BadInput, MissingStage, RunFailed
-from lorascope.explained import LEXICAL, current_rows, inputs_of
+from lorascope.explained import LEXICAL, current_rows, inputs_of, plain_reason
 from lorascope.features import DIFFERENCE, cluster_of, source_of
 from lorascope.stats import FloatArray, percentile_bounds
 from lorascope.study import Study, read_json, stream_rows, write_json
@@ -65,6 +64,7 @@ PROPORTIONS = ("scored_share", "class_0", "class_1", "class_2")
 PAIRED = ("random", "untrained", "base")
 """Kinds that have a feature, or several, at each direction's address."""
 THIRDS = ("early", "middle", "late")
+FAMILIES = ("isotropic", "difference")
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,8 @@ def read_kind(study: Study, corpus: str, kind: str, explained: Iterable[Json]) -
         explainers.add(row["explainer"])
         if name in stats:
             values = np.array(measure(row, stats[name], reasoning.get(name)))
-            reason = None if np.isfinite(values[MEASURES.index("score")]) else plain_reason(row.get("reason"))
+            failed = not np.isfinite(values[MEASURES.index("score")])
+            reason = plain_reason(row.get("reason") or "no score") if failed else None
             by_explainer.setdefault(row["explainer"], {})[name] = values, (row["text"] is not None, reason)
     cells = []
     for explainer, found in by_explainer.items():
@@ -319,12 +320,12 @@ def types_of(kind: str, feature: str) -> Sequence[str]:
 def families_of(kind: str, feature: str) -> Sequence[str]:
     """Both families of random directions, each beside all trained ones."""
     if kind == "direction":
-        return ("isotropic", "difference")
-    return () if kind != "random" else ("difference" if DIFFERENCE in feature else "isotropic",)
+        return FAMILIES
+    return () if kind != "random" else (FAMILIES[DIFFERENCE in feature],)
 
 
 def split_cells(cells: Sequence[Cell], groups_of: Callable[[str, str], Sequence[str]]) -> list[Cell]:
-    """The features of each cell by group."""
+    """The features of each cell by group: early to late, q to down, the kinds of each group together."""
     parts: list[Cell] = []
     for cell in cells:
         members: dict[str, list[int]] = {}
@@ -341,7 +342,8 @@ def split_cells(cells: Sequence[Cell], groups_of: Callable[[str, str], Sequence[
             )
             for group, chosen in members.items()
         ]
-    return parts
+    known = [*THIRDS, *TYPE_ORDER, *FAMILIES]
+    return sorted(parts, key=lambda part: known.index(part.group) if part.group in known else len(known))
 
 
 def table_of(cells: Sequence[Cell], config: CompareConfig, seed: int) -> Json:
@@ -401,11 +403,6 @@ def row_of(cell: Cell, draws_DM: FloatArray) -> Json:
 def means(cell: Cell) -> list[float]:
     """The mean of each measure."""
     return [float(value) for value in cell.clustered.means_M]
-
-
-def plain_reason(reason: str | None) -> str:
-    """A reason without its numbers, so that equal ones are counted together."""
-    return re.sub(r"\d+", "n", (reason or "no score").split(", fewer")[0])
 
 
 def interval_of(value: float, draws_D: FloatArray) -> Json | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any
@@ -28,3 +29,11 @@ def current_rows(study: Study, kind: str, rows: Iterable[dict[str, Any]]) -> Ite
     """The rows that are of the features a kind has now; a row that says nothing of its making is taken as such."""
     now = cache(lambda corpus: made_from(study, corpus, kind))
     return (row for row in rows if row.get("made_from") is None or row["made_from"] == now(row["corpus"]))
+
+
+def plain_reason(reason: str) -> str:
+    """Why a feature has no score without its own numbers, so that equal reasons are counted together.
+
+    The last number stays: `fires on n tokens of the training corpus, fewer than 8`.
+    """
+    return re.sub(r"\b\d+\b(?!$)", "n", reason)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from lorascope.explain.prompts import WORDS
 from lorascope.explain.rows import Row
 from lorascope.explain.scoring import agreement_of, equal_and_kappa
-from lorascope.explained import LEXICAL, current_rows
+from lorascope.explained import LEXICAL, current_rows, plain_reason
 from lorascope.features import CONTROLS, cluster_of
 from lorascope.stats import bootstrap_mean, percentile_bounds
 from lorascope.study import Study, stream_rows
@@ -128,9 +128,7 @@ def summarise_rows(rows: Iterable[Row], rng: np.random.Generator) -> dict[str, A
         out["n"] += 1
         out["explained"] += row.get("text") is not None
         if row["reason"]:
-            # Reasons carry numbers ("fires on 3 tokens ..."); they are counted without them.
-            plain = " ".join("n" if word.isdigit() else word for word in row["reason"].split(", fewer")[0].split())
-            reasons[plain] += 1
+            reasons[plain_reason(row["reason"])] += 1
         if "class" in row:
             classes = classes or ClassCounts()
             classes.add(row, cluster)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from lorascope.columns import aligned
 from lorascope.study import Study
 from lorascope.views.reading import Json, json_file, missing
 
@@ -90,7 +91,7 @@ def comparison_text(found: Json) -> str:
             cells += [spread(row[measure]) for measure in ("score_all", "fuzzing", "reasoning")]
             lines.append(cells + ([class_shares(row)] if classes else []))
         parts.append(f"Explained by {explainer}, scored on {found['corpus']}: means over features with 95% intervals")
-        parts.append(aligned(lines))
+        parts.append("\n".join(aligned(lines)))
         for said in table["verdicts"]:
             parts.append(
                 "\n  ".join([f"{said['measure']} (p-values by Holm, over all tests of the table)", *said["sentences"]])
@@ -120,12 +121,6 @@ def spread(interval: Json | None, *, bounds: bool = True) -> str:
 def class_shares(row: Json) -> str:
     """The shares of the classes in percent, in their order."""
     return " / ".join(f"{share['value']:.0%}" for share in row["classes"].values()) if row["classes"] else "-"
-
-
-def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Cells in columns as wide as they must be."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 def uneven_training(rows: Sequence[Json]) -> list[str]:

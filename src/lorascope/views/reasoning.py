@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from lorascope.features import KINDS
+from lorascope.features import CONTROLS, KINDS
 from lorascope.study import Study, read_json
 from lorascope.views.reading import Json, missing, ready, table_rows
 
@@ -22,9 +22,10 @@ def reasoning_view(study: Study, corpus: str = "heldout", *, top: int = 10) -> J
 
     Returns:
         `{"available", "corpus", "level", "shifts", "words": [[word, count]], "near_tokens", "rest_tokens", "traces",
-        "traces_without_words", "kinds": [{"kind", "label", "features", "silent", "significant", "rows": [{"feature",
-        "score", "null_mean", "null_sd", "p", "q"}]}], "contrasts": [contrast]}`. Rows have a q of at most `level`, by
-        falling score; words are those found, the most frequent first. A contrast is its file with `sentences` added.
+        "traces_without_words", "kinds": [{"kind", "label", "control", "features", "silent", "significant", "rows":
+        [{"feature", "score", "null_mean", "null_sd", "p", "q"}]}], "contrasts": [contrast]}`. Rows have a q of at most
+        `level`, by falling score; words are those found, the most frequent first. A contrast is its file with
+        `sentences` added.
     """
     records = study.manifest["stages"]
     kinds: list[Json] = []
@@ -51,6 +52,7 @@ def kind_rows(kind: str, rows: list[Json], counts: Json, top: int) -> Json:
     return {
         "kind": kind,
         "label": LABELS.get(kind, f"control: {kind}"),
+        "control": kind in CONTROLS,
         "features": len(rows),
         "silent": counts["silent"],
         "significant": len(passed),

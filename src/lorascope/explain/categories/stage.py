@@ -104,8 +104,9 @@ def categorize(study: Study, config: CategorizeConfig, options: Options, ask: As
         ask: with `by="judge"`, a function from a feature's text to a name or None, in place of the judge behind a URL.
 
     Returns:
-        `{"corpus", "taxonomy", "kinds": {kind: {"features", "assigned", "none_fits", "no_answer", "without"}}}`, and
-        `"spent"` as in `explain` where a judge behind a URL was asked.
+        `{"corpus", "taxonomy", "kinds": {kind: {"features", "assigned", "none_fits", "no_answer", "without", "shares":
+        [{"category", "n", "count", "rate", "mass"}]}}}`, shares as in `share_rows` but for subcategories, and `"spent"`
+        as in `explain` where a judge behind a URL was asked.
 
     Raises:
         BadInput: an unknown option's value or kind, a file that is no taxonomy, a judge that is not given, a missing
@@ -227,7 +228,7 @@ def fill_folder(
         )
         groups, group_F = make_groups(assigned, taxonomy)
         shares[name] = measure_shares(kind, groups, group_F, draws("shares"))
-        counts[name] = count_assigned(assigned)
+        counts[name] = count_assigned(assigned) | {"shares": of_categories(shares[name]["rows"])}
         spaces = feature_spaces(kind, config, options.device, place, draws("spaces"))
         clusters += [describe_space(space, kind, config.enough) for space in spaces]
         agreement += compare_spaces(spaces, assigned, draws("agreement"))
@@ -302,6 +303,12 @@ def measure_shares(
         "firings": int(fires_RG.sum()),
         "rows": share_rows(kind.features.ids, groups, group_F, fires_RG, mass_RG, rng),
     }
+
+
+def of_categories(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Whole categories with a feature in them, without their subcategories."""
+    kept = ("category", "n", "count", "rate", "mass")
+    return [{name: row[name] for name in kept} for row in rows if row["subcategory"] is None and row["n"]]
 
 
 def make_flow(kind: Kind, assigned: Sequence[Assignment]) -> dict[str, Any]:
