@@ -253,6 +253,7 @@ def test_results_are_readable_and_intervals_on_one_line() -> None:
     score = {"mean": 0.71234, "low": 0.7, "high": 0.72}
     result = {"n": 12, "detection": score, "none": None, "kinds": {"latent": {"n": 3, "score": score}}, "list": [1, 2]}
     result |= {"top": [{"feature": f"sae.{k}", "p": k / 3} for k in (1, 20)], "odd": [{"a": 1}, {"b": {"c": [2]}}]}
+    result |= {"tokens": [["\n", 27], [" so", 1.5]], "names": ["a", " b"]}
     assert readable(result).splitlines() == [
         "n: 12",
         "detection: 0.7123 (0.7 to 0.72)",
@@ -272,4 +273,8 @@ def test_results_are_readable_and_intervals_on_one_line() -> None:
         "  -",
         "    b:",
         "      c: 2",
+        "tokens:",
+        r"  '\n'   27",
+        "  ' so'  1.5",
+        "names: a, ' b'",
     ]

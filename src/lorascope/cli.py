@@ -196,11 +196,19 @@ def readable(value: Any, indent: int = 0) -> str:
         return "\n".join(lines)
     if isinstance(value, list):
         if flat(value):
-            return ", ".join(readable(item) for item in value)
+            return ", ".join(quoted(item) for item in value)
+        if all(flat(item) and len(item) == len(value[0]) for item in value):
+            return "\n".join(pad + line for line in aligned([[quoted(cell) for cell in item] for item in value]))
         if lines := table_lines(value):
             return "\n".join(pad + line for line in lines)
         return "\n".join(f"{pad}-\n{readable(item, indent + 1)}" for item in value)
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def quoted(value: Any) -> str:
+    """A plain value in a list: texts with white space at an end, or none that can be seen, in quotes."""
+    plain = not isinstance(value, str) or (value.isprintable() and value == value.strip() != "")
+    return readable(value) if plain else repr(value)
 
 
 def table_lines(rows: list[Any]) -> list[str]:
