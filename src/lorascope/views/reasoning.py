@@ -26,8 +26,8 @@ def reasoning_view(study: Study, corpus: str = "heldout", *, top: int = 10) -> J
         `{"available", "corpus", "level", "shifts", "words": [[word, count]], "near_tokens", "rest_tokens", "traces",
         "traces_without_words", "kinds": [{"kind", "label", "control", "features", "silent", "significant", "rows":
         [{"feature", "score", "null_mean", "null_sd", "p", "q"}]}], "contrasts": [contrast], "contrast_on", "example"}`.
-        Rows have a q of at most `level`, by falling score; words are those found, the most frequent first. A contrast is
-        its file with `sentences` added; `contrast_on` is a corpus with enough of the word `example`.
+        Rows have a q of at most `level`, by falling score; words are those found, the most frequent first. A contrast
+        is its file with `sentences` added; `contrast_on` is a corpus with enough of the word `example`.
     """
     records = study.manifest["stages"]
     kinds: list[Json] = []
