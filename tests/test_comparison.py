@@ -142,6 +142,25 @@ def test_features_without_a_class_are_a_share_of_their_own(tmp_path: Path) -> No
     assert [classes[name]["value"] for name in ("0", "1", "2", "none")] == [0.75, 0, 0, 0.25]
 
 
+def test_a_class_that_nobody_is_in_claims_no_certainty(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "study")
+    add_kind(
+        study, "direction", [explained_row(f"L{k}.gate{sign}", 0.7, **classed(1)) for k in range(12) for sign in "+-"]
+    )
+    add_kind(study, "latent", [explained_row(f"sae.{k}", 0.7, **classed(1)) for k in range(12)])
+    result = compare(study, CompareConfig(draws=500), Options())
+    row, test = row_of(result, "direction"), the_test(result, "latent", "class_0")
+    assert row["classes"]["0"] == {"value": 0.0, "low": 0.0, "high": pytest.approx(0.2425, abs=1e-4)}
+    assert row["classes"]["1"]["low"] == pytest.approx(1 - 0.2425, abs=1e-4)
+    assert test["difference"] == {
+        "value": 0.0,
+        "low": pytest.approx(-0.2425, abs=1e-4),
+        "high": pytest.approx(0.2425, abs=1e-4),
+    }
+    assert test["p"] == 1.0
+    assert test["detectable"] == pytest.approx(2.8016 * 0.2425 / 1.96, abs=1e-3)
+
+
 def test_two_polarities_of_a_direction_are_one_cluster(tmp_path: Path) -> None:
     """The same scores on both polarities give the interval of one polarity, not a narrower one."""
     widths = []

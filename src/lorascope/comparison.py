@@ -20,11 +20,13 @@ from lorascope.adapter import TYPE_ORDER, direction_layer, direction_type
 from lorascope.config import Options
 from lorascope.differences import (
     Clustered,
+    Share,
     benjamini_hochberg,
     bootstrap_means,
     cluster_values,
     compare_means,
     compare_pairs,
+    difference_of_shares,
     holm,
     proportions_p,
     ratio,
@@ -61,6 +63,7 @@ which only judges have, are inside the score)."""
 MEASURES = (*SCORES, "score_all", "scored_share", *(f"class_{c}" for c in CLASSES), "density", *SEGMENTS, "reasoning")
 TESTED = ("score", "score_all", "fuzzing", "scored_share", "class_0", "class_1", "class_2", "reasoning")
 PROPORTIONS = ("scored_share", "class_0", "class_1", "class_2")
+ALL_SHARES = (*PROPORTIONS, "class_none")
 PAIRED = ("random", "untrained", "base")
 """Kinds that have a feature, or several, at each direction's address."""
 THIRDS = ("early", "middle", "late")
@@ -376,7 +379,7 @@ def is_pair(first: Cell, second: Cell) -> bool:
 def row_of(cell: Cell, draws_DM: FloatArray) -> Json:
     """A cell's row."""
     intervals = {
-        name: interval_of(value, draws_DM[:, k])
+        name: interval_of(value, draws_DM[:, k], with_value(cell, k) if name in ALL_SHARES else 0)
         for k, (name, value) in enumerate(zip(MEASURES, means(cell), strict=True))
     }
     failures = dict(Counter(reason for _, reason in cell.said if reason is not None))
@@ -405,12 +408,21 @@ def means(cell: Cell) -> list[float]:
     return [float(value) for value in cell.clustered.means_M]
 
 
-def interval_of(value: float, draws_D: FloatArray) -> Json | None:
-    """`{"value", "low", "high"}`, rounded; None without a value."""
+def with_value(cell: Cell, k: int) -> int:
+    """How many clusters of a cell have a value of a measure."""
+    return int((cell.clustered.counts_CM[:, k] > 0).sum())
+
+
+def interval_of(value: float, draws_D: FloatArray, clusters: int = 0) -> Json | None:
+    """`{"value", "low", "high"}`, rounded; None without a value. `clusters` are those of a share, 0 for others."""
     if not np.isfinite(value):
         return None
-    low, high = percentile_bounds(draws_D)
-    return {name: known_number(number) for name, number in (("value", value), ("low", low), ("high", high))}
+    return rounded(value, Share(value, draws_D, clusters).bounds if clusters else percentile_bounds(draws_D))
+
+
+def rounded(value: float, bounds: tuple[float, float]) -> Json:
+    """`{"value", "low", "high"}`."""
+    return {name: known_number(number) for name, number in zip(("value", "low", "high"), (value, *bounds), strict=True)}
 
 
 def known_number(value: float) -> float | None:
@@ -452,14 +464,21 @@ def tests_of(
     rng = np.random.default_rng([seed, *name])
     found = compare_means(first.clustered, second.clustered, rng, config.draws)
     pairs = paired_comparisons(first, second, config, seed)
-    counts = [[int(n) for n in cell.clustered.counts_CM.sum(0)] for cell in (first, second)]
-    hits = [[round(float(s)) for s in cell.clustered.sums_CM.sum(0)] for cell in (first, second)]
+    cells, draws = (first, second), (draws_DM, other_DM)
+    counts = [[int(n) for n in cell.clustered.counts_CM.sum(0)] for cell in cells]
+    hits = [[round(float(s)) for s in cell.clustered.sums_CM.sum(0)] for cell in cells]
     tests = []
     for k, measure_name in enumerate(MEASURES):
         n, other_n = counts[0][k], counts[1][k]
         if measure_name not in TESTED or not n or not other_n:
             continue
-        pooled = proportions_p(hits[0][k], n, hits[1][k], other_n) if measure_name in PROPORTIONS else np.nan
+        pooled, error = np.nan, found[k].standard_error
+        bounds = percentile_bounds(draws_DM[:, k] - other_DM[:, k])
+        if measure_name in PROPORTIONS:
+            pooled = proportions_p(hits[0][k], n, hits[1][k], other_n)
+            shares = [Share(means(c)[k], d[:, k], with_value(c, k)) for c, d in zip(cells, draws, strict=True)]
+            if any(share.at_end for share in shares):
+                bounds, error = difference_of_shares(*shares)
         tests.append(
             {
                 "explainer": first.explainer,
@@ -468,10 +487,10 @@ def tests_of(
                 "first": first.kind,
                 "second": second.kind,
                 "n": [n, other_n],
-                "difference": interval_of(found[k].difference, draws_DM[:, k] - other_DM[:, k]),
+                "difference": rounded(found[k].difference, bounds),
                 "p": known_number(found[k].p),
                 "p_pooled_uncorrected": known_number(pooled),
-                "detectable": known_number(smallest_difference(found[k].standard_error)),
+                "detectable": known_number(smallest_difference(error)),
                 "paired": pairs and pairs[k],
             }
         )
