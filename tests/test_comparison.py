@@ -19,8 +19,10 @@ from lorascope.example_search import ExamplesConfig, examples
 from lorascope.explain import ExplainConfig, explain_features
 from lorascope.explained import made_from
 from lorascope.features import KINDS
+from lorascope.report.marks import score_floor, score_mark, score_words
 from lorascope.store import Store, store_folder
 from lorascope.study import Study, write_json
+from lorascope.views.compare import comparison_text
 from planted_text import planted_study
 from tiny_store import make_study, write_store
 
@@ -159,6 +161,18 @@ def test_a_class_that_nobody_is_in_claims_no_certainty(tmp_path: Path) -> None:
     }
     assert test["p"] == 1.0
     assert test["detectable"] == pytest.approx(2.8016 * 0.2425 / 1.96, abs=1e-3)
+
+
+def test_one_direction_alone_has_no_interval(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "study")
+    add_kind(study, "direction", [explained_row(f"L0.q{sign}", score) for sign, score in (("+", 0.6), ("-", 0.8))])
+    add_kind(study, "latent", [explained_row(f"sae.{k}", 0.7) for k in range(3)])
+    result = compare(study, CONFIG, Options())
+    assert row_of(result, "direction")["score"] == {"value": 0.7, "low": None, "high": None}
+    assert the_test(result, "latent", "score")["p"] is None
+    assert "0.700  " in comparison_text(result)
+    assert score_words(row_of(result, "direction")["score"]) == "0.70"
+    assert "whisker thick own" not in score_mark(row_of(result, "direction"), score_floor(result["rows"]))
 
 
 def test_two_polarities_of_a_direction_are_one_cluster(tmp_path: Path) -> None:

@@ -379,7 +379,7 @@ def is_pair(first: Cell, second: Cell) -> bool:
 def row_of(cell: Cell, draws_DM: FloatArray) -> Json:
     """A cell's row."""
     intervals = {
-        name: interval_of(value, draws_DM[:, k], with_value(cell, k) if name in ALL_SHARES else 0)
+        name: interval_of(Share(value, draws_DM[:, k], with_value(cell, k)), name in ALL_SHARES)
         for k, (name, value) in enumerate(zip(MEASURES, means(cell), strict=True))
     }
     failures = dict(Counter(reason for _, reason in cell.said if reason is not None))
@@ -413,11 +413,13 @@ def with_value(cell: Cell, k: int) -> int:
     return int((cell.clustered.counts_CM[:, k] > 0).sum())
 
 
-def interval_of(value: float, draws_D: FloatArray, clusters: int = 0) -> Json | None:
-    """`{"value", "low", "high"}`, rounded; None without a value. `clusters` are those of a share, 0 for others."""
-    if not np.isfinite(value):
+def interval_of(mean: Share, is_share: bool = False) -> Json | None:
+    """`{"value", "low", "high"}`, rounded; None without a value, and None as bounds of a single cluster's mean."""
+    if not np.isfinite(mean.value):
         return None
-    return rounded(value, Share(value, draws_D, clusters).bounds if clusters else percentile_bounds(draws_D))
+    if is_share and mean.at_end:
+        return rounded(mean.value, mean.bounds)
+    return rounded(mean.value, percentile_bounds(mean.draws_D) if mean.clusters > 1 else (np.nan, np.nan))
 
 
 def rounded(value: float, bounds: tuple[float, float]) -> Json:
@@ -449,7 +451,7 @@ def paired_comparisons(first: Cell, second: Cell, config: CompareConfig, seed: i
     return [
         {
             "addresses": pair.pairs,
-            "difference": interval_of(pair.difference, pair.draws_D),
+            "difference": interval_of(Share(pair.difference, pair.draws_D, pair.pairs)),
             "p_uncorrected": known_number(pair.p),
         }
         for pair in found

@@ -114,8 +114,10 @@ def spread(interval: Json | None, *, bounds: bool = True) -> str:
     """A mean with its interval, a dash where nothing is known."""
     if interval is None:
         return "-"
-    value, low, high = (f"{interval[name]:.3f}" for name in ("value", "low", "high"))
-    return f"{value} ({low} to {high})" if bounds else value
+    value = f"{interval['value']:.3f}"
+    if not bounds or interval["low"] is None:
+        return value
+    return f"{value} ({interval['low']:.3f} to {interval['high']:.3f})"
 
 
 def class_shares(row: Json) -> str:
