@@ -13,20 +13,20 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from common import print_rows, row, versions
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
@@ -109,19 +109,36 @@ def explain(study: Path, url: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen([*command, "--judge-concurrency", str(WORKERS)], stdout=subprocess.DEVNULL)
 
 
-def peak_of(run: subprocess.Popen[bytes]) -> float:
-    """Wait for a process; the most memory that it had, MiB."""
-    _, status, usage = os.wait4(run.pid, 0)
-    run.returncode = os.waitstatus_to_exitcode(status)
-    return usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+def watch(run: subprocess.Popen[bytes], until: Callable[[], bool] = lambda: False) -> float:
+    """The most memory that a process has, MiB, until it ends or a moment comes; looked at every 50 ms.
+
+    What the system says of a process that has ended would not do: on Linux it counts from before the new program is
+    loaded, when a child still has its parent's memory.
+    """
+    process, peak, looked = psutil.Process(run.pid), 0.0, 0
+    while run.poll() is None and not (looked % 10 == 0 and until()):
+        with suppress(psutil.Error):
+            peak = max(peak, process.memory_info().rss / 2**20)
+        looked += 1
+        time.sleep(0.05)
+    return peak
 
 
-def lines_in(file: Path) -> int:
-    """Whole lines in a file, none when it does not exist."""
-    if not file.is_file():
-        return 0
-    with file.open("rb") as opened:
-        return sum(block.count(b"\n") for block in iter(lambda: opened.read(1 << 20), b""))
+class Lines:
+    """Counts the whole lines of a growing file, 0 while it does not exist; what was read is not read again."""
+
+    def __init__(self, file: Path) -> None:
+        """Nothing read yet."""
+        self.file, self.place, self.count = file, 0, 0
+
+    def __call__(self) -> int:
+        """How many there are now."""
+        if self.file.is_file():
+            with self.file.open("rb") as opened:
+                opened.seek(self.place)
+                new = opened.read()
+            self.place, self.count = self.place + len(new), self.count + new.count(b"\n")
+        return self.count
 
 
 def names_in(log: Path) -> list[str]:
@@ -137,14 +154,14 @@ def measure(features: int, folder: Path) -> dict[str, Any]:
     log = study / "explanations" / "judges" / "scripted.jsonl"
     with scripted_server() as (url, counts):
         killed = explain(study, url)
-        while lines_in(log) < features * REQUESTS // 2:
-            time.sleep(0.5)
+        lines = Lines(log)
+        peaks = [watch(killed, lambda: lines() >= features * REQUESTS // 2)]
         killed.send_signal(signal.SIGKILL)
-        peaks = [peak_of(killed)]
+        killed.wait()
         kept = set(names_in(log))
         started = time.perf_counter()
         resumed = explain(study, url)
-        peaks.append(peak_of(resumed))
+        peaks.append(watch(resumed))
         seconds = time.perf_counter() - started
         if resumed.returncode != 0:
             raise SystemExit("lorascope explain failed; see its message above.")
