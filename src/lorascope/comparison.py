@@ -155,13 +155,13 @@ def comparison_of(study: Study, config: CompareConfig, seed: int) -> Json:
     cells: list[Cell] = []
     missing, stale = [], []
     for kind in ORDER:
-        explainers = dict.fromkeys(row["explainer"] for row in rows_about(study, config.corpus, kind))
+        told = dict.fromkeys(row["explainer"] for row in rows_about(study, config.corpus, kind))
         of_now = study.is_current(f"examples:{config.corpus}:{kind}")
         current = current_rows(study, kind, rows_about(study, config.corpus, kind)) if of_now else ()
         found, now = read_kind(study, config.corpus, kind, current)
         cells += found
-        stale += stale_explainers(study, config.corpus, kind, [name for name in explainers if name not in now])
-        if not explainers or (now and not found):
+        stale += stale_explainers(study, config.corpus, kind, [name for name in told if name not in now])
+        if not told or (now and not found):
             missing.append({"kind": kind, "run": command_for(study, config.corpus, kind)})
     if not cells:
         gone = (missing + stale)[0]
