@@ -110,15 +110,16 @@ def explain(study: Path, url: str) -> subprocess.Popen[bytes]:
 
 
 def watch(run: subprocess.Popen[bytes], until: Callable[[], bool] = lambda: False) -> float:
-    """The most memory that a process has, MiB, until it ends or a moment comes; looked at every 50 ms.
+    """The most memory of a process that is no mapped file, MiB, until it ends or a moment comes; every 50 ms.
 
     What the system says of a process that has ended would not do: on Linux it counts from before the new program is
-    loaded, when a child still has its parent's memory.
+    loaded, when a child still has its parent's memory. The pages of mapped files are the system's to drop.
     """
     process, peak, looked = psutil.Process(run.pid), 0.0, 0
     while run.poll() is None and not (looked % 10 == 0 and until()):
         with suppress(psutil.Error):
-            peak = max(peak, process.memory_info().rss / 2**20)
+            memory = process.memory_info()
+            peak = max(peak, (memory.rss - getattr(memory, "shared", 0)) / 2**20)
         looked += 1
         time.sleep(0.05)
     return peak
