@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from compared_study import FAILED, add_kind, explained_row, make_compared_study
-from lorascope.adapter import TYPE_ORDER
+from lorascope.addresses import TYPE_ORDER
 from lorascope.cli import main
 from lorascope.comparison import ORDER, THIRDS, CompareConfig, compare
 from lorascope.config import Options
