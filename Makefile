@@ -1,7 +1,7 @@
 # make demo [QUICK=1] [STUDY=demo-study]   the whole path on the embedded default model
 # make test                                set up what the tests need and run them
 # make check                               lint, types and tests: what CI runs
-# make bench [ONLY=train,record]           measure against peers, in an environment of their own
+# make bench [ONLY=train,record]           measure against peers, in an environment of their own (ONLY=judge: apart)
 
 # Any pip arguments: another version, or a CPU-only build by adding --index-url.
 TORCH ?= torch==2.13.0
@@ -70,7 +70,7 @@ venv: .venv/made-demo
 	sh scripts/make_venv.sh .venv-bench
 	@echo "Installing the peers that the benchmarks measure against (once, about two minutes)"
 	.venv-bench/bin/python -m pip --disable-pip-version-check install -q $(TORCH)
-	.venv-bench/bin/python -m pip --disable-pip-version-check install -q -c .venv/torch.txt -e '.[peft]' trl sae-lens nnsight einops matplotlib
+	.venv-bench/bin/python -m pip --disable-pip-version-check install -q -c .venv/torch.txt -e '.[peft,judge]' trl sae-lens nnsight einops matplotlib
 	.venv-bench/bin/python -m pip --disable-pip-version-check install -q --no-deps dictionary-learning
 	@touch $@
 

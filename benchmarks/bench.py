@@ -25,6 +25,9 @@ from common import MODEL
 HERE = Path(__file__).resolve().parent
 RESULTS, README, PLOT = HERE / "results.json", HERE.parent / "README.md", HERE.parent / "docs" / "scaling.svg"
 FILES = ("sae", "steer", "examples", "record", "ablate", "scaling", "train")
+APART = ("judge",)
+"""Measured only when named, for it is long and depends on no model; begins the names of its rows."""
+ON_CPU_ALONE = ("examples", "judge")
 BEGIN, END = "<!-- benchmarks -->", "<!-- end of benchmarks -->"
 STEPS = 24
 
@@ -43,6 +46,8 @@ TABLE = {
     "sae_vs_dictionary_learning": ("SAE training", "dictionary_learning", "3"),
     "examples_scalars_per_s": ("exact top 50, both polarities", "(no exact peer: the floor)", "1e8"),
     "steer_vs_peft": ("steered generation", "PEFT generate, unsteered", "0.9"),
+    "judge_requests": ("judging 10,000 features, killed and resumed", "the official client alone", ""),
+    "judge_memory": ("its peak memory", "1,000 features", "at most 1.1"),
 }
 
 
@@ -64,13 +69,15 @@ def prepare(study: Path) -> None:
 def measure(study: Path, files: list[str]) -> dict[str, Any]:
     """Run files of rows, on the CPU and on a GPU if there is one; merges what it finds into what earlier runs found.
 
-    A run of all files starts from nothing, so that all rows are of one run. Examples are searched on the CPU alone.
+    A run of all files starts from nothing but the rows of those apart, so that all others are of one run.
     """
-    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() and set(files) != set(FILES) else {}
+    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    if set(files) == set(FILES):
+        results = {key: found for key, found in results.items() if key.startswith(APART)}
     devices = {"cpu": ""} | ({"cuda": "_cuda"} if torch.cuda.is_available() else {})
     run, made = time.strftime("%Y-%m-%d %H:%M"), commit()
     for name, (device, suffix) in itertools.product(files, devices.items()):
-        if (name, device) == ("examples", "cuda"):
+        if device == "cuda" and name in ON_CPU_ALONE:
             continue
         started = time.perf_counter()
         command = [sys.executable, str(HERE / f"{name}.py"), str(study)]
@@ -155,7 +162,7 @@ def plot(results: dict[str, Any]) -> None:
         right.plot(sizes, [run["peak"] for run in runs], "o-", label=name)
     left.plot([1, 16], [1, 16], "k:", label="linear")
     left.set(xscale="log", yscale="log", xlabel="work", ylabel="time (once = 1)", title="Time grows with the work")
-    right.set(xscale="log", ylim=(0, None), xlabel="work", ylabel="GiB at the peak", title="Memory does not")
+    right.set(xscale="log", ylim=(0, None), xlabel="work", ylabel="GiB allocated at the peak", title="Memory does not")
     for axes in (left, right):
         axes.set_xticks([1, 4, 16], ["1x", "4x", "16x"], minor=False)
         axes.minorticks_off()
@@ -171,11 +178,12 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(FILES), help="comma list of files of rows")
     options = parser.parse_args()
     files = options.only.split(",")
-    if unknown := [name for name in files if name not in FILES]:
-        parser.error(f"there are no rows {unknown[0]!r}; choose from {', '.join(FILES)}")
+    if unknown := [name for name in files if name not in FILES + APART]:
+        parser.error(f"there are no rows {unknown[0]!r}; choose from {', '.join(FILES + APART)}")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     started = time.perf_counter()
-    prepare(options.study)
+    if set(files) - set(APART):
+        prepare(options.study)
     results = measure(options.study, files)
     print(f"{(time.perf_counter() - started) / 60:.0f} min in all", file=sys.stderr, flush=True)
     write_readme(results)

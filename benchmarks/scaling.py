@@ -2,9 +2,10 @@
 
     python benchmarks/scaling.py STUDY
 
-Each size runs in a process of its own. Memory is what the process allocates while the work runs, mapped files left out;
-`grown` is how much of it is beyond what the process held when the work began. Buffers whose size is an option of the
-product (a shard, the autoencoder's pool of rows) are made small here, so that all sizes are well beyond one of them.
+Each size runs in a process of its own. Memory is what the process has allocated while the work runs (of a model that
+is read from a mapped file that is without its weights); `grown` is what of it is beyond what it held when work began.
+Buffers whose size is an option of the product (a batch, a shard, the autoencoder's pool of rows) are made small here,
+so that all sizes are well beyond one of them.
 """
 
 from __future__ import annotations
@@ -22,19 +23,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import DEVICE, MODEL, anonymous_memory, anonymous_peak, print_rows, seconds
+from common import DEVICE, MODEL, allocated_memory, allocated_peak, print_rows, seconds
 
 SIZES = (1, 4, 16)
 DIRECTIONS = 210
 
 
 def recording(study_path: Path, size: int) -> Callable[[], Any]:
-    """16 traces of the study, times the size; shards of 2,048 tokens, so that many are finished on the way."""
+    """16 traces of the study, times the size; batches of 512 and shards of 2,048 tokens: many end on the way."""
     from lorascope import recording
     from lorascope.adapter import Adapter
     from lorascope.attached import attach
     from lorascope.fused import fused_reading
-    from lorascope.memory import MOST_ON_CPU
     from lorascope.models import load_model
     from lorascope.study import Study
 
@@ -45,7 +45,7 @@ def recording(study_path: Path, size: int) -> Callable[[], Any]:
     adapter = Adapter.load(study.path / "adapter")
 
     def record(traces: list[Any]) -> None:
-        plan = recording.plan_recording(adapter, traces, MOST_ON_CPU, {})
+        plan = recording.plan_recording(adapter, traces, 512, {})
         with tempfile.TemporaryDirectory() as folder, attach(model, adapter) as attached, fused_reading(attached):
             recording.fill_stores([(Path(folder), plan)], traces, attached, recording.adapter_scalars, "bench")
 
@@ -77,7 +77,7 @@ def training(study_path: Path, size: int) -> Callable[[], Any]:
 
 
 def screening(study_path: Path, size: int) -> Callable[[], Any]:
-    """4 passes over one held-out trace, times the size, of which four at a time are in memory."""
+    """4 passes over one held-out trace, times the size, of which one at a time is in memory."""
     from lorascope.adapter import Adapter
     from lorascope.attached import attach
     from lorascope.models import load_model
@@ -92,7 +92,7 @@ def screening(study_path: Path, size: int) -> Callable[[], Any]:
 
     def passes(count: int) -> None:
         with attach(model, adapter) as attached:
-            screen(attached, traces[:count], passes=4, budget=4 * len(traces[0].ids))
+            screen(attached, traces[:count], passes=4, budget=len(traces[0].ids))
 
     passes(1)
     return lambda: passes(size)
@@ -179,8 +179,8 @@ def main() -> None:
         print_rows(measure(options.study))
         return
     work, told = JOBS[options.job](options.study, options.size), []
-    start = anonymous_memory()
-    with anonymous_peak() as peak:
+    start = allocated_memory()
+    with allocated_peak() as peak:
         spent = seconds(lambda: told.append(work()))
     # A job that also prepares, or warms up, tells how long the work itself took, and how much there was.
     took, done = told[0] or (spent, options.size)

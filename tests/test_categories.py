@@ -52,11 +52,14 @@ def test_planted_words_come_out_as_planted(planted: Planted, kind: str) -> None:
         assert rows[feature]["category"] is None
         assert rows[feature]["reason"].startswith("none fits: the nearest, ")
     assert all(row["score"] > row["threshold"] for row in rows.values() if row["category"])
-    counts = result["kinds"][kind]
+    counts = dict(result["kinds"][kind])
     assert counts["assigned"] == len(PLANTED)
     assert counts["without"] == (0 if kind == "latent" else 9)  # nothing is ever below 0
     assert counts["none_fits"] == 2
+    shares = counts.pop("shares")
     assert sum(counts.values()) == 2 * counts["features"]
+    assert sum(row["n"] for row in shares) == counts["features"]
+    assert sum(row["count"]["value"] for row in shares) == pytest.approx(1)
 
 
 def test_shares_are_those_of_the_activations(planted: Planted) -> None:

@@ -119,6 +119,11 @@ def test_a_judge_behind_a_url_is_asked_once_and_continues_after_its_budget(tmp_p
         asked = [json.dumps(request, sort_keys=True) for request in judge.requests]
         assert len(asked) == len(set(asked)) <= 18
         assert {request["max_tokens"] for request in judge.requests} == {2000}
+    of_this_run = len(asked) - 5  # the first five were paid by the first run
+    spent = {"calls": of_this_run, "tokens_in": 100 * of_this_run, "tokens_out": 10 * of_this_run, "money": 0.0}
+    assert result["spent"].pop("replayed") >= 5  # and more, where features of two kinds are told in the same words
+    assert result["spent"] == spent
+    assert study.manifest["stages"]["categorize"]["result"]["spent"].items() >= spent.items()
     for kind in ("latent", "direction"):
         for feature, row in rows_of(study, kind).items():
             assert (row["category"], row["subcategory"]) == where.get(feature, (None, None))

@@ -10,16 +10,19 @@ import pyarrow.parquet as pq
 import pytest
 
 from compared_study import FAILED, add_kind, explained_row, make_compared_study
+from lorascope.addresses import TYPE_ORDER
 from lorascope.cli import main
-from lorascope.comparison import CompareConfig, compare
+from lorascope.comparison import ORDER, THIRDS, CompareConfig, compare
 from lorascope.config import Options
 from lorascope.errors import BadInput, MissingStage, RunFailed
 from lorascope.example_search import ExamplesConfig, examples
 from lorascope.explain import ExplainConfig, explain_features
 from lorascope.explained import made_from
 from lorascope.features import KINDS
+from lorascope.report.marks import score_floor, score_mark, score_words
 from lorascope.store import Store, store_folder
 from lorascope.study import Study, write_json
+from lorascope.views.compare import comparison_text
 from planted_text import planted_study
 from tiny_store import make_study, write_store
 
@@ -64,7 +67,7 @@ def test_all_six_kinds_with_their_means(compared: tuple[Study, dict[str, Any]]) 
         assert row["wrong"]["value"] == 0.5
         assert row["fuzzing"]["value"] == pytest.approx(np.mean(scored) + 0.1, rel=1e-5)
         failed = len(lines) - len(scored)
-        assert row["failures"] == {"fires on n tokens of the training corpus": failed}
+        assert row["failures"] == {"fires on n tokens of the training corpus, fewer than 8": failed}
         assert row["scored_share"]["value"] == pytest.approx(len(scored) / len(lines), rel=1e-5)
         everything = (sum(scored) + 0.5 * failed) / len(lines)
         assert row["score_all"]["value"] == pytest.approx(everything, rel=1e-5)
@@ -104,6 +107,17 @@ def test_groups_partition_the_features(compared: tuple[Study, dict[str, Any]]) -
         assert all(test["p"] <= test["p_holm"] for test in table["tests"])
 
 
+def test_groups_are_in_the_models_order(compared: tuple[Study, dict[str, Any]]) -> None:
+    by = compared[1]["by"]
+    order = {name: list(dict.fromkeys(row["group"] for row in by[name]["rows"])) for name in by}
+    assert order["third"] == [name for name in THIRDS if name in order["third"]]
+    assert order["type"] == [name for name in TYPE_ORDER if name in order["type"]]
+    assert len(order["third"]) > 1 < len(order["type"])
+    for name in by:
+        kinds = [[row["kind"] for row in by[name]["rows"] if row["group"] == group] for group in order[name]]
+        assert all(names == sorted(names, key=ORDER.index) for names in kinds)
+
+
 def test_the_authors_classes(tmp_path: Path) -> None:
     """59/146/162 of 367 against 49/100/227 of 376, each feature a cluster of its own."""
     study = make_study(tmp_path / "study")
@@ -128,6 +142,37 @@ def test_features_without_a_class_are_a_share_of_their_own(tmp_path: Path) -> No
     add_kind(study, "direction", [*rows, explained_row("L6.q+", None), explained_row("L7.q+", 0.6)])
     classes = row_of(compare(study, CONFIG, Options()), "direction")["classes"]
     assert [classes[name]["value"] for name in ("0", "1", "2", "none")] == [0.75, 0, 0, 0.25]
+
+
+def test_a_class_that_nobody_is_in_claims_no_certainty(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "study")
+    add_kind(
+        study, "direction", [explained_row(f"L{k}.gate{sign}", 0.7, **classed(1)) for k in range(12) for sign in "+-"]
+    )
+    add_kind(study, "latent", [explained_row(f"sae.{k}", 0.7, **classed(1)) for k in range(12)])
+    result = compare(study, CompareConfig(draws=500), Options())
+    row, test = row_of(result, "direction"), the_test(result, "latent", "class_0")
+    assert row["classes"]["0"] == {"value": 0.0, "low": 0.0, "high": pytest.approx(0.2425, abs=1e-4)}
+    assert row["classes"]["1"]["low"] == pytest.approx(1 - 0.2425, abs=1e-4)
+    assert test["difference"] == {
+        "value": 0.0,
+        "low": pytest.approx(-0.2425, abs=1e-4),
+        "high": pytest.approx(0.2425, abs=1e-4),
+    }
+    assert test["p"] == 1.0
+    assert test["detectable"] == pytest.approx(2.8016 * 0.2425 / 1.96, abs=1e-3)
+
+
+def test_one_direction_alone_has_no_interval(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "study")
+    add_kind(study, "direction", [explained_row(f"L0.q{sign}", score) for sign, score in (("+", 0.6), ("-", 0.8))])
+    add_kind(study, "latent", [explained_row(f"sae.{k}", 0.7) for k in range(3)])
+    result = compare(study, CONFIG, Options())
+    assert row_of(result, "direction")["score"] == {"value": 0.7, "low": None, "high": None}
+    assert the_test(result, "latent", "score")["p"] is None
+    assert "0.700  " in comparison_text(result)
+    assert score_words(row_of(result, "direction")["score"]) == "0.70"
+    assert "whisker thick own" not in score_mark(row_of(result, "direction"), score_floor(result["rows"]))
 
 
 def test_two_polarities_of_a_direction_are_one_cluster(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorascope.cli import COMMANDS, main
+from lorascope.cli import COMMANDS, main, readable
 from lorascope.config import Options, field_docs, parse_arguments
 from lorascope.errors import BadInput, RunFailed
 from lorascope.explain.categories import CategorizeConfig
@@ -247,3 +247,34 @@ def test_commands_that_ask_judges_share_their_options() -> None:
     assert {"judge_model", "judge_max_tokens", "judge_timeout", "budget_money", "price_out"} < shared
     for cls in (ExplainConfig, CategorizeConfig):
         assert shared < {field.name for field in fields(cls)}
+
+
+def test_results_are_readable_and_intervals_on_one_line() -> None:
+    score = {"mean": 0.71234, "low": 0.7, "high": 0.72}
+    result = {"n": 12, "detection": score, "none": None, "kinds": {"latent": {"n": 3, "score": score}}, "list": [1, 2]}
+    result |= {"top": [{"feature": f"sae.{k}", "p": k / 3} for k in (1, 20)], "odd": [{"a": 1}, {"b": {"c": [2]}}]}
+    result |= {"tokens": [["\n", 27], [" so", 1.5]], "names": ["a", " b"]}
+    assert readable(result).splitlines() == [
+        "n: 12",
+        "detection: 0.7123 (0.7 to 0.72)",
+        "none: None",
+        "kinds:",
+        "  latent:",
+        "    n: 3",
+        "    score: 0.7123 (0.7 to 0.72)",
+        "list: 1, 2",
+        "top:",
+        "  feature  p",
+        "  sae.1    0.3333",
+        "  sae.20   6.667",
+        "odd:",
+        "  -",
+        "    a: 1",
+        "  -",
+        "    b:",
+        "      c: 2",
+        "tokens:",
+        r"  '\n'   27",
+        "  ' so'  1.5",
+        "names: a, ' b'",
+    ]

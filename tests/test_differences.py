@@ -6,17 +6,19 @@ import numpy as np
 import pytest
 
 from lorascope.differences import (
+    Share,
     benjamini_hochberg,
     bootstrap_means,
     cluster_values,
     compare_means,
     compare_pairs,
+    difference_of_shares,
     holm,
     proportions_p,
     smallest_difference,
     two_sided,
 )
-from lorascope.stats import bootstrap_mean
+from lorascope.stats import bootstrap_mean, percentile_bounds
 
 DIRECTIONS, NEURONS = (59, 146, 162), (49, 100, 227)
 """Features in classes 0, 1, 2 in the authors' repository (reference: arXiv 2511.06739, its public code)."""
@@ -171,3 +173,16 @@ def test_pairs_find_what_their_common_part_hides() -> None:
     groups = [cluster_values(values[:, None], range(30)) for values in (first, second)]
     assert compare_means(groups[0], groups[1], rng, 1000)[0].p > 0.2
     assert compare_pairs((first - second)[:, None], rng, 1000)[0].p < 0.01
+
+
+def test_shares_of_none_and_of_all_have_an_interval() -> None:
+    rng = np.random.default_rng(0)
+    none, all_ = Share(0.0, np.zeros(100), 12), Share(1.0, np.ones(100), 12)
+    assert none.bounds == (0.0, pytest.approx(0.2425, abs=1e-4))  # Wilson, 0 of 12
+    assert all_.bounds == (pytest.approx(1 - 0.2425, abs=1e-4), 1.0)
+    draws_D = rng.normal(0.5, 0.1, 2000)
+    assert Share(0.5, draws_D, 12).bounds == percentile_bounds(draws_D)
+    # With Wilson's bounds it is method 10 of Newcombe, whose paper has this number (1998, Stat. Med. 17, 873-890).
+    bounds, error = difference_of_shares(Share(0.0, np.zeros(1), 10), Share(0.0, np.zeros(1), 20))
+    assert bounds == pytest.approx((-0.1611, 0.2775), abs=1e-4)
+    assert error == pytest.approx((0.1611 + 0.2775) / (2 * 1.95996), abs=1e-4)

@@ -24,10 +24,9 @@ from lorascope.cli import main
 from lorascope.config import Options
 from lorascope.errors import BadInput, RunFailed
 from lorascope.explain import ExplainConfig, explain_features, explainers_of
-from lorascope.explain.rows import read_rows
 from lorascope.explain.scored import in_order
 from lorascope.report.build import make_environment
-from lorascope.study import Study
+from lorascope.study import Study, read_rows
 from lorascope.views import explanation_scores, feature_page
 from planted_text import add_latents, planted_study
 from scripted_judge import (

@@ -6,6 +6,8 @@ import json
 import shutil
 import subprocess
 import sys
+import tracemalloc
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,8 @@ import pytest
 from lorascope.config import Options
 from lorascope.errors import BadInput, MissingStage, RunFailed
 from lorascope.explain import ExplainConfig, explain_features, rule_from_json, summarise_rows
-from lorascope.explain.rows import keep_rows, read_rows
-from lorascope.study import Study, read_json, write_json
+from lorascope.explain.rows import keep_rows
+from lorascope.study import Study, read_json, read_rows, write_json
 from lorascope.views import explanation_scores
 from planted_text import add_latents, planted_study
 
@@ -57,7 +59,7 @@ def test_every_feature_has_one_row(explained: tuple[Study, dict[str, str], dict[
     assert 0.3 < rows[ids["chance"]]["scored"]["detection"]["value"] < 0.7
     assert result["direction"]["n"] == 12
     assert sum(result["direction"]["reasons"].values()) + result["direction"]["n_detection"] == 12
-    assert result["direction"]["reasons"] == {"fires on n tokens of the training corpus": 7}
+    assert result["direction"]["reasons"] == {"fires on n tokens of the training corpus, fewer than 8": 7}
 
 
 def test_headline_numbers(explained: tuple[Study, dict[str, str], dict[str, Any]]) -> None:
@@ -226,12 +228,37 @@ def test_rows_of_other_explainers_stay(tmp_path: Path) -> None:
     ]
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows) + '{"expl', encoding="utf-8")
     done = keep_rows(file, {"c"}, "lexical")
-    assert set(done) == {"c"}
+    assert len(done) == 1
+    assert "c" in done
+    assert done.read("c") == rows[2]
     assert [row["key"] for row in read_rows(file)] == ["b", "c"]
+    done.append({"explainer": "lexical", "key": "d", "text": "日本"})
+    assert [done.read(key)["text"] for key in "cd"] == ["日本\u2028", "日本"]
+    assert [row["key"] for row in read_rows(file)] == ["b", "c", "d"]
     assert [row["key"] for row in read_rows(tmp_path / "superseded.jsonl")] == ["a"]
     file.write_text("{}\nnonsense\n")
     with pytest.raises(RunFailed, match="line 2"):
         read_rows(file)
+
+
+def test_rows_are_summarised_without_being_held() -> None:
+    """Rows that as dicts would be of 25 MB: of each a few numbers are kept."""
+
+    def rows() -> Iterator[dict[str, Any]]:
+        score = {"value": 0.7, "low": 0.6, "high": 0.8, "n": 100, "unparsed": 1, "counts": {"unmatched_token": 2}}
+        names = [f"{task}{ending}" for task in ("detection", "fuzzing") for ending in ("", "_wrong", "_shuffled")]
+        for number in range(5_000):
+            scored = {name: json.loads(json.dumps(score)) for name in names}
+            yield {"feature": f"L{number}.gate+", "text": f"text {number}" * 20, "reason": None, "scored": scored}
+
+    tracemalloc.start()
+    result = summarise_rows(rows(), np.random.default_rng(0))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert result["n"] == 5_000
+    assert result["detection"]["mean"] == pytest.approx(0.7)
+    most = 3 * 8 * 1_000_000  # of the bootstrap, whatever the number of rows
+    assert peak < most + 5_000 * 600
 
 
 def test_the_two_polarities_are_one_cluster() -> None:

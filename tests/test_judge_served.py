@@ -22,8 +22,8 @@ from lorascope.explain.budget import Budget, Limits
 from lorascope.explain.judge_log import is_passing
 from lorascope.explain.judges import Endpoint, Judge, Question, open_log
 from lorascope.explain.prompts import ask_confidence, read_confidence
-from lorascope.explain.rows import read_rows
 from lorascope.models import load_tokenizer
+from lorascope.study import read_rows
 from planted_text import planted_study
 
 SERVE = "from transformers.cli.transformers import main; main()"

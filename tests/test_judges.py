@@ -16,7 +16,7 @@ import pytest
 
 from lorascope.errors import BadInput, RunFailed
 from lorascope.explain.budget import Budget, BudgetSpent, Limits
-from lorascope.explain.judge_log import JudgeLog, is_passing
+from lorascope.explain.judge_log import is_passing
 from lorascope.explain.judges import (
     Endpoint,
     Judge,
@@ -390,25 +390,10 @@ def test_the_file_is_keyed_by_content(tmp_path: Path) -> None:
     assert row["messages"] == question().messages
 
 
-def test_half_a_line_is_cut_away_and_a_damaged_one_named(tmp_path: Path) -> None:
-    file = tmp_path / "judges" / "m.jsonl"
-    log = JudgeLog(file)
-    for k in range(3):
-        log.append({"key": f"{k:016x}" + "0" * 16, "failure": None, "text": f"日本\u2028{k}"})
-    log.close()
-    whole = file.read_bytes()
-    file.write_bytes(whole + whole[:20])
-    log = JudgeLog(file)
-    assert file.read_bytes() == whole
-    found = log.find(f"{1:016x}" + "0" * 16)
-    missing = [log.find(f"{9:016x}" + "0" * 16), log.find(f"{1:016x}" + "1" * 16)]
-    log.close()
-    assert found is not None
-    assert found["text"] == "日本\u20281"
-    assert missing == [None, None]
-    file.write_bytes(b"{}\n" + whole)
-    with pytest.raises(RunFailed, match="line 1 is damaged"):
-        JudgeLog(file)
+def test_equal_questions_are_asked_once(tmp_path: Path) -> None:
+    with scripted_judge(lambda _: replace(GOOD, delay=0.1)) as server, judging(tmp_path, server, workers=3) as judge:
+        assert judge.ask_all([question("a"), question("a"), question("b"), question("a")]) == [Reply("yes")] * 4
+        assert len(server.requests) == 2
 
 
 def test_names_of_models_as_files() -> None:

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import LlamaForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from lorascope import training, training_state
+from lorascope import training, training_plan, training_state
 from lorascope.adapter import Adapter
 from lorascope.attached import attach
 from lorascope.config import Options
@@ -23,10 +23,9 @@ from lorascope.models import load_model
 from lorascope.study import Study
 from lorascope.traces import Rendered, write_traces
 from lorascope.training import Learner, Run, TrainConfig, train
-from lorascope.training_plan import batch_tensors, packed_tensors, plan_packs, prepare_packing
+from lorascope.training_plan import batch_tensors, plan_packs
 from lorascope.training_state import State
 from tiny_folder import save_tiny
-from tiny_models import tiny_model
 
 FAST: dict[str, Any] = {"epochs": 2.0, "batch": 4, "eval_every": 4, "save_every": 3, "eval_traces": 4}
 
@@ -79,39 +78,6 @@ def test_loss_and_gradients_equal_plain_autograd(tmp_path: Path, model_folder: P
         assert one.abs().max() > 0
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_packed_sequences_give_the_same_loss_and_gradients(kind: str, tmp_path: Path, model_folder: Path) -> None:
-    study = make_study(tmp_path, model_folder)
-    model, tokenizer = load_model(str(model_folder))
-    if kind == "qwen2":
-        model = tiny_model(kind, vocab_size=len(tokenizer), max_position_embeddings=512)
-    traces, _ = study.renderer(tokenizer).render_all(study.traces("train")[:5])
-    adapter = training.trainable_adapter(model, TrainConfig(), 0, "")
-    with torch.no_grad():  # while b is zero, so is the gradient of a
-        for module in adapter.modules:
-            module.b_OR.normal_(0, 0.05, generator=torch.Generator().manual_seed(0))
-    learner, found = Learner(model, adapter), []
-    with attach(model, adapter):
-        prepare_packing(model)
-        for make in (batch_tensors, packed_tensors):
-            loss = learner(*make(traces, torch.device("cpu")))
-            loss.backward()
-            found.append([float(loss.detach()), *(t.grad.clone() for m in adapter.modules for t in (m.a_RI, m.b_OR))])
-            for module in adapter.modules:
-                module.a_RI.grad = module.b_OR.grad = None
-    assert packed_tensors(traces, torch.device("cpu")).ids_BT.shape == (1, sum(len(t.ids) for t in traces))
-    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
-    for padded, packed in zip(found[0][1:], found[1][1:], strict=True):
-        torch.testing.assert_close(padded, packed, rtol=1e-3, atol=1e-4)
-        assert padded.abs().max() > 1e-2
-
-
-def test_a_model_that_mixes_packed_sequences_is_refused() -> None:
-    config = MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, state_size=4)
-    with pytest.raises(BadInput, match="mixes packed sequences"):
-        prepare_packing(MambaForCausalLM(config).eval())
-
-
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_packed_run_reaches_what_a_padded_one_does(
@@ -124,7 +90,7 @@ def test_a_packed_run_reaches_what_a_padded_one_does(
         sizes.extend(map(len, found))
         return found
 
-    monkeypatch.setattr(training, "plan_packs", packs)
+    monkeypatch.setattr(training_plan, "plan_packs", packs)
     rates = {"learning_rate": "1e-3" if full else "1e-2", "full": full, "gradient_checkpointing": checkpointing}
     for pack in (False, True):
         (tmp_path / str(pack)).mkdir()
@@ -168,7 +134,7 @@ def test_gradients_in_half_precision_do_not_fade_with_the_length_of_a_step(model
     parameters = [t for m in adapter.modules for t in (m.a_RI, m.b_OR)]
     found = []
     for repeats in (1, 4000):  # what a step of so many more tokens would divide by
-        run = Run(TrainConfig(max_grad_norm=1e9), 0.0, traces, [], [[0, 1, 2, 3]], adapter, Path())
+        run = Run(TrainConfig(max_grad_norm=1e9), 0.0, traces, [], [[0, 1, 2, 3]], adapter, Path(), pack=False)
         with attach(model, adapter), pytest.MonkeyPatch.context() as patch:
             count = training.assistant_positions
             patch.setattr(training, "assistant_positions", lambda t, n=repeats, count=count: list(count(t)) * n)

@@ -8,6 +8,7 @@ import pytest
 from playwright.sync_api import Browser
 
 from compared_study import add_kind, explained_row, make_compared_study
+from lorascope.cli import main
 from lorascope.comparison import CompareConfig, compare
 from lorascope.config import Options
 from lorascope.report import ReportConfig, write_report
@@ -79,6 +80,22 @@ def test_every_kind_has_a_label_and_every_test_its_words(study: Study) -> None:
     detection = table["verdicts"][0]["sentences"]
     assert any(text.startswith("Directions above random directions") for text in detection)
     assert [part["name"] for part in table["by"]] == ["third", "type", "family"]
+
+
+def test_a_terminal_gets_a_table_and_sentences(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", str(study.path), "--draws", "2000"]) == 0
+    text = capsys.readouterr().out
+    view = comparison_view(study)
+    (table,) = view["tables"]
+    assert len(text.splitlines()) < 100
+    for row in table["rows"]:
+        assert re.search(rf"^{row['label']}.*  {row['n']} .*{row['score']['value']:.3f} \(", text, re.M)
+    for said in table["verdicts"]:
+        assert all(sentence in text for sentence in said["sentences"])
+    assert all(sentence in text for sentence in table["families"])
+    head, *rows = text.split("\n\n")[1].splitlines()
+    starts = [head.index(name) for name in ("n ", "scored", "detection", "wrong", "fuzzing")]
+    assert all(row[start - 2 : start] == "  " != row[start] for row in rows for start in starts)
 
 
 def test_before_the_stage_the_command_is_named(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What the views say of reasoning features and of the lens equals the files they read."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -8,7 +9,7 @@ import pytest
 
 from lorascope.study import Study
 from lorascope.views import feature_lens, feature_page, lens_view, reasoning_view
-from lorascope.views.reasoning import contrast_sentence
+from lorascope.views.reasoning import ENOUGH, contrast_sentence
 from report_study import LENS_TOKENS, make_report_study
 
 
@@ -33,6 +34,23 @@ def test_reasoning_features_are_the_tables(study: Study) -> None:
     contrast = view["contrasts"][0]
     assert contrast["word"] == "let me"
     assert len(contrast["sentences"]) == 2
+
+
+def test_contrasts_of_all_corpora_are_shown_and_one_that_can_be_made_is_named(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    view = reasoning_view(study)
+    assert [contrast["corpus"] for contrast in view["contrasts"]] == ["heldout"]
+    found = dict(view["words"])[view["example"]]
+    assert (found >= ENOUGH, view["contrast_on"]) == (True, "heldout")
+    monkeypatch.setattr("lorascope.views.reasoning.ENOUGH", found + 1)
+    assert reasoning_view(study)["contrast_on"] == "train"
+    made = study.path / "reasoning" / "heldout" / "contrast-let-me.json"
+    other = study.path / "reasoning" / "train" / made.name
+    other.parent.mkdir()
+    other.write_text(made.read_text().replace('"corpus": "heldout"', '"corpus": "train"'))
+    assert [contrast["corpus"] for contrast in reasoning_view(study)["contrasts"]] == ["heldout", "train"]
+    shutil.rmtree(other.parent)
 
 
 def test_sentences_follow_the_intervals() -> None:

@@ -10,6 +10,8 @@ from transformers import (
     FalconForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
@@ -27,6 +29,7 @@ SIZES: dict[str, Any] = {
 }
 KINDS: dict[str, Any] = {
     "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "falcon": (FalconConfig, FalconForCausalLM),
     "bloom": (BloomConfig, BloomForCausalLM),

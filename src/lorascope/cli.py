@@ -17,8 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from lorascope import __version__
+from lorascope.columns import aligned
 from lorascope.config import Options, early_threads, parse_arguments
 from lorascope.errors import BadInput, RunFailed
+
+WIDEST = 160
+"""Characters of a table's line; what would be wider is printed as blocks."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,8 @@ class Command:
     help: str
     takes: str = "study"
     """`study` (an existing one), `path` (a folder), or `optional` (a folder or nothing)."""
+    said: str = ""
+    """Where its result is put into words, as `module:function` (default: `readable`)."""
 
 
 COMMANDS = {
@@ -45,7 +51,10 @@ COMMANDS = {
     "examples": Command("example_search", "ExamplesConfig", "examples", "what each feature responds to most"),
     "sae": Command("sae", "SAEConfig", "decompose", "a sparse autoencoder on the whole state"),
     "explain": Command("explain", "ExplainConfig", "explain_features", "explain features and score it"),
-    "compare": Command("comparison", "CompareConfig", "compare", "kinds of features beside each other, with tests"),
+    "compare": Command(
+        *("comparison", "CompareConfig", "compare", "kinds of features beside each other, with tests"),
+        said="views.compare:comparison_text",
+    ),
     "categorize": Command("explain.categories", "CategorizeConfig", "categorize", "what kinds of things they encode"),
     "reasoning": Command("reasoning", "ReasoningConfig", "find_reasoning", "which features fire at reasoning words"),
     "lens": Command("logit_lens", "LensConfig", "read_lens", "tokens that directions and latents read and write"),
@@ -106,7 +115,7 @@ def dispatch(given: list[str]) -> int:
     # Whatever a library prints belongs to stderr: with --json, stdout holds one document and nothing else.
     with contextlib.redirect_stdout(sys.stderr):
         result = getattr(module, command.function)(subject(command, path), config, options)
-    print(json.dumps(result, ensure_ascii=False, allow_nan=False, indent=2) if options.json else readable(result))
+    print(json.dumps(result, ensure_ascii=False, allow_nan=False, indent=2) if options.json else words(command, result))
     return 1 if result.get("damaged") else 0
 
 
@@ -165,20 +174,62 @@ def overview() -> str:
     )
 
 
+def words(command: Command, result: dict[str, Any]) -> str:
+    """What a command prints for a reader."""
+    if not command.said:
+        return readable(result)
+    module, _, function = command.said.partition(":")
+    return str(getattr(import_module(f"lorascope.{module}"), function)(result))
+
+
 def readable(value: Any, indent: int = 0) -> str:
-    """A result as indented `name: value` lines, numbers rounded; lists of dicts as blocks."""
+    """A result as indented `name: value` lines, numbers rounded, intervals on one; lists of like dicts as tables."""
     pad = "  " * indent
+    if is_interval(value):
+        number, low, high = (readable(inner) for inner in value.values())
+        return f"{number} ({low} to {high})"
     if isinstance(value, dict):
         lines = []
         for key, inner in value.items():
-            nested = isinstance(inner, dict | list) and inner and not flat(inner)
-            lines.append(f"{pad}{key}:\n{readable(inner, indent + 1)}" if nested else f"{pad}{key}: {readable(inner)}")
+            below = nested(inner)
+            lines.append(f"{pad}{key}:\n{readable(inner, indent + 1)}" if below else f"{pad}{key}: {readable(inner)}")
         return "\n".join(lines)
     if isinstance(value, list):
         if flat(value):
-            return ", ".join(readable(item) for item in value)
+            return ", ".join(quoted(item) for item in value)
+        if all(flat(item) and len(item) == len(value[0]) for item in value):
+            return "\n".join(pad + line for line in aligned([[quoted(cell) for cell in item] for item in value]))
+        if lines := table_lines(value):
+            return "\n".join(pad + line for line in lines)
         return "\n".join(f"{pad}-\n{readable(item, indent + 1)}" for item in value)
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def quoted(value: Any) -> str:
+    """A plain value in a list: texts with white space at an end, or none that can be seen, in quotes."""
+    plain = not isinstance(value, str) or (value.isprintable() and value == value.strip() != "")
+    return readable(value) if plain else repr(value)
+
+
+def table_lines(rows: list[Any]) -> list[str]:
+    """Dicts of the same names, with a plain value or an interval under each, as an aligned table; none of others, nor
+    where it would be wider than a terminal may be."""
+    names = list(rows[0]) if isinstance(rows[0], dict) else []
+    alike = all(isinstance(row, dict) and list(row) == names for row in rows)
+    if not names or not alike or any(nested(cell) for row in rows for cell in row.values()):
+        return []
+    lines = aligned([names, *([readable(cell) for cell in row.values()] for row in rows)])
+    return lines if max(map(len, lines)) <= WIDEST else []
+
+
+def nested(value: Any) -> bool:
+    """Whether a value needs lines of its own."""
+    return isinstance(value, dict | list) and bool(value) and not flat(value) and not is_interval(value)
+
+
+def is_interval(value: Any) -> bool:
+    """Whether a dict is a number (called value, mean, accuracy...) with the bounds of its interval."""
+    return isinstance(value, dict) and list(value)[1:] == ["low", "high"]
 
 
 def flat(value: Any) -> bool:

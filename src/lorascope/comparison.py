@@ -5,8 +5,8 @@ or a score are counted by reason, and `score_all` takes them as chance, since a 
 flatters a kind that fails often. Explainers are never mixed. Shape legend: n features, M measures, D draws.
 """
 
-import re
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,25 +16,27 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lorascope.addresses import direction_layer, direction_type
+from lorascope.addresses import TYPE_ORDER, direction_layer, direction_type
 from lorascope.config import Options
 from lorascope.differences import (
     Clustered,
+    Share,
     benjamini_hochberg,
     bootstrap_means,
     cluster_values,
     compare_means,
     compare_pairs,
+    difference_of_shares,
     holm,
     proportions_p,
     ratio,
     smallest_difference,
 )
 from lorascope.errors import BadInput, MissingStage, RunFailed
-from lorascope.explained import LEXICAL, current_rows, inputs_of
+from lorascope.explained import LEXICAL, current_rows, inputs_of, plain_reason
 from lorascope.features import DIFFERENCE, cluster_of, source_of
 from lorascope.stats import FloatArray, percentile_bounds
-from lorascope.study import Study, read_json, read_rows, write_json
+from lorascope.study import Study, read_json, stream_rows, write_json
 
 Json = dict[str, Any]
 ORDER = ("direction", "latent", "neuron", "random", "untrained", "base")
@@ -61,9 +63,11 @@ which only judges have, are inside the score)."""
 MEASURES = (*SCORES, "score_all", "scored_share", *(f"class_{c}" for c in CLASSES), "density", *SEGMENTS, "reasoning")
 TESTED = ("score", "score_all", "fuzzing", "scored_share", "class_0", "class_1", "class_2", "reasoning")
 PROPORTIONS = ("scored_share", "class_0", "class_1", "class_2")
+ALL_SHARES = (*PROPORTIONS, "class_none")
 PAIRED = ("random", "untrained", "base")
 """Kinds that have a feature, or several, at each direction's address."""
 THIRDS = ("early", "middle", "late")
+FAMILIES = ("isotropic", "difference")
 
 
 @dataclass(frozen=True)
@@ -84,8 +88,8 @@ class Cell:
     kind: str
     group: str | None
     ids: list[str]
-    rows: list[Json]
-    """The explainer's row of each feature."""
+    said: list[tuple[bool, str | None]]
+    """Of each feature, whether it has an explanation, and why it has no score (None: it has one)."""
     size: int
     """Features of the kind, explained or not."""
     training_tokens: int | None
@@ -151,12 +155,13 @@ def comparison_of(study: Study, config: CompareConfig, seed: int) -> Json:
     cells: list[Cell] = []
     missing, stale = [], []
     for kind in ORDER:
-        rows = [row for row in read_rows(study.path / f"explanations/{kind}.jsonl") if row["corpus"] == config.corpus]
-        current = current_rows(study, kind, rows) if study.is_current(f"examples:{config.corpus}:{kind}") else ()
-        found = read_kind(study, config.corpus, kind, current)
+        told = dict.fromkeys(row["explainer"] for row in rows_about(study, config.corpus, kind))
+        of_now = study.is_current(f"examples:{config.corpus}:{kind}")
+        current = current_rows(study, kind, rows_about(study, config.corpus, kind)) if of_now else ()
+        found, now = read_kind(study, config.corpus, kind, current)
         cells += found
-        stale += stale_explainers(study, config.corpus, kind, rows, current)
-        if not rows or (current and not found):
+        stale += stale_explainers(study, config.corpus, kind, [name for name in told if name not in now])
+        if not told or (now and not found):
             missing.append({"kind": kind, "run": command_for(study, config.corpus, kind)})
     if not cells:
         gone = (missing + stale)[0]
@@ -193,12 +198,17 @@ def command_for(study: Study, corpus: str, kind: str) -> str:
     return f"lorascope explain {study.path} --corpus {corpus} --kinds {kind}"
 
 
-def stale_explainers(study: Study, corpus: str, kind: str, rows: Sequence[Json], current: Sequence[Json]) -> list[Json]:
+def rows_about(study: Study, corpus: str, kind: str) -> Iterator[Json]:
+    """The rows of all explainers about a kind, scored on a corpus; one in memory at a time."""
+    rows = stream_rows(study.path / f"explanations/{kind}.jsonl")
+    return (row for row in rows if row["corpus"] == corpus)
+
+
+def stale_explainers(study: Study, corpus: str, kind: str, explainers: Sequence[str]) -> list[Json]:
     """Explainers whose rows are all of features that a kind no longer has, with the command that renews them."""
-    of_now = {row["explainer"] for row in current}
     renew = f"lorascope explain {study.path} --corpus {corpus} --kinds {kind}"
     stale = []
-    for explainer in dict.fromkeys(row["explainer"] for row in rows if row["explainer"] not in of_now):
+    for explainer in explainers:
         judge = "" if explainer == LEXICAL else f" --explainer judge --judge-model {explainer.partition(':')[2]} ..."
         run = renew + judge
         if not study.is_current(f"examples:{corpus}:{kind}"):
@@ -207,8 +217,11 @@ def stale_explainers(study: Study, corpus: str, kind: str, rows: Sequence[Json],
     return stale
 
 
-def read_kind(study: Study, corpus: str, kind: str, explained: Sequence[Json]) -> list[Cell]:
-    """A kind's features that were explained for a corpus, one cell per explainer."""
+def read_kind(study: Study, corpus: str, kind: str, explained: Iterable[Json]) -> tuple[list[Cell], set[str]]:
+    """A kind's features that were explained for a corpus, one cell per explainer, and whose explanations there are.
+
+    Rows are looked at once and not kept.
+    """
     stats_file, _, reasoning_file = (study.path / name for name in files_of(corpus, kind))
     stats = {row["feature"]: row for row in table_rows(stats_file, ("feature", "density", "n_firing", *SHARES))}
     # Scores of features that the study no longer has are left out.
@@ -217,17 +230,25 @@ def read_kind(study: Study, corpus: str, kind: str, explained: Sequence[Json]) -
     reasoning = {row["feature"]: row["score"] for row in reasoned}
     index = study.path / "scalars" / "train" / source_of(kind) / "index.json"
     tokens = read_json(index)["counts"]["ordinary"] if index.is_file() else None
-    by_explainer: dict[str, dict[str, Json]] = {}
+    explainers: set[str] = set()
+    by_explainer: dict[str, dict[str, tuple[FloatArray, tuple[bool, str | None]]]] = {}
     for row in explained:
-        if row["feature"] in stats:
-            by_explainer.setdefault(row["explainer"], {})[row["feature"]] = row
+        name = row["feature"]
+        explainers.add(row["explainer"])
+        if name in stats:
+            values = np.array(measure(row, stats[name], reasoning.get(name)))
+            failed = not np.isfinite(values[MEASURES.index("score")])
+            reason = plain_reason(row.get("reason") or "no score") if failed else None
+            by_explainer.setdefault(row["explainer"], {})[name] = values, (row["text"] is not None, reason)
     cells = []
-    for explainer, rows in by_explainer.items():
-        classed = any(class_of(row) is not None for row in rows.values())
-        values = [measure(row, stats[name], reasoning.get(name), classed) for name, row in rows.items()]
-        values_nM = np.array(values, np.float64)
-        cells.append(Cell(explainer, kind, None, list(rows), list(rows.values()), len(stats), tokens, values_nM))
-    return cells
+    for explainer, found in by_explainer.items():
+        values_nM = np.array([values for values, _ in found.values()])
+        classes = [MEASURES.index(f"class_{name}") for name in CLASSES]
+        if (values_nM[:, MEASURES.index("class_none")] == 1).all():
+            values_nM[:, classes] = np.nan  # nobody was asked for classes
+        said = [of_feature for _, of_feature in found.values()]
+        cells.append(Cell(explainer, kind, None, list(found), said, len(stats), tokens, values_nM))
+    return cells, explainers
 
 
 def table_rows(path: Path, columns: Sequence[str]) -> list[Json]:
@@ -251,7 +272,7 @@ def class_of(row: Json) -> str | None:
     return text if text in ("0", "1", "2") else None
 
 
-def measure(row: Json, stat: Json, reasoning: float | None, classed: bool) -> list[float]:
+def measure(row: Json, stat: Json, reasoning: float | None) -> list[float]:
     """A feature's number for each of `MEASURES`, NaN where it has none."""
     scored = row["scored"] or {}
     found = {name: (scored.get(name) or {}).get("value", np.nan) for name in SCORES.values()}
@@ -260,7 +281,7 @@ def measure(row: Json, stat: Json, reasoning: float | None, classed: bool) -> li
         found[f"{task}_gain"] = found[task] - found[f"{task}_wrong"]
     known = bool(np.isfinite(found["detection"]))
     given = class_of(row) or "none"
-    classes = [float(given == name) if classed else np.nan for name in CLASSES]
+    classes = [float(given == name) for name in CLASSES]
     shares = [stat[name] if stat["n_firing"] else np.nan for name in SHARES]
     return [
         *(found[name] for name in SCORES.values()),
@@ -302,12 +323,12 @@ def types_of(kind: str, feature: str) -> Sequence[str]:
 def families_of(kind: str, feature: str) -> Sequence[str]:
     """Both families of random directions, each beside all trained ones."""
     if kind == "direction":
-        return ("isotropic", "difference")
-    return () if kind != "random" else ("difference" if DIFFERENCE in feature else "isotropic",)
+        return FAMILIES
+    return () if kind != "random" else (FAMILIES[DIFFERENCE in feature],)
 
 
 def split_cells(cells: Sequence[Cell], groups_of: Callable[[str, str], Sequence[str]]) -> list[Cell]:
-    """The features of each cell by group."""
+    """The features of each cell by group: early to late, q to down, the kinds of each group together."""
     parts: list[Cell] = []
     for cell in cells:
         members: dict[str, list[int]] = {}
@@ -319,12 +340,13 @@ def split_cells(cells: Sequence[Cell], groups_of: Callable[[str, str], Sequence[
                 cell,
                 group=group,
                 ids=[cell.ids[i] for i in chosen],
-                rows=[cell.rows[i] for i in chosen],
+                said=[cell.said[i] for i in chosen],
                 values_nM=cell.values_nM[chosen],
             )
             for group, chosen in members.items()
         ]
-    return parts
+    known = [*THIRDS, *TYPE_ORDER, *FAMILIES]
+    return sorted(parts, key=lambda part: known.index(part.group) if part.group in known else len(known))
 
 
 def table_of(cells: Sequence[Cell], config: CompareConfig, seed: int) -> Json:
@@ -357,14 +379,10 @@ def is_pair(first: Cell, second: Cell) -> bool:
 def row_of(cell: Cell, draws_DM: FloatArray) -> Json:
     """A cell's row."""
     intervals = {
-        name: interval_of(value, draws_DM[:, k])
+        name: interval_of(Share(value, draws_DM[:, k], with_value(cell, k)), name in ALL_SHARES)
         for k, (name, value) in enumerate(zip(MEASURES, means(cell), strict=True))
     }
-    failures: dict[str, int] = {}
-    for row, value in zip(cell.rows, cell.values_nM[:, MEASURES.index("score")], strict=True):
-        if not np.isfinite(value):
-            reason = plain_reason(row.get("reason"))
-            failures[reason] = failures.get(reason, 0) + 1
+    failures = dict(Counter(reason for _, reason in cell.said if reason is not None))
     classes = {name: intervals[f"class_{name}"] for name in CLASSES}
     return {
         "explainer": cell.explainer,
@@ -374,7 +392,7 @@ def row_of(cell: Cell, draws_DM: FloatArray) -> Json:
         "clusters": len(cell.clustered.sums_CM),
         "features": cell.size,
         "training_tokens": cell.training_tokens,
-        "explained": sum(row["text"] is not None for row in cell.rows),
+        "explained": sum(explained for explained, _ in cell.said),
         "scored": len(cell.ids) - sum(failures.values()),
         "failures": failures,
         **{name: intervals[name] for name in (*SCORES, "score_all", "scored_share")},
@@ -390,17 +408,23 @@ def means(cell: Cell) -> list[float]:
     return [float(value) for value in cell.clustered.means_M]
 
 
-def plain_reason(reason: str | None) -> str:
-    """A reason without its numbers, so that equal ones are counted together."""
-    return re.sub(r"\d+", "n", (reason or "no score").split(", fewer")[0])
+def with_value(cell: Cell, k: int) -> int:
+    """How many clusters of a cell have a value of a measure."""
+    return int((cell.clustered.counts_CM[:, k] > 0).sum())
 
 
-def interval_of(value: float, draws_D: FloatArray) -> Json | None:
-    """`{"value", "low", "high"}`, rounded; None without a value."""
-    if not np.isfinite(value):
+def interval_of(mean: Share, is_share: bool = False) -> Json | None:
+    """`{"value", "low", "high"}`, rounded; None without a value, and None as bounds of a single cluster's mean."""
+    if not np.isfinite(mean.value):
         return None
-    low, high = percentile_bounds(draws_D)
-    return {name: known_number(number) for name, number in (("value", value), ("low", low), ("high", high))}
+    if is_share and mean.at_end:
+        return rounded(mean.value, mean.bounds)
+    return rounded(mean.value, percentile_bounds(mean.draws_D) if mean.clusters > 1 else (np.nan, np.nan))
+
+
+def rounded(value: float, bounds: tuple[float, float]) -> Json:
+    """`{"value", "low", "high"}`."""
+    return {name: known_number(number) for name, number in zip(("value", "low", "high"), (value, *bounds), strict=True)}
 
 
 def known_number(value: float) -> float | None:
@@ -427,7 +451,7 @@ def paired_comparisons(first: Cell, second: Cell, config: CompareConfig, seed: i
     return [
         {
             "addresses": pair.pairs,
-            "difference": interval_of(pair.difference, pair.draws_D),
+            "difference": interval_of(Share(pair.difference, pair.draws_D, pair.pairs)),
             "p_uncorrected": known_number(pair.p),
         }
         for pair in found
@@ -442,14 +466,21 @@ def tests_of(
     rng = np.random.default_rng([seed, *name])
     found = compare_means(first.clustered, second.clustered, rng, config.draws)
     pairs = paired_comparisons(first, second, config, seed)
-    counts = [[int(n) for n in cell.clustered.counts_CM.sum(0)] for cell in (first, second)]
-    hits = [[round(float(s)) for s in cell.clustered.sums_CM.sum(0)] for cell in (first, second)]
+    cells, draws = (first, second), (draws_DM, other_DM)
+    counts = [[int(n) for n in cell.clustered.counts_CM.sum(0)] for cell in cells]
+    hits = [[round(float(s)) for s in cell.clustered.sums_CM.sum(0)] for cell in cells]
     tests = []
     for k, measure_name in enumerate(MEASURES):
         n, other_n = counts[0][k], counts[1][k]
         if measure_name not in TESTED or not n or not other_n:
             continue
-        pooled = proportions_p(hits[0][k], n, hits[1][k], other_n) if measure_name in PROPORTIONS else np.nan
+        pooled, error = np.nan, found[k].standard_error
+        bounds = percentile_bounds(draws_DM[:, k] - other_DM[:, k])
+        if measure_name in PROPORTIONS:
+            pooled = proportions_p(hits[0][k], n, hits[1][k], other_n)
+            shares = [Share(means(c)[k], d[:, k], with_value(c, k)) for c, d in zip(cells, draws, strict=True)]
+            if any(share.at_end for share in shares):
+                bounds, error = difference_of_shares(*shares)
         tests.append(
             {
                 "explainer": first.explainer,
@@ -458,10 +489,10 @@ def tests_of(
                 "first": first.kind,
                 "second": second.kind,
                 "n": [n, other_n],
-                "difference": interval_of(found[k].difference, draws_DM[:, k] - other_DM[:, k]),
+                "difference": rounded(found[k].difference, bounds),
                 "p": known_number(found[k].p),
                 "p_pooled_uncorrected": known_number(pooled),
-                "detectable": known_number(smallest_difference(found[k].standard_error)),
+                "detectable": known_number(smallest_difference(error)),
                 "paired": pairs and pairs[k],
             }
         )

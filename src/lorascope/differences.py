@@ -12,7 +12,7 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
-from lorascope.stats import FloatArray, false_discovery_rates
+from lorascope.stats import FloatArray, false_discovery_rates, percentile_bounds, wilson_bounds
 
 SLICE = 4_000_000
 """Random numbers that exist at once."""
@@ -199,3 +199,36 @@ def smallest_difference(standard_error: float, alpha: float = 0.05, power: float
     """The true difference that a two-sided test at `alpha` finds with probability `power`: (z₁₋α/₂ + z_power) · SE."""
     normal = NormalDist()
     return (normal.inv_cdf(1 - alpha / 2) + normal.inv_cdf(power)) * standard_error
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share of features, its bootstrap draws [D], and how many clusters it is of."""
+
+    value: float
+    draws_D: FloatArray
+    clusters: int
+
+    @property
+    def at_end(self) -> bool:
+        """Whether it is 0 or 1, where neither bootstrap nor spread knows of any uncertainty."""
+        return self.value in (0.0, 1.0)
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Its interval by bootstrap; Wilson's, of clusters, at the ends."""
+        if self.at_end:
+            return wilson_bounds(self.value * self.clusters, self.clusters)
+        return percentile_bounds(self.draws_D)
+
+
+def difference_of_shares(first: Share, second: Share) -> tuple[tuple[float, float], float]:
+    """The interval of first - second from each one's own, and the standard error that such an interval would have.
+
+    After Zou and Donner (2008), Statistics in Medicine 27, 1693-1702.
+    """
+    (low, high), (other_low, other_high) = first.bounds, second.bounds
+    below = math.hypot(first.value - low, other_high - second.value)
+    above = math.hypot(high - first.value, second.value - other_low)
+    difference = first.value - second.value
+    return (difference - below, difference + above), (below + above) / (2 * NormalDist().inv_cdf(0.975))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import Any
 
@@ -26,11 +27,19 @@ def made_from(study: Study, corpus: str, kind: str) -> str:
 
 def current_rows(
     study: Study, kind: str, rows: Iterable[dict[str, Any]], made: Callable[[Study, str, str], str] = made_from
-) -> tuple[dict[str, Any], ...]:
+) -> Iterator[dict[str, Any]]:
     """The rows that are of the features a kind has now; a row that says nothing of its making is taken as such.
 
     Args:
         made: `made_from`, or what remembers it.
     """
     now = cache(lambda corpus: made(study, corpus, kind))
-    return tuple(row for row in rows if row.get("made_from") is None or row["made_from"] == now(row["corpus"]))
+    return (row for row in rows if row.get("made_from") is None or row["made_from"] == now(row["corpus"]))
+
+
+def plain_reason(reason: str) -> str:
+    """Why a feature has no score without its own numbers, so that equal reasons are counted together.
+
+    The last number stays: `fires on n tokens of the training corpus, fewer than 8`.
+    """
+    return re.sub(r"\b\d+\b(?!$)", "n", reason)

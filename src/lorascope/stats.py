@@ -114,7 +114,7 @@ def ratio_draws(numerator_n: FloatArray, denominator_n: FloatArray, rng: np.rand
     """Bootstrap draws [D] of sum(numerator) / sum(denominator), in slices so that memory stays flat."""
     n = len(numerator_n)
     out = np.empty(draws)
-    rows = max(1, 4_000_000 // n)
+    rows = max(1, 1_000_000 // n)
     for start in range(0, draws, rows):
         pick = rng.integers(0, n, (min(rows, draws - start), n))
         with np.errstate(invalid="ignore", divide="ignore"):

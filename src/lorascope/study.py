@@ -95,21 +95,30 @@ def read_json(path: Path) -> Any:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The whole rows of a JSON Lines file, [] when there is none; an unfinished last line is left out.
+    """All rows of `stream_rows` at once."""
+    return list(stream_rows(path))
+
+
+def stream_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole rows of a JSON Lines file, one in memory at a time; none when there is no file.
+
+    An unfinished last line is left out.
 
     Raises:
         RunFailed: a finished line is not JSON.
     """
     if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    rows: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise RunFailed(f"{path}, line {number} is damaged; remove the line and run its stage again.") from error
-    return rows
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise RunFailed(
+                    f"{path}, line {number} is damaged; remove the line and run its stage again."
+                ) from error
 
 
 def digest(value: object) -> str:

@@ -24,25 +24,16 @@ from lorascope.adapter import Adapter, initial_adapter
 from lorascope.attached import attach, head_of
 from lorascope.config import Options
 from lorascope.errors import BadInput, RunFailed
-from lorascope.fused import fused, head_loss, plain_head
+from lorascope.fused import HEAD_CHUNK, fused, head_loss, plain_head
 from lorascope.kl import assistant_positions
 from lorascope.models import load_model
+from lorascope.packing import prepare_packing
 from lorascope.progress import progress
 from lorascope.study import Study, digest, put_folder, whole_folder
-from lorascope.traces import Rendered, plan_batches
-from lorascope.training_plan import (
-    batch_tensors,
-    control_traces,
-    packed_tensors,
-    plan_packs,
-    plan_steps,
-    prepare_packing,
-    rate_at,
-)
+from lorascope.traces import Rendered
+from lorascope.training_plan import batches_of, control_traces, plan_steps, rate_at
 from lorascope.training_state import Metrics, State
 
-HEAD_CHUNK = 512
-"""Supervised positions whose logits exist at once."""
 CONTROLS = ("", "answers", "shuffled")
 TRAINED_ON = ("traces/train.jsonl", "traces/heldout.jsonl", "tokenizer")
 
@@ -72,7 +63,7 @@ class TrainConfig:
     batch: int = 16
     """Traces per step."""
     token_budget: int = 2048
-    """Padded tokens per forward pass; a step's gradients are accumulated over as many passes as it takes."""
+    """Tokens per forward pass, padding included; a step's gradients are accumulated over as many passes as it takes."""
     warmup: float = 0.05
     """Share of the steps over which the learning rate rises."""
     weight_decay: float = 1e-4
@@ -89,10 +80,10 @@ class TrainConfig:
     """Steps at which to keep a copy of the adapter, such as 1,2,4,8,16."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third slower."""
-    pack: bool = False
-    """Put sequences behind each other without padding; worth it on a GPU, where attention needs no mask for it."""
+    pack: bool = True
+    """Put sequences end to end instead of padding them; a model that would mix them pads all the same."""
     compile: bool = False
-    """Compile the model with torch.compile; the first steps take minutes, and it needs a C++ compiler."""
+    """Compile the model with torch.compile, on padded batches; the first steps take minutes and need a C++ compiler."""
 
 
 def run_name(config: TrainConfig) -> str:
@@ -266,14 +257,13 @@ def detached(adapter: Adapter) -> Adapter:
 
 
 @torch.no_grad()
-def heldout_loss(learner: Any, traces: Sequence[Rendered], budget: int, device: torch.device) -> float:
+def heldout_loss(learner: Any, traces: Sequence[Rendered], budget: int, device: torch.device, *, pack: bool) -> float:
     """Mean negative log-likelihood per supervised token, nats."""
     learner.eval()
     total, count = 0.0, 0
-    for batch in plan_batches([len(t.ids) for t in traces], budget):
-        tensors = batch_tensors([traces[i] for i in batch], device)
-        total += float(learner(*tensors))
-        count += len(tensors.rows_M)
+    for batch in batches_of(traces, budget, device, pack=pack):
+        total += float(learner(*batch))
+        count += len(batch.rows_M)
     learner.train()
     return total / count
 
@@ -293,8 +283,6 @@ def train_once(study: Study, config: TrainConfig, options: Options, rate: float,
         return done
     if config.gradient_checkpointing:  # renamed in transformers 5.24
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    if config.pack:
-        prepare_packing(model)
     renderer = study.renderer(tokenizer)
     traces = control_traces(study.traces("train"), config.control, options.seed)
     rendered, counts = renderer.render_all(traces)
@@ -302,6 +290,9 @@ def train_once(study: Study, config: TrainConfig, options: Options, rate: float,
     heldout = heldout[: config.eval_traces]
     if not heldout:
         raise BadInput("The study has no held-out trace to measure the loss on; make it anew with --heldout.")
+    # A compiled pass would be compiled anew for every way in which lengths can follow each other.
+    longest = max(len(trace.ids) for trace in [*rendered, *heldout])
+    pack = config.pack and not config.compile and prepare_packing(model, longest)
     torch.manual_seed(options.seed)
     adapter = None if config.full else trainable_adapter(model, config, options.seed, study.model_name)
     lengths = [len(r.ids) for r in rendered]
@@ -313,7 +304,7 @@ def train_once(study: Study, config: TrainConfig, options: Options, rate: float,
         learner: Any = Learner(model, adapter)
         if config.compile:
             learner = torch.compile(learner, dynamic=True)
-        run = Run(config, rate, rendered, heldout, steps, adapter, study.path / name)
+        run = Run(config, rate, rendered, heldout, steps, adapter, study.path / name, pack)
         summary = run.loop(learner, state, log)
     with whole_folder(study.path / name) as new:
         if adapter is not None:
@@ -321,7 +312,7 @@ def train_once(study: Study, config: TrainConfig, options: Options, rate: float,
         else:
             model.save_pretrained(new)
             tokenizer.save_pretrained(new)
-    result = summary | {"learning_rate": rate, "length_rule": counts, "traces": len(rendered)}
+    result = summary | {"learning_rate": rate, "packed": pack, "length_rule": counts, "traces": len(rendered)}
     state.finish(result)
     return result
 
@@ -337,6 +328,7 @@ class Run:
     steps: list[list[int]]
     adapter: Adapter | None
     folder: Path
+    pack: bool
 
     def loop(self, learner: Any, state: State, log: Path) -> dict[str, Any]:
         """Train from the state's step to the end."""
@@ -351,7 +343,7 @@ class Run:
         total = len(self.steps)
         learner.train()
         if state.step == 0:
-            start_loss = heldout_loss(learner, self.heldout, config.token_budget, device)
+            start_loss = heldout_loss(learner, self.heldout, config.token_budget, device, pack=self.pack)
             metrics.add(step=0, heldout_loss=start_loss)
         keep = checkpoint_steps(config)
         for step in progress(range(state.step, total), desc=log.stem, unit="step", total=total - state.step):
@@ -361,7 +353,7 @@ class Run:
             state.step = step + 1
             row |= {"lr": optimizer.param_groups[0]["lr"]}
             if state.step % config.eval_every == 0 or state.step == total:
-                row["heldout_loss"] = heldout_loss(learner, self.heldout, config.token_budget, device)
+                row["heldout_loss"] = heldout_loss(learner, self.heldout, config.token_budget, device, pack=self.pack)
             metrics.add(step=state.step, **row)
             if state.step in keep and self.adapter is not None:
                 detached(self.adapter).save(
@@ -375,12 +367,10 @@ class Run:
         """One optimizer step over some traces, their gradients accumulated over budgeted batches."""
         started = time.perf_counter()
         traces = [self.traces[i] for i in chosen]
-        arrange, make = (plan_packs, packed_tensors) if self.config.pack else (plan_batches, batch_tensors)
-        batches = arrange([len(t.ids) for t in traces], self.config.token_budget)
         supervised = sum(len(assistant_positions(t)) for t in traces)
         device, total = parameters[0].device, 0.0
-        for batch in batches:
-            loss = learner(*make([traces[i] for i in batch], device))
+        for batch in batches_of(traces, self.config.token_budget, device, pack=self.pack):
+            loss = learner(*batch)
             loss.backward()
             total += float(loss.detach())
         # Divided afterwards and in fp32: a mean's slopes are so small that an fp16 base would lose them.

@@ -3,20 +3,17 @@
 Shapes: B = sequences, T = tokens, M = supervised positions of a batch.
 """
 
-import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.utils import is_flash_attn_2_available
 
-from lorascope.errors import BadInput
 from lorascope.kl import assistant_positions
-from lorascope.traces import Rendered, Trace, pad_ids
+from lorascope.traces import Rendered, Trace, pad_ids, plan_batches
 
 
 def control_traces(traces: Sequence[Trace], control: str, seed: int) -> list[Trace]:
@@ -113,30 +110,8 @@ def packed_tensors(traces: Sequence[Rendered], device: torch.device) -> Batch:
     return Batch(*(torch.from_numpy(part.astype(np.int64)).to(device) for part in parts))
 
 
-@torch.no_grad()
-def prepare_packing(model: Any) -> None:
-    """Choose an attention that keeps packed sequences apart without a mask, and see that it does.
-
-    On CUDA FlashAttention's variable lengths where the package is installed (half precision), else FlexAttention;
-    elsewhere PyTorch's own with a block-causal mask.
-
-    Raises:
-        BadInput: sequences of one row are mixed by this model.
-    """
-    device = model.get_input_embeddings().weight.device
-    if device.type == "cuda":
-        flash = is_flash_attn_2_available() and model.dtype != torch.float32
-        try:
-            model.set_attn_implementation("flash_attention_2" if flash else "flex_attention")
-        except (ValueError, ImportError) as e:
-            raise BadInput("This model has no attention that packs sequences on a GPU; train without --pack.") from e
-    vocabulary = model.config.get_text_config().vocab_size
-    ids = torch.randint(vocabulary, (24,), generator=torch.Generator().manual_seed(0)).to(device)
-    places = torch.cat([torch.arange(10), torch.arange(14)])[None].to(device)
-    if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
-        raise BadInput("This model mixes packed sequences; train without --pack.")
-    packed = model.base_model(input_ids=ids[None], position_ids=places, use_cache=False).last_hidden_state[0, 10:]
-    alone = model.base_model(input_ids=ids[None, 10:], use_cache=False).last_hidden_state[0]
-    tolerance = 1e-3 if model.dtype == torch.float32 else 5e-2
-    if (packed - alone).float().abs().max() > tolerance * alone.float().abs().max():
-        raise BadInput("This model mixes packed sequences; train without --pack.")
+def batches_of(traces: Sequence[Rendered], token_budget: int, device: torch.device, *, pack: bool) -> Iterator[Batch]:
+    """All traces in batches of at most `token_budget` tokens, packed or padded."""
+    arrange, make = (plan_packs, packed_tensors) if pack else (plan_batches, batch_tensors)
+    for chosen in arrange([len(trace.ids) for trace in traces], token_budget):
+        yield make([traces[i] for i in chosen], device)

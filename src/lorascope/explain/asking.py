@@ -9,14 +9,14 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lorascope.explain.budget import Budget
+from lorascope.explain.budget import Budget, account
 from lorascope.explain.job import Explainer, Job, feature_rng, too_rare, without_text
 from lorascope.explain.judge_log import TRUNCATED, JudgeLog, is_passing
 from lorascope.explain.judges import Endpoint, Judge, Reply, endpoint_of, open_log
@@ -132,11 +132,6 @@ def open_judges(
 def say_once(text: str) -> None:
     """Tell whoever runs this, the first time only: each kind of features opens the files anew."""
     print(f"lorascope: {text}", file=sys.stderr)
-
-
-def account(budget: Budget) -> dict[str, Any]:
-    """What was spent so far: requests, tokens, money, and answers that were in the file."""
-    return asdict(budget.spent) | {"money": round(budget.spent.money(budget.limits), 6)}
 
 
 def explain_feature(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from lorascope.explain.settings import JudgeConfig
 
@@ -94,3 +95,13 @@ class Budget:
             and (limits.tokens is None or most.tokens_in + most.tokens_out <= limits.tokens)
             and (limits.money is None or most.money(limits) <= limits.money)
         )
+
+
+def account(budget: Budget) -> dict[str, Any]:
+    """What was spent so far: requests, tokens, money, and answers that were in the file."""
+    return asdict(budget.spent) | {"money": round(budget.spent.money(budget.limits), 6)}
+
+
+def say_spent(spent: dict[str, Any]) -> str:
+    """An `account` in words."""
+    return f"{spent['calls']} requests, {spent['tokens_in'] + spent['tokens_out']} tokens, {spent['money']:.4g} money"

@@ -1,13 +1,18 @@
 """From a store and a feature set to what explaining needs: a corpus without scalars, and where each feature fires.
 
-Shapes: T = tokens, F = features, M = firings of all features, n = firings of one.
+Shapes: T = tokens, F = features, M = firings of a run, n = firings of one feature.
 """
 
 from __future__ import annotations
 
+import hashlib
+import tempfile
+import threading
 from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,20 +22,62 @@ from lorascope.features import FeatureSet
 from lorascope.store import Store
 
 IntArray = NDArray[np.int64]
+FIRING = np.dtype([("at", "<u4"), ("activation", "<f4")])
+HELD = 1 << 18
+"""Firings in memory at most, so about 15 MB while they are sorted; of more, all but the last go to a file."""
 
 
-@dataclass(frozen=True)
 class Firings:
-    """Ordinary tokens on which each feature fires, by feature: `at_M[starts[f]:starts[f + 1]]` with activations."""
+    """Ordinary tokens on which each feature fires, whatever their number in bounded memory.
 
-    starts: IntArray
-    at_M: NDArray[np.int64]
-    activation_M: NDArray[np.float32]
+    They come in runs, each of a part of the corpus and sorted by feature: all but the last are in a temporary file, 8
+    bytes a firing, which is gone when this is closed or the process ends. In memory is the last run, and 4 bytes for
+    each feature and run. Safe to read from several threads.
+    """
+
+    def __init__(self, n_features: int, folder: Path) -> None:
+        """Nothing fires yet; a file, should one be needed, is made in `folder`."""
+        self._n_features, self._folder = n_features, folder
+        self._starts_RF: list[NDArray[np.uint32]] = []
+        self._bytes_R = [0]
+        self._last: NDArray[Any] = np.zeros(0, FIRING)
+        self._file: IO[bytes] | None = None
+        self._lock = threading.Lock()
+
+    def add(self, number_M: NDArray[np.int32], at_M: IntArray, activation_M: NDArray[np.float32]) -> None:
+        """One run: features, tokens (later ones than before) and activations, in the order of the tokens."""
+        if self._starts_RF:
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 (open until `close`)
+            self._file.write(self._last.tobytes())
+            self._bytes_R.append(self._bytes_R[-1] + self._last.nbytes)
+        order = np.argsort(number_M, kind="stable")
+        self._last = np.empty(len(order), FIRING)
+        self._last["at"], self._last["activation"] = at_M[order], activation_M[order]
+        counts = np.bincount(number_M, minlength=self._n_features)
+        self._starts_RF.append(np.concatenate([[0], np.cumsum(counts)]).astype(np.uint32))
 
     def of(self, number: int) -> tuple[IntArray, NDArray[np.float32]]:
         """Tokens [n] of one feature in the order of the corpus, and its activations [n] there."""
-        part = slice(int(self.starts[number]), int(self.starts[number + 1]))
-        return self.at_M[part], self.activation_M[part]
+        parts = []
+        for place, starts_F in zip(self._bytes_R[:-1], self._starts_RF[:-1], strict=True):
+            first, stop = starts_F[number : number + 2].tolist()
+            if first < stop:
+                parts.append(self._read(place + first * FIRING.itemsize, stop - first))
+        first, stop = self._starts_RF[-1][number : number + 2].tolist()
+        found = np.concatenate([*parts, self._last[first:stop]])
+        return found["at"].astype(np.int64), np.ascontiguousarray(found["activation"])
+
+    def _read(self, place: int, count: int) -> NDArray[Any]:
+        assert self._file is not None
+        with self._lock:
+            self._file.seek(place)
+            return np.frombuffer(self._file.read(count * FIRING.itemsize), FIRING)
+
+    def close(self) -> None:
+        """Remove the file, if there is one."""
+        if self._file is not None:
+            self._file.close()
 
 
 @dataclass(frozen=True)
@@ -43,10 +90,8 @@ class Reading:
 
 
 def trace_contents(store: Store) -> list[bytes]:
-    """The token ids of each trace as bytes, for telling whether two corpora share a trace."""
-    bounds = np.asarray(store.offsets)
-    tokens = np.asarray(store.tokens)
-    return [tokens[a:b].tobytes() for a, b in pairwise(bounds)]
+    """A hash of the token ids of each trace, for telling whether two corpora share a trace."""
+    return [hashlib.blake2b(store.tokens[a:b].tobytes(), digest_size=16).digest() for a, b in pairwise(store.offsets)]
 
 
 def read_corpus(
@@ -77,24 +122,29 @@ def read_corpus(
     )
 
 
-def collect_firings(features: FeatureSet, reading: Reading, levels_F: NDArray[np.float32]) -> Firings:
-    """Where every feature's activation is above its level, in one pass over the store (ordinary tokens only)."""
-    place = np.full(features.store.n_tokens, -1, dtype=np.int64)
-    place[reading.store_T] = np.arange(len(reading.store_T))
-    place[reading.store_T[~reading.corpus.ordinary_T]] = -1
-    found: list[tuple[IntArray, IntArray, NDArray[np.float32]]] = []
+def collect_firings(
+    features: FeatureSet, reading: Reading, levels_F: NDArray[np.float32], folder: Path, held: int = HELD
+) -> Firings:
+    """Where every feature's activation is above its level, in one pass over the store (ordinary tokens only).
+
+    Args:
+        folder: for the temporary file of more than `held` firings.
+    """
+    firings = Firings(len(features.ids), folder)
+    waiting = [(np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.float32))]
+    count = 0
     for start, acts_TF in features.chunks():
-        here = place[start : start + len(acts_TF)]
-        rows = np.flatnonzero(here >= 0)
-        kept_TF = acts_TF[rows]
+        first, stop = np.searchsorted(reading.store_T, [start, start + len(acts_TF)])
+        here = np.arange(first, stop)[reading.corpus.ordinary_T[first:stop]]
+        kept_TF = acts_TF[reading.store_T[here] - start]
         row, number = np.nonzero(kept_TF > levels_F)
-        found.append((number.astype(np.int32), here[rows[row]], kept_TF[row, number]))
-    number_M = np.concatenate([n for n, _, _ in found]) if found else np.zeros(0, dtype=np.int32)
-    at_M = np.concatenate([a for _, a, _ in found]) if found else np.zeros(0, dtype=np.int64)
-    activation_M = np.concatenate([v for _, _, v in found]) if found else np.zeros(0, dtype=np.float32)
-    order = np.lexsort((at_M, number_M))
-    starts = np.searchsorted(number_M[order], np.arange(len(features.ids) + 1))
-    return Firings(starts.astype(np.int64), at_M[order], activation_M[order])
+        if count and count + len(row) > held:
+            firings.add(*map(np.concatenate, zip(*waiting, strict=True)))
+            waiting, count = [], 0
+        waiting.append((number.astype(np.int32), here[row], kept_TF[row, number]))
+        count += len(row)
+    firings.add(*map(np.concatenate, zip(*waiting, strict=True)))
+    return firings
 
 
 def shift_firings(

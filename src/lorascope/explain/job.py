@@ -51,6 +51,11 @@ class Job:
     training: Side
     scoring: Side
 
+    def close(self) -> None:
+        """Remove what was put into files for the time of the job."""
+        self.training.firings.close()
+        self.scoring.firings.close()
+
 
 @dataclass(frozen=True)
 class Explainer:
@@ -87,7 +92,7 @@ def prepare_job(
     scoring: FeatureSet,
     levels: dict[str, dict[str, float]],
 ) -> Job:
-    """Read both corpora and find where every feature fires.
+    """Read both corpora and find where every feature fires. Close it when it is done with.
 
     Raises:
         MissingStage: the firing levels are of other features.
@@ -105,7 +110,7 @@ def prepare_job(
         read_corpus(scoring.store, max_tokens=config.max_tokens, rng=np.random.default_rng([seed, 2]), seen=seen),
     ]
     made = [
-        Side(reading, collect_firings(features, reading, levels_F), _identify(reading))
+        Side(reading, collect_firings(features, reading, levels_F, study.path), _identify(reading))
         for features, reading in zip((training, scoring), readings, strict=True)
     ]
     numbers = {training.ids[k]: int(k) for k in chosen}

@@ -138,7 +138,7 @@ class Judge:
             self._client.close()
 
     def ask_all(self, questions: Sequence[Question]) -> list[Reply]:
-        """Replies in the order of the questions, asked as far at once as there are workers.
+        """Replies in the order of the questions, asked as far at once as there are workers; equal ones are asked once.
 
         Raises:
             BudgetSpent: one of them would go over the budget; those that were sent are kept.
@@ -146,11 +146,12 @@ class Judge:
             BadInput: the endpoint refuses the key or the model, or there is no key.
             RunFailed: the endpoint does not answer any more.
         """
-        return [future.result() for future in [self._pool.submit(self._ask, question) for question in questions]]
+        keys = [digest(self._content(question))[:32] for question in questions]
+        asked = dict(zip(keys, questions, strict=True))
+        futures = {key: self._pool.submit(self._ask, key, question) for key, question in asked.items()}
+        return [futures[key].result() for key in keys]
 
-    def _ask(self, question: Question) -> Reply:
-        content = self._content(question)
-        key = digest(content)[:32]
+    def _ask(self, key: str, question: Question) -> Reply:
         row = self._log.find(key)
         if row is not None and not self._cut_short(row):
             self._budget.count_replayed()
@@ -161,7 +162,7 @@ class Judge:
         received = self._send(question)
         reply = read_reply(question, asdict(received))
         row = {"key": key, "at": datetime.now(UTC).isoformat(timespec="seconds"), "url": self.endpoint.url}
-        row |= content | {"max_tokens": self.endpoint.max_tokens} | asdict(received)
+        row |= self._content(question) | {"max_tokens": self.endpoint.max_tokens} | asdict(received)
         row |= {"failure": reply.failure, "seconds": round(time.monotonic() - started, 3)}
         self._log.append(row)
         self._watch(reply)

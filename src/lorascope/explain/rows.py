@@ -8,26 +8,54 @@ limit of a judge's answer than there is now.
 
 from __future__ import annotations
 
+import filecmp
 import json
+import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from lorascope.study import atomic_write_text, read_rows
+from lorascope.study import stream_rows
 
 Row = dict[str, Any]
 
 
+class RowFile:
+    """One explainer's rows in such a file, by key. In memory is only where each starts."""
+
+    def __init__(self, path: Path, at: dict[str, int]) -> None:
+        """Rows start at these bytes of the file, by key."""
+        self._path, self._at = path, at
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._at
+
+    def __len__(self) -> int:
+        return len(self._at)
+
+    def read(self, key: str) -> Row:
+        """The row with a key; any thread may ask."""
+        with self._path.open("rb") as file:
+            file.seek(self._at[key])
+            row: Row = json.loads(file.readline())
+        return row
+
+    def append(self, row: Row) -> None:
+        """Append one row under its key; one thread at a time."""
+        self._at[row["key"]] = self._path.stat().st_size
+        append_row(self._path, row)
+
+
 def append_row(path: Path, row: Row) -> None:
     """Append one row and its line break in a single write."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(row_line(row))
+    with path.open("ab") as file:
+        file.write(row_line(row).encode("utf-8"))
 
 
 def keep_rows(
     path: Path, wanted: Collection[str], explainer: str, said: Row | None = None, most_tokens: int | None = None
-) -> dict[str, Row]:
-    """Make a file ready for appending; returns this explainer's rows with a wanted key, by key.
+) -> RowFile:
+    """Make a file ready for appending; returns this explainer's rows with a wanted key.
 
     Other rows of the explainer are moved to `superseded.jsonl` beside it; rows of other explainers stay.
 
@@ -36,20 +64,28 @@ def keep_rows(
         most_tokens: of one answer of a judge; None where nothing is cut off.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    done: dict[str, Row] = {}
-    kept: list[Row] = []
-    for row in read_rows(path):
-        if row["explainer"] != explainer:
-            kept.append(row)
-        elif row["key"] not in wanted or row.get("retry") or _cut_short(row, most_tokens):
-            append_row(path.with_name("superseded.jsonl"), {"file": path.name, **row})
-        elif row["key"] not in done:
-            done[row["key"]] = row | (said or {})
-            kept.append(done[row["key"]])
-    text = "".join(row_line(row) for row in kept)
-    if not path.is_file() or text != path.read_text(encoding="utf-8"):
-        atomic_write_text(path, text)
-    return done
+    at: dict[str, int] = {}
+    new = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with new.open("wb") as file:
+            for row in stream_rows(path):
+                if row["explainer"] == explainer:
+                    if row["key"] not in wanted or row.get("retry") or _cut_short(row, most_tokens):
+                        append_row(path.with_name("superseded.jsonl"), {"file": path.name, **row})
+                        continue
+                    if row["key"] in at:
+                        continue
+                    at[row["key"]] = file.tell()
+                    row |= said or {}
+                file.write(row_line(row).encode("utf-8"))
+            file.flush()
+            os.fsync(file.fileno())
+        # An unchanged file keeps its time, by which others tell that it is the same.
+        if not path.is_file() or not filecmp.cmp(new, path, shallow=False):
+            os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
+    return RowFile(path, at)
 
 
 def _cut_short(row: Row, most_tokens: int | None) -> bool:

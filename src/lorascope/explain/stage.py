@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -9,11 +11,11 @@ import numpy as np
 
 from lorascope.config import Options
 from lorascope.errors import RunFailed
-from lorascope.explain.budget import Budget, BudgetSpent, limits_of
+from lorascope.explain.budget import Budget, BudgetSpent, limits_of, say_spent
 from lorascope.explain.explainers import EXPLAINERS
 from lorascope.explain.job import Explainer, Job, prepare_job
 from lorascope.explain.judges import file_name
-from lorascope.explain.rows import Row, append_row, keep_rows
+from lorascope.explain.rows import Row, RowFile, keep_rows
 from lorascope.explain.scored import in_order, score_feature
 from lorascope.explain.scoring import borrow_explanations
 from lorascope.explain.settings import TRAIN, ExplainConfig, check_config
@@ -21,7 +23,7 @@ from lorascope.explain.summary import explain_records, pool_kinds, record_name, 
 from lorascope.explained import LEXICAL, inputs_of, made_from
 from lorascope.features import FeatureSet, cluster_of, load_features
 from lorascope.progress import progress
-from lorascope.study import Study, digest, read_json, read_rows
+from lorascope.study import Study, digest, read_json, stream_rows
 
 METHOD = 3
 """Goes into the rows' keys: raise it when the search or the scores change."""
@@ -49,11 +51,12 @@ def explain_features(study: Study, config: ExplainConfig, options: Options) -> d
     for kind, pair in sides.items():
 
         def work(kind: str = kind, pair: tuple[FeatureSet, FeatureSet] = pair) -> dict[str, Any]:
-            return _explain_one(study, prepare_job(study, config, options.seed, kind, *pair, levels), budget)
+            with closing(prepare_job(study, config, options.seed, kind, *pair, levels)) as job:
+                return _explain_one(study, job, budget)
 
         rows = f"explanations/{kind}.jsonl"
         name = record_name(config.corpus, kind, label)
-        if any(row["explainer"] == label and row.get("retry") for row in read_rows(study.path / rows)):
+        if any(row["explainer"] == label and row.get("retry") for row in stream_rows(study.path / rows)):
             study.expire(name)
         results[kind] = study.run(
             name,
@@ -84,7 +87,7 @@ def _explain_one(study: Study, job: Job, budget: Budget) -> dict[str, Any]:
     with EXPLAINERS[job.config.explainer](study, job, budget) as explainer:
         before = explainer.account()
         try:
-            rows = _score_all(study, job, explainer, _explain_kind(study, job, explainer))
+            rows = _score_all(study, job, explainer, *_explain_kind(study, job, explainer))
         except BudgetSpent:
             raise RunFailed(_how_far(study, job, explainer)) from None
         # One budget is for all kinds of a run, a record for one of them.
@@ -105,10 +108,9 @@ def _explain_one(study: Study, job: Job, budget: Budget) -> dict[str, Any]:
 
 def _how_far(study: Study, job: Job, explainer: Explainer) -> str:
     """What a spent budget was spent on."""
-    spent, label = explainer.account(), explainer.label
-    paid = f"{spent['calls']} requests, {spent['tokens_in'] + spent['tokens_out']} tokens, {spent['money']:.4g} money"
+    paid, label = say_spent(explainer.account()), explainer.label
     files = (unscored_file(job.kind, label), f"explanations/{job.kind}.jsonl")
-    explained, scored = (sum(row["explainer"] == label for row in read_rows(study.path / file)) for file in files)
+    explained, scored = (sum(row["explainer"] == label for row in stream_rows(study.path / file)) for file in files)
     return (
         f"The budget is spent ({paid}); of {len(job.numbers)} {job.kind} features {explained} are explained and "
         f"{scored} scored. What was answered is kept, and the same command continues."
@@ -139,8 +141,8 @@ def _summarise(study: Study, config: ExplainConfig, label: str, results: dict[st
     return pooled
 
 
-def _explain_kind(study: Study, job: Job, explainer: Explainer) -> dict[str, Row]:
-    """The explanation (or the reason why there is none) of each feature, kept in `unscored/`."""
+def _explain_kind(study: Study, job: Job, explainer: Explainer) -> tuple[RowFile, dict[str, str]]:
+    """The explanation (or the reason why there is none) of each feature, kept in `unscored/`, and its key there."""
     path = study.path / unscored_file(job.kind, explainer.label)
     settings = [METHOD, explainer.settings, job.config.window, job.seed]
     keys = {
@@ -149,50 +151,50 @@ def _explain_kind(study: Study, job: Job, explainer: Explainer) -> dict[str, Row
     }
     done = keep_rows(path, set(keys.values()), explainer.label, most_tokens=explainer.most_tokens)
 
-    def explain(feature: str) -> Row:
-        return done.get(keys[feature]) or explainer.explain(feature, job.numbers[feature])
+    def explain(feature: str) -> Row | None:
+        return None if keys[feature] in done else explainer.explain(feature, job.numbers[feature])
 
-    rows: dict[str, Row] = {}
     made = in_order(explain, job.numbers, explainer.workers, explainer.stop)
     for feature, found in progress(made, len(job.numbers), f"explain {job.kind}", "feature"):
-        rows[feature] = found
-        if keys[feature] not in done:
-            rows[feature] = {"feature": feature, "explainer": explainer.label, **found, "key": keys[feature]}
-            append_row(path, rows[feature])
-    return rows
+        if found is not None:
+            done.append({"feature": feature, "explainer": explainer.label, **found, "key": keys[feature]})
+    return done, keys
 
 
-def _score_all(study: Study, job: Job, explainer: Explainer, explained: dict[str, Row]) -> list[Row]:
-    """Score each explanation beside its controls; rows without scores say why. Kept in `KIND.jsonl`."""
+def _score_all(
+    study: Study, job: Job, explainer: Explainer, explained: RowFile, explained_as: dict[str, str]
+) -> Iterator[Row]:
+    """Score each explanation beside its controls; rows without scores say why. They are in `KIND.jsonl`."""
     path = study.path / "explanations" / f"{job.kind}.jsonl"
-    able = [feature for feature, row in explained.items() if row["text"] is not None]
-    texts = [explained[feature]["text"] for feature in able]
-    lenders = borrow_explanations(able, [cluster_of(feature) for feature in able], texts, job.seed)
+    texts = {feature: explained.read(key)["text"] for feature, key in explained_as.items()}
+    able = [feature for feature, text in texts.items() if text is not None]
+    lenders = borrow_explanations(
+        able, [cluster_of(feature) for feature in able], [texts[feature] for feature in able], job.seed
+    )
     settings = [METHOD, explainer.scoring_settings, job.config.corpus, job.config.examples, job.config.window, job.seed]
     keys: dict[str, str] = {}
-    for feature, row in explained.items():
+    for feature, number in job.numbers.items():
         lender = lenders.get(feature)
-        wrong = [explained[lender]["text"], explained[lender]["rule"]] if lender else None
-        parts = [row["key"], row["text"], settings, job.scoring.hash_of(job.numbers[feature]), lender, wrong]
+        lent = explained.read(explained_as[lender]) if lender else None
+        wrong = [lent["text"], lent["rule"]] if lent else None
+        parts = [explained_as[feature], texts[feature], settings, job.scoring.hash_of(number), lender, wrong]
         keys[feature] = digest(parts)[:32]
     said = {"made_from": made_from(study, job.config.corpus, job.kind)}
     done = keep_rows(path, set(keys.values()), explainer.label, said, explainer.most_tokens)
 
-    def score(feature: str) -> Row:
+    def score(feature: str) -> Row | None:
         if keys[feature] in done:
-            return done[keys[feature]]
-        row = explained[feature]
+            return None
+        row = explained.read(explained_as[feature])
         lender = lenders.get(feature)
         kept = {name: value for name, value in row.items() if name != "key"}
         kept |= {"scored": None, "reason": row["reason"], "corpus": job.config.corpus}
         if row["text"] is not None:
-            kept |= score_feature(job, explainer, row, explained[lender] if lender else None)
+            kept |= score_feature(job, explainer, row, explained.read(explained_as[lender]) if lender else None)
         return kept | said | {"key": keys[feature]}
 
-    rows: list[Row] = []
-    made = in_order(score, explained, explainer.workers, explainer.stop)
-    for feature, row in progress(made, len(explained), f"score {job.kind}", "feature"):
-        if keys[feature] not in done:
-            append_row(path, row)
-        rows.append(row)
-    return rows
+    made = in_order(score, job.numbers, explainer.workers, explainer.stop)
+    for _, row in progress(made, len(job.numbers), f"score {job.kind}", "feature"):
+        if row is not None:
+            done.append(row)
+    return (done.read(key) for key in keys.values())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,10 +13,10 @@ from numpy.typing import NDArray
 from lorascope.explain.prompts import WORDS
 from lorascope.explain.rows import Row
 from lorascope.explain.scoring import agreement_of, equal_and_kappa
-from lorascope.explained import LEXICAL, current_rows
+from lorascope.explained import LEXICAL, current_rows, plain_reason
 from lorascope.features import CONTROLS, cluster_of
 from lorascope.stats import bootstrap_mean, percentile_bounds
-from lorascope.study import Study, read_rows
+from lorascope.study import Study, stream_rows
 
 DRAWS = 2_000
 
@@ -45,76 +47,109 @@ def pool_kinds(study: Study, explainer: str = LEXICAL) -> dict[str, Any]:
     Explanations of another adapter's or autoencoder's features than the study has now are left out.
     """
     kinds = [kind for kind in explain_records(study, explainer) if kind not in CONTROLS]
-    rows = [row for kind in kinds for row in current_rows(study, kind, rows_of(study, kind, explainer))]
+    rows = (row for kind in kinds for row in current_rows(study, kind, rows_of(study, kind, explainer)))
     return summarise_rows(rows, np.random.default_rng(study.manifest["seed"]))
 
 
-def rows_of(study: Study, kind: str, explainer: str = LEXICAL) -> list[Row]:
+def rows_of(study: Study, kind: str, explainer: str = LEXICAL) -> Iterator[Row]:
     """The rows of one explainer about one kind of features."""
-    rows = read_rows(study.path / "explanations" / f"{kind}.jsonl")
-    return [row for row in rows if row["explainer"] == explainer]
+    rows = stream_rows(study.path / "explanations" / f"{kind}.jsonl")
+    return (row for row in rows if row["explainer"] == explainer)
 
 
-def summarise_rows(rows: Sequence[Row], rng: np.random.Generator) -> dict[str, Any]:
-    """Mean scores with intervals that resample clusters, how many features they are of, and why others have none."""
-    out: dict[str, Any] = {"n": len(rows), "explained": sum(row.get("text") is not None for row in rows)}
-    reasons: dict[str, int] = {}
-    for row in rows:
-        if row["reason"]:
-            # Reasons carry numbers ("fires on 3 tokens ..."); they are counted without them.
-            plain = " ".join("n" if word.isdigit() else word for word in row["reason"].split(", fewer")[0].split())
-            reasons[plain] = reasons.get(plain, 0) + 1
-    out["reasons"] = reasons
-    if any("class" in row for row in rows):
-        out |= count_classes(rows, rng)
-    for task in ("detection", "fuzzing"):
-        pairs = [
-            (row["scored"][task]["value"], row["scored"][f"{task}_wrong"]["value"], cluster_of(row["feature"]))
-            for row in rows
-            if row["scored"] and row["scored"].get(task) and row["scored"].get(f"{task}_wrong")
-        ]
-        own = np.array([p[0] for p in pairs])
-        wrong = np.array([p[1] for p in pairs])
-        out[f"n_{task}"] = len(pairs)
-        out[f"{task}_counts"] = _add_counts(
-            [row["scored"][task] for row in rows if row["scored"] and row["scored"][task]]
-        )
-        for name, values in (("", own), ("_wrong", wrong), ("_gain", own - wrong)):
-            out[task + name] = _mean(values, [p[2] for p in pairs], rng)
-    for task in ("detection", "fuzzing"):
-        out |= _further_scores(rows, task, rng)
-    return out
+class Numbers:
+    """One number for each of many features, with the feature's cluster; 16 bytes each."""
+
+    def __init__(self) -> None:
+        """None yet."""
+        self.values, self.clusters = array("d"), array("q")
+
+    def add(self, value: float, cluster: int) -> None:
+        """One more feature's."""
+        self.values.append(value)
+        self.clusters.append(cluster)
+
+    def mean(self, rng: np.random.Generator) -> dict[str, float] | None:
+        """`{"mean", "low", "high"}`, resampling clusters; None of nothing."""
+        if not self.values:
+            return None
+        interval = bootstrap_mean(np.array(self.values), rng=rng, clusters=self.clusters)
+        return {name: round(value, 4) for name, value in interval.as_dict("mean").items()}
 
 
-def _further_scores(rows: Sequence[Row], task: str, rng: np.random.Generator) -> dict[str, Any]:
-    """Means that not every explainer or row has: the shuffled feature's, AUROCs, agreement of two passes, failures."""
-    scored = [(row["scored"], cluster_of(row["feature"])) for row in rows if row["scored"]]
-    found: dict[str, list[tuple[float, str]]] = {}
-    tables: list[tuple[NDArray[np.int64], str]] = []
-    failures: dict[str, int] = {}
-    for scores, cluster in scored:
+class TaskSummary:
+    """What the rows say of detection, or of fuzzing."""
+
+    def __init__(self, task: str) -> None:
+        """No row yet."""
+        self.task = task
+        self.beside_wrong = {name: Numbers() for name in (task, f"{task}_wrong", f"{task}_gain")}
+        self.further: dict[str, Numbers] = {}
+        self.tables: list[tuple[NDArray[np.int64], int]] = []
+        self.failures: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter({"n": 0, "unparsed": 0})
+
+    def add(self, scored: dict[str, Any], cluster: int) -> None:
+        """The scores of one row: those beside a wrong explanation's, and what not every explainer or row has (the
+        shuffled feature's, AUROCs, agreement of two passes, failures)."""
+        own, wrong = (scored.get(name) for name in (self.task, f"{self.task}_wrong"))
+        if own:
+            self.counts.update({"n": own["n"], "unparsed": own["unparsed"]} | own["counts"])
+        if own and wrong:
+            numbers = (own["value"], wrong["value"], own["value"] - wrong["value"])
+            for one, number in zip(self.beside_wrong.values(), numbers, strict=True):
+                one.add(number, cluster)
         for ending in ("", "_wrong", "_shuffled"):
-            part = scores.get(task + ending)
+            part = scored.get(self.task + ending)
             if not part:
                 continue
             if ending == "_shuffled":
-                found.setdefault(f"{task}_shuffled", []).append((part["value"], cluster))
+                self.further.setdefault(f"{self.task}_shuffled", Numbers()).add(part["value"], cluster)
             if "auroc" in part:
-                found.setdefault(f"{task}{ending}_auroc", []).append((part["auroc"]["value"], cluster))
-            for reason, count in part.get("failures", {}).items():
-                failures[reason] = failures.get(reason, 0) + count
-        if agreement := scores.get("agreement", {}).get(task):
-            tables.append((np.array(agreement["table"]), cluster))
-    out: dict[str, Any] = {
-        name: _mean(np.array([value for value, _ in pairs]), [cluster for _, cluster in pairs], rng)
-        for name, pairs in found.items()
-    }
-    if tables:
-        out[f"{task}_agreement"] = pool_agreement(tables, rng)
-    return out | ({f"{task}_failures": failures} if failures else {})
+                name = f"{self.task}{ending}_auroc"
+                self.further.setdefault(name, Numbers()).add(part["auroc"]["value"], cluster)
+            self.failures.update(part.get("failures", {}))
+        if agreement := scored.get("agreement", {}).get(self.task):
+            self.tables.append((np.array(agreement["table"]), cluster))
 
 
-def pool_agreement(tables: Sequence[tuple[NDArray[np.int64], str]], rng: np.random.Generator) -> dict[str, Any]:
+def summarise_rows(rows: Iterable[Row], rng: np.random.Generator) -> dict[str, Any]:
+    """Mean scores with intervals that resample clusters, how many features they are of, and why others have none.
+
+    Rows are looked at once and not kept.
+    """
+    out: dict[str, Any] = {"n": 0, "explained": 0}
+    reasons: Counter[str] = Counter()
+    classes: ClassCounts | None = None
+    tasks = [TaskSummary("detection"), TaskSummary("fuzzing")]
+    clusters: dict[str, int] = {}
+    for row in rows:
+        cluster = clusters.setdefault(cluster_of(row["feature"]), len(clusters))
+        out["n"] += 1
+        out["explained"] += row.get("text") is not None
+        if row["reason"]:
+            reasons[plain_reason(row["reason"])] += 1
+        if "class" in row:
+            classes = classes or ClassCounts()
+            classes.add(row, cluster)
+        for task in tasks:
+            task.add(row["scored"] or {}, cluster)
+    out["reasons"] = dict(reasons)
+    if classes:
+        out |= classes.as_dict(rng)
+    for task in tasks:
+        out |= {f"n_{task.task}": len(task.beside_wrong[task.task].values), f"{task.task}_counts": dict(task.counts)}
+        out |= {name: numbers.mean(rng) for name, numbers in task.beside_wrong.items()}
+    for task in tasks:
+        out |= {name: numbers.mean(rng) for name, numbers in task.further.items()}
+        if task.tables:
+            out[f"{task.task}_agreement"] = pool_agreement(task.tables, rng)
+        if task.failures:
+            out[f"{task.task}_failures"] = dict(task.failures)
+    return out
+
+
+def pool_agreement(tables: Sequence[tuple[NDArray[np.int64], Hashable]], rng: np.random.Generator) -> dict[str, Any]:
     """`agreement_of` all features' tables together, with `equal_interval` and `kappa_interval`, `[low, high]` or None.
 
     Args:
@@ -138,35 +173,29 @@ def pool_agreement(tables: Sequence[tuple[NDArray[np.int64], str]], rng: np.rand
     return found
 
 
-def count_classes(rows: Sequence[Row], rng: np.random.Generator) -> dict[str, Any]:
+class ClassCounts:
     """How many features a judge put into each class or failed on, explanations of more words than it was asked for, and
     the agreement of two passes."""
-    classes = dict.fromkeys(("0", "1", "2", "failed"), 0)
-    tables: list[tuple[NDArray[np.int64], str]] = []
-    for row in rows:
+
+    def __init__(self) -> None:
+        """No row yet."""
+        self.classes = dict.fromkeys(("0", "1", "2", "failed"), 0)
+        self.longer = 0
+        self.tables: list[tuple[NDArray[np.int64], int]] = []
+
+    def add(self, row: Row, cluster: int) -> None:
+        """One more row."""
+        self.longer += len((row["text"] or "").split()) > WORDS
         if not row.get("class"):
-            continue
+            return
         first, second = row["class"]["class"], (row.get("class_again") or {}).get("class")
-        classes["failed" if first is None else str(first)] += 1
+        self.classes["failed" if first is None else str(first)] += 1
         if first is not None and second is not None:
             table = np.zeros((3, 3), dtype=np.int64)
             table[first, second] = 1
-            tables.append((table, cluster_of(row["feature"])))
-    counts = {"classes": classes, "longer_than_asked": sum(len((row["text"] or "").split()) > WORDS for row in rows)}
-    return counts | ({"classes_agreement": pool_agreement(tables, rng)} if tables else {})
+            self.tables.append((table, cluster))
 
-
-def _mean(values: NDArray[np.float64], clusters: Sequence[str], rng: np.random.Generator) -> dict[str, float] | None:
-    if len(values) == 0:
-        return None
-    interval = bootstrap_mean(values, rng=rng, clusters=clusters)
-    return {name: round(value, 4) for name, value in interval.as_dict("mean").items()}
-
-
-def _add_counts(scores: Sequence[dict[str, Any]]) -> dict[str, int]:
-    """Windows asked about, answers that could not be read, and windows that could not be drawn as they should."""
-    total = {"n": 0, "unparsed": 0}
-    for score in scores:
-        for name, count in ({"n": score["n"], "unparsed": score["unparsed"]} | score["counts"]).items():
-            total[name] = total.get(name, 0) + count
-    return total
+    def as_dict(self, rng: np.random.Generator) -> dict[str, Any]:
+        """`{"classes", "longer_than_asked"}`, and `"classes_agreement"` of two passes."""
+        counts = {"classes": self.classes, "longer_than_asked": self.longer}
+        return counts | ({"classes_agreement": pool_agreement(self.tables, rng)} if self.tables else {})

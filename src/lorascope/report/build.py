@@ -40,7 +40,18 @@ from lorascope.report.marks import (
     score_words,
     share_bar,
 )
-from lorascope.report.numbers import duration, figures, memory, moment, percent, points, tick, whole, whole_percent
+from lorascope.report.numbers import (
+    duration,
+    figures,
+    memory,
+    minus,
+    moment,
+    percent,
+    points,
+    tick,
+    whole,
+    whole_percent,
+)
 from lorascope.report.rings import largest_subcategory, share_rings
 from lorascope.report.scatter import link_target, listed_features, point_map, shape_defs, shape_mark, shown_features
 from lorascope.report.tokens import heat_tokens, plain_tokens, shown_text, token_list
@@ -55,7 +66,7 @@ CHARTS = (accuracy_bars, card_names, class_meaning, kl_bars, layer_chart, loss_c
 MAPS = (histogram, layer_map)
 MARKS = (decoder_map, strongest_writes, bar_mark, interval_words, scale_top, score_pair, score_words, share_bar)
 SCORES = (score_floor, score_mark)
-NUMBERS = (duration, figures, tick, memory, moment, percent, points, whole, whole_percent)
+NUMBERS = (duration, figures, tick, memory, minus, moment, percent, points, whole, whole_percent)
 TOKENS = (heat_tokens, plain_tokens, shown_text, token_list)
 KINDS = (flow_chart, flow_table, largest_subcategory, share_rings)
 POINTS = (link_target, listed_features, point_map, shape_defs, shape_mark, shown_features)

@@ -19,7 +19,7 @@ COLUMNS = (0, 300, 600, 986)
 HEADS = ("matrix type", "layers", "latents about", "category")
 SMALL = 0.012
 """Groups of latents below this share of everything are drawn together, per category."""
-NAMED = 11
+NAMED = 8
 """A node of at least this height, in pixels, has its name beside it."""
 LAST = 1 << 20
 """Where features without a category (number 0) come in an order by number."""

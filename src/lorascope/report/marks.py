@@ -81,7 +81,8 @@ def share_bar(shares: Mapping[str, float | None] | None, densities: Mapping[str,
 
 def score_floor(rows: Sequence[Mapping[str, Any]]) -> float:
     """The left end, a tenth, of a scale to 1 that holds all scores of some rows and the line of chance."""
-    ends = [row[name]["low"] for row in rows for name in ("score", "wrong") if row[name]]
+    known = [row[name] for row in rows for name in ("score", "wrong") if row[name]]
+    ends = [score["value"] if score["low"] is None else score["low"] for score in known]
     return max(0.0, math.floor(10 * min([0.45, *ends])) / 10)
 
 
@@ -103,9 +104,9 @@ def score_dots(own: Mapping[str, Any], wrong: Mapping[str, Any] | None, low: flo
     parts += f'<line class="chance" x1="{at(0.5)}" x2="{at(0.5)}" y1="2" y2="20"/>'
     for score, kind in ((wrong, "wrong"), (own, "own")):
         if score:
-            parts += (
-                f'<line class="whisker thick {kind}" x1="{at(score["low"])}" x2="{at(score["high"])}" y1="11" y2="11"/>'
-            )
+            if score["low"] is not None:
+                ends = f'x1="{at(score["low"])}" x2="{at(score["high"])}" y1="11" y2="11"'
+                parts += f'<line class="whisker thick {kind}" {ends}/>'
             shape = f'cx="{at(score["value"])}" cy="11"'
             parts += f'<circle class="dot {kind}" {shape} r="{5 if kind == "own" else 4}"/>'
     return parts
@@ -146,4 +147,6 @@ def score_words(value: Mapping[str, Any] | None, signed: bool = False) -> str:
     if not value or value.get("value") is None:
         return "–"
     style = "+.2f" if signed else ".2f"
+    if value["low"] is None:
+        return minus(f"{value['value']:{style}}")
     return minus(f"{value['value']:{style}} ({value['low']:{style}} to {value['high']:{style}})")

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from lorascope.columns import aligned
 from lorascope.study import Study
 from lorascope.views.reading import Json, json_file, missing
 
@@ -74,6 +75,54 @@ def explainer_table(found: Json, explainer: str) -> Json:
         ],
         "by": [table for table in by if table["rows"]],
     }
+
+
+def comparison_text(found: Json) -> str:
+    """The result of `lorascope compare` for a terminal: a table and the tests of each explainer."""
+    parts = []
+    for explainer in found["explainers"]:
+        table = explainer_table(found, explainer)
+        classes = any(row["classes"] for row in table["rows"])
+        head = ["", "n", "scored", "detection", "wrong", "failures as chance", "fuzzing", "reasoning score"]
+        lines = [head + (["class 0 / 1 / 2 / none"] if classes else [])]
+        for row in table["rows"]:
+            name = row["label"] + (f", {row['n']} of {row['features']} drawn" if row["drawn"] else "")
+            cells = [name, str(row["n"]), str(row["scored"]), spread(row["score"]), spread(row["wrong"], bounds=False)]
+            cells += [spread(row[measure]) for measure in ("score_all", "fuzzing", "reasoning")]
+            lines.append(cells + ([class_shares(row)] if classes else []))
+        parts.append(f"Explained by {explainer}, scored on {found['corpus']}: means over features with 95% intervals")
+        parts.append("\n".join(aligned(lines)))
+        for said in table["verdicts"]:
+            parts.append(
+                "\n  ".join([f"{said['measure']} (p-values by Holm, over all tests of the table)", *said["sentences"]])
+            )
+        parts += ["\n".join(table["families"] + table["learned"])] if table["families"] + table["learned"] else []
+    gone = [f"Not in the table: {NAMES[entry['kind']]}. Run: {entry['run']}" for entry in found["missing"]]
+    gone += [
+        f"Left out, of features that are no longer there: {NAMES[entry['kind']]} ({entry['explainer']}). Run: "
+        f"{entry['run']}"
+        for entry in found["stale"]
+    ]
+    parts += ["\n".join(gone)] if gone else []
+    parts.append(
+        "Shuffled controls, densities, segments, layer thirds and types: --json, compare/compare.json, the report."
+    )
+    return "\n\n".join(parts)
+
+
+def spread(interval: Json | None, *, bounds: bool = True) -> str:
+    """A mean with its interval, a dash where nothing is known."""
+    if interval is None:
+        return "-"
+    value = f"{interval['value']:.3f}"
+    if not bounds or interval["low"] is None:
+        return value
+    return f"{value} ({interval['low']:.3f} to {interval['high']:.3f})"
+
+
+def class_shares(row: Json) -> str:
+    """The shares of the classes in percent, in their order."""
+    return " / ".join(f"{share['value']:.0%}" for share in row["classes"].values()) if row["classes"] else "-"
 
 
 def uneven_training(rows: Sequence[Json]) -> list[str]:

@@ -97,12 +97,14 @@ def explanations(study: Study, kind: str) -> tuple[Json, ...]:
 
 def current_explanations(study: Study, kind: str) -> tuple[Json, ...]:
     """`explanations` of one state of the study."""
-    return current_rows(study, kind, json_lines(study, f"explanations/{kind}.jsonl"), kept_making)
+    rows = json_lines(study, f"explanations/{kind}.jsonl")
+    return tuple(current_rows(study, kind, rows, kept_making))
 
 
 def explanations_of(study: Study, kind: str, feature: str) -> tuple[Json, ...]:
     """The rows of `explanations` that are of one feature."""
-    return current_rows(study, kind, feature_lines(study, f"explanations/{kind}.jsonl", feature), kept_making)
+    rows = feature_lines(study, f"explanations/{kind}.jsonl", feature)
+    return tuple(current_rows(study, kind, rows, kept_making))
 
 
 def kept_making(study: Study, corpus: str, kind: str) -> str:

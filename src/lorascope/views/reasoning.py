@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from lorascope.features import KINDS
+from lorascope.features import CONTROLS, KINDS
 from lorascope.study import Study, read_json
 from lorascope.views.reading import Json, missing, ready, table_rows
 
@@ -15,16 +15,19 @@ BASELINES = {
     "model": "the model's own log p of the word",
 }
 LEVEL = 0.05
+EXAMPLE, ENOUGH = "wait", 20
+"""The word whose contrast is suggested, and the fewest occurrences with which it says anything."""
 
 
 def reasoning_view(study: Study, corpus: str = "heldout", *, top: int = 10) -> Json:
-    """Ranked features of every kind that was scored on a corpus, and the contrasts made there.
+    """Ranked features of every kind that was scored on a corpus, and the contrasts made on any.
 
     Returns:
         `{"available", "corpus", "level", "shifts", "words": [[word, count]], "near_tokens", "rest_tokens", "traces",
-        "traces_without_words", "kinds": [{"kind", "label", "features", "silent", "significant", "rows": [{"feature",
-        "score", "null_mean", "null_sd", "p", "q"}]}], "contrasts": [contrast]}`. Rows have a q of at most `level`, by
-        falling score; words are those found, the most frequent first. A contrast is its file with `sentences` added.
+        "traces_without_words", "kinds": [{"kind", "label", "control", "features", "silent", "significant", "rows":
+        [{"feature", "score", "null_mean", "null_sd", "p", "q"}]}], "contrasts": [contrast], "contrast_on", "example"}`.
+        Rows have a q of at most `level`, by falling score; words are those found, the most frequent first. A contrast
+        is its file with `sentences` added; `contrast_on` is a corpus with enough of the word `example`.
     """
     records = study.manifest["stages"]
     kinds: list[Json] = []
@@ -39,9 +42,11 @@ def reasoning_view(study: Study, corpus: str = "heldout", *, top: int = 10) -> J
         return missing(study, f"reasoning features on {corpus}", f"lorascope reasoning STUDY --corpus {corpus}")
     words = sorted(((word, n) for word, n in about["words"].items() if n), key=lambda pair: -pair[1])
     kept = {key: about[key] for key in ("shifts", "near_tokens", "rest_tokens", "traces", "traces_without_words")}
-    contrasts = [contrast_view(file) for file in sorted((study.path / "reasoning" / corpus).glob("contrast-*.json"))]
+    contrasts = [contrast_view(file) for file in sorted((study.path / "reasoning").glob("*/contrast-*.json"))]
+    # Held-out text is the better one to find something in, where the word is not too rare there.
+    contrast_on = corpus if dict(words).get(EXAMPLE, 0) >= ENOUGH else "train"
     found = {"available": True, "corpus": corpus, "level": LEVEL, "words": words, "kinds": kinds}
-    return dict(ready(found | kept | {"contrasts": contrasts}))
+    return dict(ready(found | kept | {"contrasts": contrasts, "contrast_on": contrast_on, "example": EXAMPLE}))
 
 
 def kind_rows(kind: str, rows: list[Json], counts: Json, top: int) -> Json:
@@ -51,6 +56,7 @@ def kind_rows(kind: str, rows: list[Json], counts: Json, top: int) -> Json:
     return {
         "kind": kind,
         "label": LABELS.get(kind, f"control: {kind}"),
+        "control": kind in CONTROLS,
         "features": len(rows),
         "silent": counts["silent"],
         "significant": len(passed),

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from lorascope.errors import RunFailed
 from lorascope.explain.asking import open_judges
-from lorascope.explain.budget import Budget, BudgetSpent, limits_of
+from lorascope.explain.budget import Budget, BudgetSpent, account, say_spent
 from lorascope.explain.categories.assign import NONE_FITS, AskAll
 from lorascope.explain.categories.taxonomy import Taxonomy
 from lorascope.explain.judges import Question, Reply, endpoint_of
@@ -29,40 +29,39 @@ Answer with one JSON object and nothing else: {"category": "a name from the list
 
 
 @contextmanager
-def judge_asker(study: Study, config: JudgeConfig, taxonomy: Taxonomy) -> Iterator[AskAll]:
+def judge_asker(study: Study, config: JudgeConfig, taxonomy: Taxonomy, budget: Budget) -> Iterator[AskAll]:
     """Inside, a function from features' texts to the replies of the judge that the options name, kept in its file.
 
     Raises:
         RunFailed: the budget is spent; what was answered is kept, and the same command continues.
     """
-    endpoint, budget = endpoint_of(config), Budget(limits_of(config))
+    endpoint, question = endpoint_of(config), category_question(taxonomy)
     with ExitStack() as stack:
         judge = open_judges(study, [endpoint], config.judge_concurrency, budget, stack)[endpoint]
 
         def ask_all(texts: list[str]) -> list[Reply]:
             try:
-                return judge.ask_all([ask_category(text, taxonomy) for text in texts])
+                return judge.ask_all([question(text) for text in texts])
             except BudgetSpent:
                 raise RunFailed(
-                    "The budget is spent before every feature was asked about; what the judge answered is kept, and "
-                    "the same command continues."
+                    f"The budget is spent ({say_spent(account(budget))}) and not every feature was asked about; what "
+                    "the judge answered is kept, and the same command continues."
                 ) from None
 
         yield ask_all
 
 
-def ask_category(text: str, taxonomy: Taxonomy) -> Question:
-    """The question about one feature's text."""
+def category_question(taxonomy: Taxonomy) -> Callable[[str], Question]:
+    """From one feature's text to the question about it; what all questions have in common is made once."""
     names = [*taxonomy.categories, *(f"{sub.category} / {sub.name}" for sub in taxonomy.subcategories), NONE_FITS]
-    told = TOLD.replace("CATEGORIES", list_names(taxonomy))
-    messages = [{"role": "system", "content": told}, {"role": "user", "content": text}]
+    told = {"role": "system", "content": TOLD.replace("CATEGORIES", list_names(taxonomy))}
     schema = {
         "type": "object",
         "properties": {"category": {"type": "string", "enum": names}},
         "required": ["category"],
         "additionalProperties": False,
     }
-    return Question(messages, "category", schema, read_category)
+    return lambda text: Question([told, {"role": "user", "content": text}], "category", schema, read_category)
 
 
 def list_names(taxonomy: Taxonomy) -> str:

@@ -19,7 +19,7 @@ from lorascope.explain.categories.words import Weighted, example_words, explanat
 from lorascope.explain.rows import Row
 from lorascope.explained import current_rows
 from lorascope.features import FeatureSet
-from lorascope.study import Study, read_json, read_rows
+from lorascope.study import Study, read_json, stream_rows
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def read_kind(study: Study, corpus: str, features: FeatureSet, texts: Sequence[s
         decoder: NDArray[Any] = load_file(study.path / "sae" / "sae_weights.safetensors")["W_dec"]
         decoder_FN = (decoder * store.effect_per_scalar).astype(np.float32)
         worth_F = np.linalg.norm(decoder_FN, axis=1).astype(np.float32)
-    rows = sort_rows(current_rows(study, name, read_rows(study.path / "explanations" / f"{name}.jsonl")))
+    rows = sort_rows(current_rows(study, name, stream_rows(study.path / "explanations" / f"{name}.jsonl")))
     table = pq.read_table(study.path / "examples" / corpus / f"{name}-examples.parquet")
     found = example_words(table, store, texts)
     return Kind(

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from lorascope.config import Options
 from lorascope.errors import BadInput, MissingStage
+from lorascope.explain.budget import Budget, account, limits_of
 from lorascope.explain.categories.asking import judge_asker
 from lorascope.explain.categories.assign import (
     ASSIGNED,
@@ -68,7 +69,7 @@ from lorascope.explain.settings import JudgeConfig, check_judge
 from lorascope.explained import current_rows, inputs_of
 from lorascope.features import FeatureSet, load_features
 from lorascope.progress import progress
-from lorascope.study import Study, atomic_write_text, read_rows, whole_folder, write_json
+from lorascope.study import Study, atomic_write_text, stream_rows, whole_folder, write_json
 from lorascope.token_text import open_tokenizer, vocabulary_texts
 
 FOLDER = "categories"
@@ -103,7 +104,9 @@ def categorize(study: Study, config: CategorizeConfig, options: Options, ask: As
         ask: with `by="judge"`, a function from a feature's text to a name or None, in place of the judge behind a URL.
 
     Returns:
-        `{"corpus", "taxonomy", "kinds": {kind: {"features", "assigned", "none_fits", "no_answer", "without"}}}`.
+        `{"corpus", "taxonomy", "kinds": {kind: {"features", "assigned", "none_fits", "no_answer", "without", "shares":
+        [{"category", "n", "count", "rate", "mass"}]}}}`, shares as in `share_rows` but for subcategories, and `"spent"`
+        as in `explain` where a judge behind a URL was asked.
 
     Raises:
         BadInput: an unknown option's value or kind, a file that is no taxonomy, a judge that is not given, a missing
@@ -122,8 +125,10 @@ def categorize(study: Study, config: CategorizeConfig, options: Options, ask: As
     inputs = required_inputs(study, config.corpus, features)
 
     def work() -> dict[str, Any]:
-        with whole_folder(study.path / FOLDER) as folder, asker(study, config, taxonomy, ask) as ask_all:
-            return fill_folder(study, folder, config, options, taxonomy, features, ask_all)
+        budget = Budget(limits_of(config))
+        with whole_folder(study.path / FOLDER) as folder, asker(study, config, taxonomy, budget, ask) as ask_all:
+            found = fill_folder(study, folder, config, options, taxonomy, features, ask_all)
+        return found | ({"spent": account(budget)} if config.by == "judge" and ask is None else {})
 
     names = [f"{kind}.jsonl" for kind in features] + ["shares.json", "clusters.json", "maps.parquet"]
     names += ["flow.json"] if "latent" in features else []
@@ -135,21 +140,23 @@ def categorize(study: Study, config: CategorizeConfig, options: Options, ask: As
         outputs=[f"{FOLDER}/{name}" for name in names],
         work=work,
     )
-    rows = (row for kind in features for row in read_rows(study.path / FOLDER / f"{kind}.jsonl"))
+    rows = (row for kind in features for row in stream_rows(study.path / FOLDER / f"{kind}.jsonl"))
     if any(is_passing(row["reason"].removeprefix(f"{REASON_SILENT}: ")) for row in rows):
         study.expire("categorize")  # so that the same command asks for these again
     return result
 
 
 @contextmanager
-def asker(study: Study, config: CategorizeConfig, taxonomy: Taxonomy, ask: Ask | None) -> Iterator[AskAll | None]:
+def asker(
+    study: Study, config: CategorizeConfig, taxonomy: Taxonomy, budget: Budget, ask: Ask | None
+) -> Iterator[AskAll | None]:
     """Inside, what answers for many features at once; None where words assign."""
     if config.by != "judge":
         yield None
     elif ask is not None:
         yield lambda texts: [Reply(ask(text)) for text in texts]
     else:
-        with judge_asker(study, config, taxonomy) as ask_all:
+        with judge_asker(study, config, taxonomy, budget) as ask_all:
             yield ask_all
 
 
@@ -181,10 +188,11 @@ def require_current(study: Study, corpus: str, kind: str) -> None:
 
     Ids alone do not tell: another autoencoder of the same size has the same ones.
     """
-    rows = read_rows(study.path / f"explanations/{kind}.jsonl")
+    rows = study.path / f"explanations/{kind}.jsonl"
+    none_said = next(stream_rows(rows), None) is None
     for of_now, command in (
         (study.is_current(f"examples:{corpus}:{kind}"), "examples"),
-        (not rows or bool(current_rows(study, kind, rows)), "explain"),
+        (none_said or any(True for _ in current_rows(study, kind, stream_rows(rows))), "explain"),
     ):
         if not of_now:
             raise MissingStage(
@@ -220,7 +228,7 @@ def fill_folder(
         )
         groups, group_F = make_groups(assigned, taxonomy)
         shares[name] = measure_shares(kind, groups, group_F, draws("shares"))
-        counts[name] = count_assigned(assigned)
+        counts[name] = count_assigned(assigned) | {"shares": of_categories(shares[name]["rows"])}
         spaces = feature_spaces(kind, config, options.device, place, draws("spaces"))
         clusters += [describe_space(space, kind, config.enough) for space in spaces]
         agreement += compare_spaces(spaces, assigned, draws("agreement"))
@@ -295,6 +303,12 @@ def measure_shares(
         "firings": int(fires_RG.sum()),
         "rows": share_rows(kind.features.ids, groups, group_F, fires_RG, mass_RG, rng),
     }
+
+
+def of_categories(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Whole categories with a feature in them, without their subcategories."""
+    kept = ("category", "n", "count", "rate", "mass")
+    return [{name: row[name] for name in kept} for row in rows if row["subcategory"] is None and row["n"]]
 
 
 def make_flow(kind: Kind, assigned: Sequence[Assignment]) -> dict[str, Any]:

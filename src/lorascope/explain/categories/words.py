@@ -6,7 +6,7 @@ of the examples. Shapes: F = features, M = entries of all bags, V = distinct wor
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -141,9 +141,9 @@ def feature_text(rows: Sequence[Row], examples: Weighted) -> str:
     return "\n".join([*lines, f"Strongest on: {shown}"] if shown else lines)
 
 
-def sort_rows(rows: Sequence[Row]) -> Mapping[str, list[Row]]:
-    """The rows of an explanations file by feature."""
+def sort_rows(rows: Iterable[Row]) -> Mapping[str, list[Row]]:
+    """What is said in the rows of an explanations file, text and rule, by feature."""
     sorted_: dict[str, list[Row]] = {}
     for row in rows:
-        sorted_.setdefault(row["feature"], []).append(row)
+        sorted_.setdefault(row["feature"], []).append({"text": row.get("text"), "rule": row.get("rule")})
     return sorted_
