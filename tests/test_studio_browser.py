@@ -334,8 +334,9 @@ def test_a_note_on_a_token_is_saved_like_any_other(browser: Browser, study: Stud
     page.locator("#trace > span").nth(32).click()
     expect(page.locator("#here h2")).to_contain_text("Token 32")
     area.press_sequentially("half a thought")
-    page.goto(base + "/notes")
-    expect(page.locator(".notes")).to_contain_text("half a thought")
+    page.goto(base + "/features")
+    page.wait_for_load_state("networkidle")
+    assert note_at(study, "token:train:1:32").text == "half a thought"
     page.context.close()
 
 
