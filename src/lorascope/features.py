@@ -124,7 +124,7 @@ def latent_weights(study: Study) -> LatentWeights:
     """
     folder = study.require("sae/sae_weights.safetensors", "lorascope sae STUDY").parent
     cfg = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
-    weights = {key: w.astype(np.float32) for key, w in load_file(folder / "sae_weights.safetensors").items()}
+    weights = {key: w.astype(np.float32, copy=False) for key, w in load_file(folder / "sae_weights.safetensors").items()}
     W_enc, b_enc = weights["W_enc"], weights["b_enc"]
     if cfg.get("apply_b_dec_to_input"):
         b_enc = b_enc - weights["b_dec"] @ W_enc
