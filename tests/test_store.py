@@ -371,3 +371,16 @@ def test_damaged_index_and_headers_are_found(tmp_path: Path) -> None:
         with pytest.raises(RunFailed, match=shard_name(0)):
             read()
     np.testing.assert_array_equal(store.trace(5)[1].shape, (6, 3))
+
+
+def test_the_index_has_what_would_else_be_read_anew(tmp_path: Path) -> None:
+    data = example_data()
+    record_all(tmp_path / "store", data)
+    store = Store.open(tmp_path / "store")
+    assert {"medians", "ordinary_by_segment"} <= set(store.index)
+    earlier = Store.of(store.folder, {})
+    ordinary = (data["segments"] != 0) & ~data["sink"]
+    z = np.concatenate([z_TN for _, z_TN in store.chunks()])
+    for one in (store, earlier):
+        assert np.array_equal(one.medians, np.median(z[ordinary].astype(np.float64), axis=0))
+        assert one.ordinary_by_segment == np.bincount(data["segments"][ordinary], minlength=4).tolist()

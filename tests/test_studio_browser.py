@@ -288,6 +288,27 @@ def test_what_was_not_saved_does_not_look_saved(browser: Browser, study: Study, 
     page.context.close()
 
 
+def test_an_example_unfolds_to_its_whole_trace(browser: Browser, base: str) -> None:
+    for address in ("/feature/L1.gate%2B", "/compare?features=L1.gate%2B,sae.0"):
+        page, trouble = opened(browser, base + address)
+        example = page.locator(".example").first
+        short = example.locator(":scope > .tokens").first.inner_text()
+        peak = example.locator(".tokens .peak").inner_text()
+        example.locator(".unfold").click()
+        whole = example.locator(".whole")
+        expect(whole).to_be_visible()
+        expect(example.locator(".tokens:not(.whole)")).to_be_hidden()
+        assert whole.locator(".peak").inner_text() == peak
+        assert whole.locator("span.f").count() > 0
+        assert len(whole.inner_text()) > len(short)
+        example.locator(".unfold").click()
+        expect(whole).to_be_hidden()
+        expect(example.locator(".tokens:not(.whole)")).to_be_visible()
+        assert page.evaluate("window.hacked") is None
+        assert trouble == []
+        page.context.close()
+
+
 def test_a_note_on_a_token_is_saved_like_any_other(browser: Browser, study: Study, base: str) -> None:
     page, _ = opened(browser, base + "/trace/train/1#t30")
     area, tried = page.locator("#here textarea"), []
@@ -313,8 +334,9 @@ def test_a_note_on_a_token_is_saved_like_any_other(browser: Browser, study: Stud
     page.locator("#trace > span").nth(32).click()
     expect(page.locator("#here h2")).to_contain_text("Token 32")
     area.press_sequentially("half a thought")
-    page.goto(base + "/notes")
-    expect(page.locator(".notes")).to_contain_text("half a thought")
+    page.goto(base + "/features")
+    page.wait_for_load_state("networkidle")
+    assert note_at(study, "token:train:1:32").text == "half a thought"
     page.context.close()
 
 

@@ -9,7 +9,15 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from lorascope.errors import BadInput
-from lorascope.token_text import open_tokenizer, readable, token_table, token_texts, vocabulary_texts
+from lorascope.token_text import (
+    open_table,
+    open_tokenizer,
+    readable,
+    token_table,
+    token_texts,
+    vocabulary_text,
+    vocabulary_texts,
+)
 
 TEXT = "The answer is 12.\n\tnaïve café 😀👩‍👩‍👧 日本語 — “Wait” <think>\n1+1=2\n</think>\nok"
 
@@ -66,9 +74,14 @@ def test_sentencepiece_bytes_and_first_space() -> None:
     assert token_texts(tokenizer, ids) == ["The", " answer", "", "", "", "😀", " is"]
 
 
-def test_other_decoders_by_prefix() -> None:
+def word_pieces() -> Tokenizer:
     tokenizer = Tokenizer(models.WordPiece(vocab={"[UNK]": 0, "play": 1, "##ing": 2, "cards": 3}, unk_token="[UNK]"))
     tokenizer.decoder = decoders.WordPiece(prefix="##")
+    return tokenizer
+
+
+def test_other_decoders_by_prefix() -> None:
+    tokenizer = word_pieces()
     assert token_texts(tokenizer, [1, 2, 3]) == ["play", "ing", " cards"]
 
 
@@ -103,3 +116,18 @@ def test_transformers_fast_tokenizer_is_accepted() -> None:
         backend_tokenizer = byte_level()
 
     assert token_texts(Fast(), Fast.backend_tokenizer.encode("é").ids) == ["", "é"]
+
+
+@pytest.mark.parametrize("make", [byte_level, sentencepiece, word_pieces])
+def test_a_table_read_from_its_file_is_the_tokenizers(tmp_path: Path, make) -> None:  # type: ignore[no-untyped-def]
+    tokenizer = make()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    found, wanted = open_table(tmp_path), token_table(tokenizer)
+    assert found.pieces == wanted.pieces
+    assert (found.kind, found.special) == (wanted.kind, wanted.special)
+    ids = list(range(tokenizer.get_vocab_size()))
+    assert token_texts(found, ids) == token_texts(tokenizer, ids)
+    assert [vocabulary_text(found, i) for i in (*ids, -1, 9999)] == [*vocabulary_texts(tokenizer), "", ""]
+    (tmp_path / "tokenizer.json").write_text('{"model": {')
+    with pytest.raises(BadInput, match="damaged"):
+        open_table(tmp_path)

@@ -7,7 +7,8 @@ from examples to scores then works on it. Shape legend: T tokens, N directions, 
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -122,9 +123,16 @@ def latent_weights(study: Study) -> LatentWeights:
     Raises:
         MissingStage: there is no SAE yet.
     """
-    folder = study.require("sae/sae_weights.safetensors", "lorascope sae STUDY").parent
-    cfg = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
-    weights = {key: w.astype(np.float32) for key, w in load_file(folder / "sae_weights.safetensors").items()}
+    file = study.require("sae/sae_weights.safetensors", "lorascope sae STUDY")
+    stats = [path.stat() for path in (file, file.with_name("cfg.json"))]
+    return read_latent_weights(file, *((stat.st_size, stat.st_mtime_ns) for stat in stats))
+
+
+@lru_cache(maxsize=1)  # the latents of every corpus of a study share them
+def read_latent_weights(file: Path, *state: tuple[int, int]) -> LatentWeights:
+    """`latent_weights` of one state of their files."""
+    cfg = json.loads(file.with_name("cfg.json").read_text(encoding="utf-8"))
+    weights = {key: w.astype(np.float32, copy=False) for key, w in load_file(file).items()}
     W_enc, b_enc = weights["W_enc"], weights["b_enc"]
     if cfg.get("apply_b_dec_to_input"):
         b_enc = b_enc - weights["b_dec"] @ W_enc

@@ -25,6 +25,7 @@ from lorascope.study import Study, digest
 from lorascope.views import provenance
 from lorascope.views.kept import kept_view, study_state
 from lorascope.views.one_feature import vocabulary_of
+from lorascope.views.reading import warm_rows
 
 KINDS_OF_FILE = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 OWN_FILES = "studio.css icon.svg theme.js studio.js painting.js features.js feature.js map.js trace.js live.js notes.js"
@@ -93,16 +94,18 @@ def old_stages(study: Study) -> list[str]:
 
 
 def first_pages(study: Study) -> None:
-    """Make the first page before anybody asks for it, and what a feature's page, the next one, needs longest for.
+    """Make the first page before anybody asks for it, and read what a feature's page, the next one, needs longest for.
 
     What is wrong with them, the pages themselves say.
     """
     first = PAGES[0]
     with contextlib.suppress(BadInput, RunFailed, OSError):
         render(study, first.template, first.path, first.view(study, {}, {}))
-    with contextlib.suppress(BadInput, OSError):
+    with contextlib.suppress(BadInput, RunFailed, OSError):
         environment().get_template("feature_page.html.j2")
         vocabulary_of(study)
+        for relative in ("examples/train/latent-examples.parquet", "explanations/latent.jsonl"):
+            warm_rows(study, relative)
 
 
 def state_of(study: Study) -> str:
