@@ -5,13 +5,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models
 
 from lorascope.features import load_features
 from lorascope.report.tokens import plain_tokens
 from lorascope.study import Study, write_json
+from lorascope.token_text import token_table
 from lorascope.views.firing import coloured_trace, fires_here
 from lorascope.views.nearby import thresholds
-from lorascope.views.token_counts import segment_densities, tokens_around
+from lorascope.views.token_counts import NOTHING_AROUND, segment_densities, tokens_around
 from tiny_store import make_study, write_store
 from tiny_text import tiny_tokenizer
 
@@ -73,12 +75,12 @@ def test_tokens_at_and_after_firings(tmp_path: Path) -> None:
     study = small_study(tmp_path / "s", np.ones((8, 3)), [4, 4], tokens=np.array(tokens))
     features = load_features(study, "train", "direction")
     rows = [{"trace": t, "position": p} for t, p in ((0, 1), (0, 3), (1, 0), (1, 1), (0, 1))]
-    found = tokens_around(features, [f"w{i}" for i in range(9)], rows)
+    words = token_table(Tokenizer(models.WordLevel({f"w{i}": i for i in range(9)}, unk_token="w0")))
+    found = tokens_around(features, words, rows)
     assert found["examples"] == 4
     assert found["in"] == [{"text": "w6", "count": 3}, {"text": "w5", "count": 1}]
     assert found["out"] == [{"text": f"w{i}", "count": 1} for i in (5, 6, 7)]
-    nothing = tokens_around(features, [], [])
-    assert nothing == {"examples": 0, "in": [], "out": []}
+    assert tokens_around(features, words, []) == NOTHING_AROUND
 
 
 def test_density_per_segment(tmp_path: Path) -> None:
