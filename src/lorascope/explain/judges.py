@@ -303,8 +303,8 @@ class Judge:
 def share_heap() -> None:
     """Have all threads take memory from one heap, where the C library is glibc (elsewhere nothing is done).
 
-    Each of a judge's threads would get one of its own, of which little is given back: 15 MiB and more after some thousand
-    requests. With one heap there are as many requests a second.
+    Each of a judge's threads would get one of its own, of which little is given back: 15 MiB and more after some
+    thousand requests. With one heap there are as many requests a second.
     """
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):
