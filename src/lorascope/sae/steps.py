@@ -185,7 +185,7 @@ def backward_selected(
     rows = entries.rows_M[order]
     weights.W_dec_FN.grad = sum_rows(slope_BN, rows, entries.values_M[order], starts)
     weights.W_enc_FN.grad = sum_rows(centred_BN, rows, slope_values_M[order], starts)
-    slope_enc = torch.zeros(n_latents, device=order.device).index_add_(0, entries.latents_M, slope_values_M)
+    slope_enc = slope_values_M.new_zeros(n_latents).index_add_(0, entries.latents_M, slope_values_M)
     weights.b_enc_F.grad = slope_enc
     # b_dec is added to the output and taken from the input.
     weights.b_dec_N.grad = slope_BN.sum(0) - slope_enc @ weights.W_enc_FN

@@ -11,7 +11,7 @@ from typing import Any
 
 from lorascope.errors import BadInput, MissingStage
 from lorascope.studio.live import LONGEST_PROMPT, MOST_FEATURES, RUNS, WEIGHTS, sample_prompts
-from lorascope.studio.measuring import Measurement, known_effects, measure
+from lorascope.studio.measuring import known_effects, measure
 from lorascope.studio.notes import FILE, Note, as_shown, current_notes, read_events, searchable
 from lorascope.studio.queries import BadQuery, asked, check_names, choice, chosen_corpus, listed_features, whole_number
 from lorascope.study import Study, digest
@@ -117,25 +117,24 @@ def map_page(study: Study, path: Parts, query: Parts) -> Json:
     corpus = chosen_corpus(study, query)
     waiting = measure(study, corpus)  # first: what ends after it is known to the next line
     known = known_effects(study, corpus) is not None
+    # What ends from here on is not on this page, which has to be made anew for it.
+    trouble = waiting.trouble if waiting else None
+    measuring = {"running": bool(waiting and not known and not trouble), "trouble": None if known else trouble}
     pairs = kept_view(study, interaction_matrix)
     return {
         "map": kept_view(study, scored_map, corpus, known),
         "corpus": corpus,
         "corpora": study.corpora(),
-        "measuring": measurement_said(None if known else waiting),
+        "measuring": measuring,
         "ablation": kept_view(study, ablation_view),
         "interactions": {name: value for name, value in pairs.items() if name != "cosines"},
     }
 
 
-def measurement_said(measured: Measurement | None) -> Json:
-    """How far a measurement is."""
-    return {"running": bool(measured and measured.running), "trouble": measured.trouble if measured else None}
-
-
 def measured_page(study: Study, path: Parts, query: Parts) -> Json:
     """Whether a corpus is still being measured."""
-    return measurement_said(measure(study, chosen_corpus(study, query)))
+    measured = measure(study, chosen_corpus(study, query))
+    return {"running": bool(measured and measured.running), "trouble": measured.trouble if measured else None}
 
 
 def interactions_page(study: Study, path: Parts, query: Parts) -> Json:
@@ -145,7 +144,7 @@ def interactions_page(study: Study, path: Parts, query: Parts) -> Json:
 
 def scored_map(study: Study, corpus: str, measured: bool) -> Json:
     """The layer × type maps with those of detection scores and classes; those of effects only once these are known."""
-    map_ = direction_map(study, corpus, effects_of=known_effects)
+    map_ = direction_map(study, corpus, effects_of=known_effects if measured else lambda *_: None)
     if map_["available"]:
         rows = feature_index(study, corpus, study_state(study)).get("rows", [])
         map_["grids"] += [score_grid(study, map_, rows), class_grid(study, map_, rows)]
