@@ -225,7 +225,7 @@ def state(study: Study) -> Store:
 
 
 class Untied(Rows):
-    """Rows in float64, no two alike: the traces' first tokens are, and which of their equal scores is chosen is open."""
+    """Rows in float64, no two alike: traces begin alike, and which of equal scores is chosen is open."""
 
     def batches(self, size: int, rng: np.random.Generator) -> Generator[np.ndarray, None, None]:
         """Those of `Rows`, by 1e-5 apart from them."""
