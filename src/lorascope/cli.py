@@ -37,6 +37,8 @@ class Command:
     """`study` (an existing one), `path` (a folder), or `optional` (a folder or nothing)."""
     said: str = ""
     """Where its result is put into words, as `module:function` (default: `readable`)."""
+    one_heap: bool = False
+    """It may ask a judge from many threads, which are to share a heap (`heap.share_heap`)."""
 
 
 COMMANDS = {
@@ -50,12 +52,16 @@ COMMANDS = {
     "record": Command("recording", "RecordConfig", "record", "every scalar on every token"),
     "examples": Command("example_search", "ExamplesConfig", "examples", "what each feature responds to most"),
     "sae": Command("sae", "SAEConfig", "decompose", "a sparse autoencoder on the whole state"),
-    "explain": Command("explain", "ExplainConfig", "explain_features", "explain features and score it"),
+    "explain": Command(
+        *("explain", "ExplainConfig", "explain_features", "explain features and score it"), one_heap=True
+    ),
     "compare": Command(
         *("comparison", "CompareConfig", "compare", "kinds of features beside each other, with tests"),
         said="views.compare:comparison_text",
     ),
-    "categorize": Command("explain.categories", "CategorizeConfig", "categorize", "what kinds of things they encode"),
+    "categorize": Command(
+        *("explain.categories", "CategorizeConfig", "categorize", "what kinds of things they encode"), one_heap=True
+    ),
     "reasoning": Command("reasoning", "ReasoningConfig", "find_reasoning", "which features fire at reasoning words"),
     "lens": Command("logit_lens", "LensConfig", "read_lens", "tokens that directions and latents read and write"),
     "steer": Command("steering", "SteerConfig", "steer_text", "text with features pushed, scaled, clamped or off"),
@@ -112,6 +118,10 @@ def dispatch(given: list[str]) -> int:
     except SystemExit:  # --help was printed
         return 0
     limit_threads(options.threads)
+    if command.one_heap:
+        from lorascope.heap import share_heap
+
+        share_heap()
     # Whatever a library prints belongs to stderr: with --json, stdout holds one document and nothing else.
     with contextlib.redirect_stdout(sys.stderr):
         result = getattr(module, command.function)(subject(command, path), config, options)

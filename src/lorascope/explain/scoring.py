@@ -222,18 +222,25 @@ def execute_answers(vocabulary: Vocabulary) -> Answer:
 def borrow_explanations(
     features: Sequence[str], groups: Sequence[str], texts: Sequence[str], seed: int
 ) -> dict[str, str | None]:
-    """For each feature another one whose explanation it is given as a control.
+    """For each feature another one whose explanation it is given as a control (`find_lenders`), or None."""
+    lenders = find_lenders(features, groups, texts, seed).tolist()
+    return {feature: None if k < 0 else features[k] for feature, k in zip(features, lenders, strict=True)}
+
+
+def find_lenders(
+    features: Sequence[str], groups: Sequence[Any] | NDArray[Any], texts: Sequence[Any] | NDArray[Any], seed: int
+) -> NDArray[np.int64]:
+    """For each feature the number of another one whose explanation it is given as a control.
 
     Features stand in a circle in the order of a hash of seed and name, and each borrows from the next one of another
-    group (the two polarities of a direction are a group) that is explained by another text; None where there is none.
+    group (the two polarities of a direction are a group) that is explained by another text; -1 where there is none.
     So a feature that is explained later changes the control of those just before it and of no other, whose scores need
     not be paid again.
     """
-    order = sorted(range(len(features)), key=lambda k: digest([seed, "borrow", features[k]]))
-    out: dict[str, str | None] = {}
+    hashes = (digest([seed, "borrow", feature]).encode() for feature in features)
+    order = np.argsort(np.fromiter(hashes, "S64", len(features)), kind="stable")
+    out = np.full(len(features), -1)
     for place, number in enumerate(order):
         others = (order[(place + step) % len(order)] for step in range(1, len(order)))
-        fits = (k for k in others if groups[k] != groups[number] and texts[k] != texts[number])
-        lender = next(fits, None)
-        out[features[number]] = None if lender is None else features[lender]
+        out[number] = next((k for k in others if groups[k] != groups[number] and texts[k] != texts[number]), -1)
     return out

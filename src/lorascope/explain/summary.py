@@ -58,11 +58,11 @@ def rows_of(study: Study, kind: str, explainer: str = LEXICAL) -> Iterator[Row]:
 
 
 class Numbers:
-    """One number for each of many features, with the feature's cluster; 16 bytes each."""
+    """One number for each of many features, with the feature's cluster; 12 bytes each."""
 
     def __init__(self) -> None:
         """None yet."""
-        self.values, self.clusters = array("d"), array("q")
+        self.values, self.clusters = array("d"), array("i")
 
     def add(self, value: float, cluster: int) -> None:
         """One more feature's."""
