@@ -219,14 +219,6 @@ def execute_answers(vocabulary: Vocabulary) -> Answer:
     return answer
 
 
-def borrow_explanations(
-    features: Sequence[str], groups: Sequence[str], texts: Sequence[str], seed: int
-) -> dict[str, str | None]:
-    """For each feature another one whose explanation it is given as a control (`find_lenders`), or None."""
-    lenders = find_lenders(features, groups, texts, seed).tolist()
-    return {feature: None if k < 0 else features[k] for feature, k in zip(features, lenders, strict=True)}
-
-
 def find_lenders(
     features: Sequence[str], groups: Sequence[Any] | NDArray[Any], texts: Sequence[Any] | NDArray[Any], seed: int
 ) -> NDArray[np.int64]:
