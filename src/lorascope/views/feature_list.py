@@ -1,22 +1,32 @@
 """One table for every kind of feature: directions' polarities, latents, controls."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors.numpy import load_file
 
 from lorascope.addresses import direction_layer, direction_type
 from lorascope.errors import RunFailed
-from lorascope.explain import LEXICAL
-from lorascope.features import KINDS
+from lorascope.explained import LEXICAL
+from lorascope.features import KINDS, latent_weights
 from lorascope.study import Study, read_json
 from lorascope.views.ablation_tables import direction_kl
 from lorascope.views.directions import open_directions
 from lorascope.views.kept import kept_once, stamp
-from lorascope.views.reading import Json, explanations, json_lines, missing, ready, table_rows
+from lorascope.views.reading import (
+    Json,
+    coded,
+    explanations,
+    feature_rows,
+    json_lines,
+    missing,
+    path_of,
+    plain,
+    read_table,
+    ready,
+    table_rows,
+)
 
 SHOWN_STATS = (
     "feature",
@@ -56,9 +66,14 @@ def feature_table(study: Study, corpus: str = "train") -> Json:
     return {"available": True, "corpus": corpus, "kinds": counts, "rows": ready(rows)}
 
 
-def kind_rows(study: Study, corpus: str, kind: str) -> list[Json]:
-    """The rows of one kind; none when its examples were not searched for."""
-    stats = table_rows(study, f"examples/{corpus}/{kind}-stats.parquet", SHOWN_STATS)
+def kind_rows(study: Study, corpus: str, kind: str, only: Sequence[str] | None = None) -> list[Json]:
+    """The rows of one kind, or `only` those of some features; none when its examples were not searched for."""
+    file = f"examples/{corpus}/{kind}-stats.parquet"
+    if only is None:
+        stats = table_rows(study, file, SHOWN_STATS) or []
+    else:
+        found = [row for name in only for row in feature_rows(study, file, name) or []]
+        stats = [{key: row[key] for key in SHOWN_STATS} for row in found]
     if not stats:
         return []
     kls = direction_kl(study) if kind == "direction" else {}
@@ -162,8 +177,7 @@ def read_decoder(study: Study, weights: Path, *state: tuple[int, int]) -> tuple[
     adapter = open_directions(study)
     if adapter is None:
         raise RunFailed("The adapter is being made anew; reload the page.")
-    decoder: npt.NDArray[Any] = load_file(weights)["W_dec"]
-    return adapter.addresses, (decoder * adapter.effect_per_scalar).astype(np.float32)
+    return adapter.addresses, latent_weights(study).W_dec_FN * adapter.effect_per_scalar
 
 
 def sae_config(study: Study) -> Json:
@@ -180,6 +194,20 @@ def strongest_directions(rows: list[Json], count: int) -> list[str]:
             kl = row["kl"] if row["kl"] is not None and not row["kl_under_floor"] else -1.0
             best[row["address"]] = max(best.get(row["address"], (-1.0, 0.0)), (kl, row["strength"] or 0.0))
     return sorted(best, key=lambda address: best[address], reverse=True)[:count]
+
+
+def first_latents(study: Study, corpus: str, count: int) -> list[str]:
+    """`strongest_latents` of a corpus, from columns: making the rows of all would take most of a first page's time."""
+    path = path_of(study, f"examples/{corpus}/latent-stats.parquet")
+    if not path:
+        return []
+    table = read_table(path, *stamp(path))
+    codes, names = coded(table, "feature")
+    mean, density, firings = (plain(table, key) for key in ("mean", "density", "n_firing"))
+    norms = decoder_norms(study)
+    weight = np.array([norms.get(name, 1.0) for name in names])[codes] * (density if norms else 1.0)
+    order = np.argsort(-(mean * weight), kind="stable")
+    return [names[code] for code in codes[order[firings[order] >= TOO_FEW][:count]].tolist()]
 
 
 def strongest_latents(rows: list[Json], count: int) -> list[str]:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lorascope.errors import BadInput, MissingStage
-from lorascope.explain import LEXICAL
+from lorascope.explained import LEXICAL
 from lorascope.features import FeatureSet, load_features, source_of
 from lorascope.store import INDEX, store_folder
 from lorascope.study import Study
