@@ -412,6 +412,18 @@ def loaded_by(code: str, names: str, *arguments: str) -> str:
     return done.stdout.strip()
 
 
+def test_the_first_page_loads_nothing_that_explains(study: Study) -> None:
+    """Taxonomies, judges and progress bars would be a fifth of the time until the studio answers."""
+    code = """
+import sys
+from lorascope.studio.app import first_pages
+from lorascope.study import Study
+
+first_pages(Study.open(sys.argv[1]))
+"""
+    assert loaded_by(code, "lorascope.explain lorascope.sae yaml tqdm pandas", str(study.path)) == ""
+
+
 def test_importing_the_studio_loads_no_model_and_no_web_framework() -> None:
     assert loaded_by("import lorascope.studio", "torch transformers starlette uvicorn") == ""
 

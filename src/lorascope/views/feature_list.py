@@ -1,6 +1,8 @@
 """One table for every kind of feature: directions' polarities, latents, controls."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +26,6 @@ from lorascope.views.reading import (
     path_of,
     plain,
     read_table,
-    ready,
     table_rows,
 )
 
@@ -63,7 +64,7 @@ def feature_table(study: Study, corpus: str = "train") -> Json:
     if not rows:
         return missing(study, f"the features of {corpus}", f"lorascope examples STUDY --corpus {corpus}")
     counts = {kind: sum(row["kind"] == kind for row in rows) for kind in KINDS}
-    return {"available": True, "corpus": corpus, "kinds": counts, "rows": ready(rows)}
+    return {"available": True, "corpus": corpus, "kinds": counts, "rows": rows}
 
 
 def kind_rows(study: Study, corpus: str, kind: str, only: Sequence[str] | None = None) -> list[Json]:
@@ -95,8 +96,13 @@ def kind_rows(study: Study, corpus: str, kind: str, only: Sequence[str] | None =
         row["kl_method"] = kl["method"] if kl and kl["kl"] else None
         row["strength"] = stat["mean"] * weight
         row |= {"explained": feature in any_text, "class": classes.get(feature), "category": categories.get(feature)}
-        rows.append(row | short_scores(explained.get(feature)))
+        rows.append(finite(row | short_scores(explained.get(feature))))
     return rows
+
+
+def finite(row: Json) -> Json:
+    """`ready` of a row of plain values, of which there are many."""
+    return {key: None if type(value) is float and not isfinite(value) else value for key, value in row.items()}
 
 
 def shown_explanations(rows: Iterable[Json]) -> dict[str, Json]:
@@ -158,12 +164,20 @@ def decoder_norms(study: Study) -> dict[str, float]:
     decoder = decoder_effects(study)
     if decoder is None:
         return {}
-    lengths = np.linalg.norm(decoder[1], axis=1)
-    return {f"sae.{i}": float(length) for i, length in enumerate(lengths)}
+    return {f"sae.{i}": length for i, length in enumerate(decoder.norms_F.tolist())}
 
 
-def decoder_effects(study: Study) -> tuple[list[str], npt.NDArray[np.float32]] | None:
-    """Addresses [N] and the SAE's decoder [F, N] in effect units (W_dec · s·‖b‖); None without SAE or adapter."""
+@dataclass(frozen=True)
+class Decoder:
+    """The SAE's decoder in effect units (W_dec · s·‖b‖), and the length of each latent's row."""
+
+    addresses: list[str]
+    weights_FN: npt.NDArray[np.float32]
+    norms_F: npt.NDArray[np.float32]
+
+
+def decoder_effects(study: Study) -> Decoder | None:
+    """The study's decoder; None without SAE or adapter."""
     weights = study.path / "sae" / "sae_weights.safetensors"
     adapter = study.path / "adapter" / "adapter_config.json"
     if not weights.is_file() or not adapter.is_file():
@@ -172,12 +186,13 @@ def decoder_effects(study: Study) -> tuple[list[str], npt.NDArray[np.float32]] |
 
 
 @kept_once(maxsize=2)
-def read_decoder(study: Study, weights: Path, *state: tuple[int, int]) -> tuple[list[str], npt.NDArray[np.float32]]:
+def read_decoder(study: Study, weights: Path, *state: tuple[int, int]) -> Decoder:
     """`decoder_effects` of one state of the SAE's and the adapter's files."""
     adapter = open_directions(study)
     if adapter is None:
         raise RunFailed("The adapter is being made anew; reload the page.")
-    return adapter.addresses, latent_weights(study).W_dec_FN * adapter.effect_per_scalar
+    weights_FN = latent_weights(study).W_dec_FN * adapter.effect_per_scalar
+    return Decoder(adapter.addresses, weights_FN, np.linalg.norm(weights_FN, axis=1))
 
 
 def sae_config(study: Study) -> Json:
@@ -196,12 +211,15 @@ def strongest_directions(rows: list[Json], count: int) -> list[str]:
     return sorted(best, key=lambda address: best[address], reverse=True)[:count]
 
 
-def first_latents(study: Study, corpus: str, count: int) -> list[str]:
-    """`strongest_latents` of a corpus, from columns: making the rows of all would take most of a first page's time."""
+def first_latents(study: Study, corpus: str, count: int) -> list[str] | None:
+    """`strongest_latents` of a corpus, None before their examples were searched for.
+
+    From columns: making the rows of all would take most of a first page's time.
+    """
     path = path_of(study, f"examples/{corpus}/latent-stats.parquet")
-    if not path:
-        return []
-    table = read_table(path, *stamp(path))
+    table = read_table(path, *stamp(path)) if path else None
+    if not table:
+        return None
     codes, names = coded(table, "feature")
     mean, density, firings = (plain(table, key) for key in ("mean", "density", "n_firing"))
     norms = decoder_norms(study)

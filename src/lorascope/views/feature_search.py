@@ -201,7 +201,9 @@ def top_tokens(study: Study, corpus: str, kind: str) -> dict[str, list[str]]:
     pairs, counts = np.unique(codes[top].astype(np.int64) << 32 | ids, return_counts=True)
     pairs = pairs[np.lexsort((-counts, pairs >> 32))]
     of = pairs >> 32
-    shown = np.arange(len(of)) - np.searchsorted(of, of) < TOP_TOKENS  # a feature's pairs are together
+    place = np.arange(len(of))
+    first = np.maximum.accumulate(np.where(np.diff(of, prepend=-1) != 0, place, 0))  # of the feature's pairs
+    shown = place - first < TOP_TOKENS
     texts = cache(partial(vocabulary_text, vocabulary_of(study)))
     found: dict[str, list[str]] = {}
     for code, token in zip(of[shown].tolist(), (pairs[shown] & 0xFFFFFFFF).tolist(), strict=True):

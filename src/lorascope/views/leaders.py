@@ -3,7 +3,7 @@
 from lorascope.study import Study
 from lorascope.views.ablation_tables import COMMAND
 from lorascope.views.feature_list import first_latents, kind_rows, strongest_directions
-from lorascope.views.reading import Json, missing, path_of, ready
+from lorascope.views.reading import Json, missing, ready
 
 SHOWN = 8
 KEPT = ("id", "text", "kl", "kl_method", "detection")
@@ -37,9 +37,10 @@ def leading_directions(study: Study) -> Json:
 
 def leading_latents(study: Study) -> Json:
     """The latents that write most per token."""
-    if not path_of(study, "examples/train/latent-stats.parquet"):
+    names = first_latents(study, "train", SHOWN)
+    if names is None:
         return missing(study, "examples of latents", "lorascope examples STUDY --kinds latent")
-    return shown(kind_rows(study, "train", "latent", first_latents(study, "train", SHOWN)))
+    return shown(kind_rows(study, "train", "latent", names))
 
 
 def shown(rows: list[Json]) -> Json:

@@ -260,12 +260,11 @@ def decoder_of(study: Study, latent: int) -> Json:
     decoder = decoder_effects(study)
     if decoder is None:
         return {}
-    addresses, weights_FN = decoder
-    norms_F = np.linalg.norm(weights_FN, axis=1)
+    weights_FN, norms_F = decoder.weights_FN, decoder.norms_F
     cosine_F = weights_FN @ weights_FN[latent] / np.maximum(norms_F * norms_F[latent], 1e-12)
     cosine_F[latent] = -np.inf
     near = np.argsort(-cosine_F)[:NEIGHBOURS]
     return {
-        "decoder": signed_map(addresses, weights_FN[latent].tolist()),
+        "decoder": signed_map(decoder.addresses, weights_FN[latent].tolist()),
         "neighbours": [{"id": f"sae.{i}", "cosine": float(cosine_F[i])} for i in near if np.isfinite(cosine_F[i])],
     }
