@@ -71,6 +71,7 @@ def feature_page(
     if stats is None or rows is None:
         command = f"lorascope examples STUDY --corpus {corpus} --kinds {kind}"
         gone.append(missing(study, f"examples of {kind}s on {corpus}", command)["missing"])
+    expect_windows(features, rows or [], window)
     page |= statistics(stats[0] if stats else None)
     page["densities"] = segment_densities(features, stats[0]) if stats else None
     page["around"] = tokens_around(features, vocabulary_of(study), rows) if rows else NOTHING_AROUND
@@ -84,6 +85,14 @@ def feature_page(
     if kind == "latent":
         page |= decoder_of(study, column)
     return dict(ready(page | {"missing_stages": gone}))
+
+
+def expect_windows(features: FeatureSet, rows: list[Json], window: int) -> None:
+    """Have the system begin to read the tokens around examples."""
+    store = features.store
+    places = np.array([store.offsets[row["trace"]] + row["position"] for row in rows], np.int64)
+    around = np.unique(places[:, None] + np.arange(-window - MARGIN, window + 1))
+    store.expect(around[(around >= 0) & (around < store.n_tokens)])
 
 
 def command_in(error: MissingStage, corpus: str) -> str:
