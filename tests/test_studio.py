@@ -275,6 +275,8 @@ def test_pages_have_nothing_inline_and_fetch_nothing_from_outside(client: TestCl
     [
         ({}, 200),
         ({"host": "localhost:9999"}, 200),
+        ({"host": "localhost:9999", "origin": "http://localhost:9999"}, 200),  # through a forwarded port
+        ({"host": "localhost:9999", "origin": BASE}, 403),
         ({"host": "[::1]:80"}, 200),
         ({"host": "evil.example"}, 421),
         ({"host": "127.0.0.1.evil.example:8700"}, 421),
