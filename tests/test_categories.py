@@ -15,11 +15,12 @@ from lorascope.cli import main
 from lorascope.config import Options
 from lorascope.errors import BadInput, MissingStage
 from lorascope.explain.categories import CategorizeConfig, categorize
-from lorascope.explain.categories.assign import ASSIGNED, CHANCE, assign_by_words
+from lorascope.explain.categories.assign import CHANCE, assign_by_words
 from lorascope.explain.categories.shares import bootstrap_shares, make_groups, tally_traces
 from lorascope.explain.categories.spaces import layer_thirds
 from lorascope.explain.categories.taxonomy import load_taxonomy, membership, parse_taxonomy
 from lorascope.explain.categories.words import explanation_words, make_bags
+from lorascope.explained import ASSIGNED
 from lorascope.features import load_features
 from lorascope.study import Study, read_json
 from planted_categories import DECODER, PLANTED, planted_categories

@@ -275,6 +275,8 @@ def test_pages_have_nothing_inline_and_fetch_nothing_from_outside(client: TestCl
     [
         ({}, 200),
         ({"host": "localhost:9999"}, 200),
+        ({"host": "localhost:9999", "origin": "http://localhost:9999"}, 200),  # through a forwarded port
+        ({"host": "localhost:9999", "origin": BASE}, 403),
         ({"host": "[::1]:80"}, 200),
         ({"host": "evil.example"}, 421),
         ({"host": "127.0.0.1.evil.example:8700"}, 421),
@@ -410,6 +412,18 @@ def loaded_by(code: str, names: str, *arguments: str) -> str:
     code += f"\nimport sys; print(*[name for name in {names.split()} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
     return done.stdout.strip()
+
+
+def test_the_first_page_loads_nothing_that_explains(study: Study) -> None:
+    """Taxonomies, judges and progress bars would be a fifth of the time until the studio answers."""
+    code = """
+import sys
+from lorascope.studio.app import first_pages
+from lorascope.study import Study
+
+first_pages(Study.open(sys.argv[1]))
+"""
+    assert loaded_by(code, "lorascope.explain lorascope.sae yaml tqdm pandas", str(study.path)) == ""
 
 
 def test_importing_the_studio_loads_no_model_and_no_web_framework() -> None:

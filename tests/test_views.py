@@ -32,9 +32,16 @@ from lorascope.views import (
     trace_page,
     training_curves,
 )
-from lorascope.views.feature_list import feature_kind, feature_place, strongest_directions, strongest_latents
+from lorascope.views.feature_list import (
+    feature_kind,
+    feature_place,
+    first_latents,
+    strongest_directions,
+    strongest_latents,
+)
 from lorascope.views.gains import gain_sentence, recovery_sentence
 from lorascope.views.kept import kept_once
+from lorascope.views.leaders import leaders
 from lorascope.views.maps import signed_map
 from lorascope.views.one_trace import trace_features
 from lorascope.views.reading import json_lines, ready
@@ -196,6 +203,11 @@ def test_feature_table(study: Study) -> None:
     latents = strongest_latents(view["rows"], 5)
     strengths = [rows[name]["strength"] for name in latents]
     assert strengths == sorted(strengths, reverse=True)
+    assert first_latents(study, "train", 500) == strongest_latents(view["rows"], 500), "columns say what rows say"
+    assert first_latents(study, "nowhere", 5) is None
+    shown = leaders(study)["latent"]["rows"]
+    assert shown == [{key: rows[row["id"]][key] for key in row} for row in shown]
+    assert [row["id"] for row in shown[:5]] == latents
 
 
 def test_ids() -> None:

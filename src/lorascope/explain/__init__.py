@@ -5,8 +5,8 @@ from lorascope.explain.rules import Rule, describe_rule, execute_rule, make_voca
 from lorascope.explain.scoring import Explanation, execute_answers, score_answers
 from lorascope.explain.settings import ExplainConfig
 from lorascope.explain.stage import explain_features
-from lorascope.explain.summary import explain_records, explainers_of, pool_kinds, summarise_rows
-from lorascope.explained import LEXICAL
+from lorascope.explain.summary import pool_kinds, summarise_rows
+from lorascope.explained import LEXICAL, explain_records, explainers_of
 
 __all__ = [
     "LEXICAL",

@@ -21,8 +21,8 @@ from lorascope.explain.rows import Row, RowFile, keep_rows
 from lorascope.explain.scored import in_order, score_feature
 from lorascope.explain.scoring import find_lenders
 from lorascope.explain.settings import TRAIN, ExplainConfig, check_config
-from lorascope.explain.summary import explain_records, pool_kinds, record_name, summarise_rows
-from lorascope.explained import LEXICAL, inputs_of, made_from
+from lorascope.explain.summary import pool_kinds, record_name, summarise_rows
+from lorascope.explained import LEXICAL, explain_records, inputs_of, made_from
 from lorascope.features import cluster_of, load_features
 from lorascope.heap import return_freed
 from lorascope.progress import progress

@@ -104,8 +104,7 @@ def first_pages(study: Study) -> None:
     with contextlib.suppress(BadInput, RunFailed, OSError):
         environment().get_template("feature_page.html.j2")
         vocabulary_of(study)
-        for relative in ("examples/train/latent-examples.parquet", "explanations/latent.jsonl"):
-            warm_rows(study, relative)
+        warm_rows(study, "explanations/latent.jsonl")
 
 
 def state_of(study: Study) -> str:

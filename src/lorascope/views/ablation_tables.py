@@ -31,8 +31,8 @@ def ablation_view(study: Study) -> Json:
 def ablation_table(study: Study, way: str) -> Json:
     """One table, strongest first; what lies under its noise floor comes last, in the order of the adapter.
 
-    The exact table where there is one, else the screened one (which has neither segments nor cross-entropy) with the
-    leaders that were confirmed exactly.
+    Shared between callers: do not change it. The exact table where there is one, else the screened one (which has
+    neither segments nor cross-entropy) with the leaders that were confirmed exactly.
 
     Returns:
         `{"available", "method": "exact" or "screen", "floor", "floor_runs", "rows": [{"target", "method", "tokens",
@@ -41,6 +41,12 @@ def ablation_table(study: Study, way: str) -> Json:
         KL(adapted ‖ edited) in nats per predicted assistant token, cross-entropy change in the same unit. A row's
         method is its own: the confirmed rows of a screened table are exact.
     """
+    table: Json = kept_view(study, read_ablation, way)
+    return table
+
+
+def read_ablation(study: Study, way: str) -> Json:
+    """`ablation_table` of one state of the study."""
     rows, method, confirmed = table_rows(study, f"ablation/exact-{way}.parquet"), "exact", set[Any]()
     if rows is None:
         rows, method = table_rows(study, f"ablation/screen-{way}.parquet"), "screen"

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lorascope.explain import LEXICAL
+from lorascope.explained import LEXICAL
 from lorascope.study import Study
 from lorascope.views.ablation_tables import WAYS, ablation_table
 from lorascope.views.gains import label_of

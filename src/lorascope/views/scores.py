@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lorascope.explain import LEXICAL, explain_records, explainers_of, pool_kinds
+from lorascope.explained import LEXICAL, explain_records, explainers_of
 from lorascope.features import CONTROLS
 from lorascope.study import Study
 from lorascope.views.reading import Json, missing, ready
@@ -49,6 +49,8 @@ def current_records(study: Study, explainer: str) -> dict[str, Json]:
 
 def explainer_rows(study: Study, explainer: str) -> list[Json]:
     """The rows of one explainer: all kinds, then each."""
+    from lorascope.explain import pool_kinds  # here alone: what the stage needs takes longer to load than a page
+
     found = {kind: record["result"] for kind, record in current_records(study, explainer).items()}
     features = sum(result["features"] for kind, result in found.items() if kind not in CONTROLS)
     found["all"] = pool_kinds(study, explainer) | {"features": features}

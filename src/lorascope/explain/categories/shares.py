@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lorascope.explain.categories.assign import NO_ANSWER, NONE_FITS, WITHOUT, Assignment
+from lorascope.explain.categories.assign import Assignment
 from lorascope.explain.categories.taxonomy import Taxonomy
+from lorascope.explained import NO_ANSWER, NONE_FITS, WITHOUT
 from lorascope.features import FeatureSet, cluster_of
 from lorascope.stats import percentile_bounds
 

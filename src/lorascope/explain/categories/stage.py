@@ -24,11 +24,7 @@ from lorascope.errors import BadInput, MissingStage
 from lorascope.explain.budget import Budget, account, limits_of
 from lorascope.explain.categories.asking import judge_asker
 from lorascope.explain.categories.assign import (
-    ASSIGNED,
-    NO_ANSWER,
-    NONE_FITS,
     REASON_SILENT,
-    WITHOUT,
     Ask,
     AskAll,
     Assignment,
@@ -66,7 +62,7 @@ from lorascope.explain.categories.words import (
 from lorascope.explain.judge_log import is_passing
 from lorascope.explain.judges import Reply
 from lorascope.explain.settings import JudgeConfig, check_judge
-from lorascope.explained import current_rows, inputs_of
+from lorascope.explained import ASSIGNED, NO_ANSWER, NONE_FITS, WITHOUT, current_rows, inputs_of
 from lorascope.features import FeatureSet, load_features
 from lorascope.progress import progress
 from lorascope.study import Study, atomic_write_text, stream_rows, whole_folder, write_json
