@@ -22,7 +22,7 @@ from lorascope.features import KINDS
 from lorascope.report.marks import score_floor, score_mark, score_words
 from lorascope.store import Store, store_folder
 from lorascope.study import Study, write_json
-from lorascope.views.compare import comparison_text
+from lorascope.views.compare import comparison_text, verdict
 from planted_text import planted_study
 from tiny_store import make_study, write_store
 
@@ -170,9 +170,39 @@ def test_one_direction_alone_has_no_interval(tmp_path: Path) -> None:
     result = compare(study, CONFIG, Options())
     assert row_of(result, "direction")["score"] == {"value": 0.7, "low": None, "high": None}
     assert the_test(result, "latent", "score")["p"] is None
-    assert "0.700  " in comparison_text(result)
-    assert score_words(row_of(result, "direction")["score"]) == "0.70"
+    assert "0.700 (no interval)  " in comparison_text(result)
+    assert score_words(row_of(result, "direction")["score"]) == "0.70 (no interval)"
     assert "whisker thick own" not in score_mark(row_of(result, "direction"), score_floor(result["rows"]))
+
+
+def test_a_single_cluster_on_either_side_has_no_interval_of_the_difference(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "study")
+    add_kind(study, "direction", [explained_row(f"L0.q{sign}", 0.6, **classed(0)) for sign in "+-"])
+    scores = (0.7, 0.8, 0.9)
+    add_kind(study, "latent", [explained_row(f"sae.{k}", score, **classed(k)) for k, score in enumerate(scores)])
+    add_kind(study, "neuron", [explained_row("neuron.L0.1+", 0.804, **classed(0))])
+    result = compare(study, CONFIG, Options())
+    for second in ("latent", "neuron"):
+        for measure in ("score", "class_0"):
+            test = the_test(result, second, measure)
+            assert test["difference"]["value"] is not None
+            assert [test["difference"][end] for end in ("low", "high")] == [None, None]
+            assert (test["p"], test["detectable"]) == (None, None)
+            assert "too few to test" in verdict(test)
+
+
+def test_scores_that_are_all_alike_have_no_interval_and_their_words(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "study")
+    for kind, prefix, score in (("direction", "", 0.5), ("untrained", "untrained.", 0.5)):
+        add_kind(study, kind, [explained_row(f"{prefix}L{k}.q+", score) for k in range(5)])
+    result = compare(study, CONFIG, Options())
+    assert row_of(result, "direction")["score"] == {"value": 0.5, "low": None, "high": None}
+    test = the_test(result, "untrained", "score")
+    assert test["difference"] == {"value": 0.0, "low": None, "high": None}
+    assert verdict(test) == (
+        "Directions and untrained directions: no difference found (+0.000, no interval; corrected p = 1). Paired at 5 "
+        "addresses: +0.000, no interval; uncorrected p = 1."
+    ).replace("-", "−")
 
 
 def test_two_polarities_of_a_direction_are_one_cluster(tmp_path: Path) -> None:
@@ -275,7 +305,7 @@ def test_kinds_at_the_same_addresses_are_paired_by_address(tmp_path: Path) -> No
     for second in ("random", "base"):
         paired = the_test(result, second, "score")["paired"]
         assert paired["addresses"] == 10
-        assert [round(paired["difference"][name], 6) for name in ("value", "low", "high")] == [0.05] * 3
+        assert paired["difference"] == {"value": pytest.approx(0.05), "low": None, "high": None}  # all alike
         assert paired["p_uncorrected"] == pytest.approx(2 / 2**10, abs=1e-3)
         assert the_test(result, second, "score")["p"] > 0.02  # taken as independent
     assert the_test(result, "neuron", "score")["paired"] is None

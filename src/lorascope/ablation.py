@@ -259,9 +259,13 @@ def leading(path: Path, count: int) -> set[str]:
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """A table as Parquet, whole or not at all."""
+    """A table as Parquet, whole or not at all; bounds that there are none of (NaN) are null."""
+    columns = {}
+    for name, value in (rows[0] if rows else {}).items():
+        type_ = pa.float64() if isinstance(value, float) else None
+        columns[name] = pa.array([row[name] for row in rows], type_, from_pandas=True)
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows), sink)
+    pq.write_table(pa.table(columns), sink)
     atomic_write_bytes(path, sink.getvalue().to_pybytes())
 
 

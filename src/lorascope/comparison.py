@@ -475,11 +475,13 @@ def tests_of(
         if measure_name not in TESTED or not n or not other_n:
             continue
         pooled, error = np.nan, found[k].standard_error
-        bounds = percentile_bounds(draws_DM[:, k] - other_DM[:, k])
+        # A single cluster tells nothing of how far another would be from it, on whichever side it stands.
+        enough = all(with_value(cell, k) > 1 for cell in cells)
+        bounds = percentile_bounds(draws_DM[:, k] - other_DM[:, k]) if enough else (np.nan, np.nan)
         if measure_name in PROPORTIONS:
             pooled = proportions_p(hits[0][k], n, hits[1][k], other_n)
             shares = [Share(means(c)[k], d[:, k], with_value(c, k)) for c, d in zip(cells, draws, strict=True)]
-            if any(share.at_end for share in shares):
+            if enough and any(share.at_end for share in shares):
                 bounds, error = difference_of_shares(*shares)
         tests.append(
             {

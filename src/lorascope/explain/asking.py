@@ -55,8 +55,7 @@ def judge_explainer(study: Study, job: Job, budget: Budget) -> Iterator[Explaine
         def score(quiz: Quiz, explanation: Explanation, rng: np.random.Generator) -> dict[str, Any]:
             answers, failures = ask(explanation, quiz.windows)
             found = score_answers(quiz, answers, rng).as_dict()
-            auroc = {name: round(value, 4) for name, value in rank_answers(quiz, answers, rng).as_dict().items()}
-            return found | {"auroc": auroc, "failures": failures}
+            return found | {"auroc": rank_answers(quiz, answers, rng).rounded(4), "failures": failures}
 
         def agree(quiz: Quiz, explanation: Explanation) -> dict[str, Any]:
             again = windows_asker(judges[second], table, config.asked, job.seed + 1)

@@ -276,15 +276,15 @@ def report_rows(
     numbers, trace_P = np.unique(places.trace_P[kept_P], return_inverse=True)
     measures = {p.name: weighted_auroc(p.score_P[kept_P], places.positive_P[kept_P]) for p in scored}
 
-    def interval(statistic: Callable[[FloatArray], float]) -> dict[str, float] | None:
+    def interval(statistic: Callable[[FloatArray], float]) -> dict[str, float | None] | None:
         def of_traces(index: Ints) -> float:
             return statistic(np.bincount(index, minlength=len(numbers)).astype(np.float64)[trace_P])
 
-        found = bootstrap_statistic(len(numbers), of_traces, rng=rng, draws=DRAWS).as_dict()
-        return found if np.isfinite(list(found.values())).all() else None
+        found = bootstrap_statistic(len(numbers), of_traces, rng=rng, draws=DRAWS)
+        return found.as_dict() if np.isfinite(found.value) else None
 
     def above(one: Predictor) -> dict[str, Any]:
-        def gap(baseline: Predictor) -> dict[str, float] | None:
+        def gap(baseline: Predictor) -> dict[str, float | None] | None:
             return interval(lambda w: measures[one.name](w) - measures[baseline.name](w))
 
         return {p.baseline: gap(p) for p in scored if p.baseline and p.kind in (None, one.kind)}
