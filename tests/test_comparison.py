@@ -12,13 +12,14 @@ import pytest
 from compared_study import FAILED, add_kind, explained_row, make_compared_study
 from lorascope.addresses import TYPE_ORDER
 from lorascope.cli import main
-from lorascope.comparison import ORDER, THIRDS, CompareConfig, compare
+from lorascope.comparison import ORDER, CompareConfig, compare
 from lorascope.config import Options
 from lorascope.errors import BadInput, MissingStage, RunFailed
 from lorascope.example_search import ExamplesConfig, examples
 from lorascope.explain import ExplainConfig, explain_features
 from lorascope.explained import made_from
 from lorascope.features import KINDS
+from lorascope.layers import THIRDS, layer_count
 from lorascope.report.marks import score_floor, score_mark, score_words
 from lorascope.store import Store, store_folder
 from lorascope.study import Study, write_json
@@ -105,6 +106,22 @@ def test_groups_partition_the_features(compared: tuple[Study, dict[str, Any]]) -
         groups = {row["group"] for row in table["rows"]}
         assert {test["group"] for test in table["tests"]} == groups
         assert all(test["p"] <= test["p_holm"] for test in table["tests"])
+
+
+def test_a_recording_of_neurons_moves_no_direction_to_another_third(tmp_path: Path) -> None:
+    """Directions in layers 0 to 2 of 9 are early ones, beside neurons or not; so they are of an older study."""
+    for known in (True, False):
+        study = make_study(tmp_path / f"study{known}")
+        write_store(study, [[1.0] * 3], [1], addresses=["L0.q", "L1.q", "L8.q"])  # layer 8 has no explained feature
+        if known:
+            study.update_manifest(layers=9)
+        assert layer_count(study) == 9
+        add_kind(study, "direction", [explained_row(f"L{k}.q+", 0.7 + k / 100) for k in range(3)])
+        for neurons in (False, True):
+            if neurons:
+                add_kind(study, "neuron", [explained_row(f"neuron.L{k}.5+", 0.6) for k in range(30)])
+            rows = compare(study, CONFIG, Options())["by"]["third"]["rows"]
+            assert [(row["group"], row["n"]) for row in rows if row["kind"] == "direction"] == [("early", 3)]
 
 
 def test_groups_are_in_the_models_order(compared: tuple[Study, dict[str, Any]]) -> None:

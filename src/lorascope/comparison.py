@@ -35,6 +35,7 @@ from lorascope.differences import (
 from lorascope.errors import BadInput, MissingStage, RunFailed
 from lorascope.explained import LEXICAL, current_rows, inputs_of, plain_reason
 from lorascope.features import DIFFERENCE, cluster_of, source_of
+from lorascope.layers import THIRDS, layer_count, layer_third
 from lorascope.stats import FloatArray, percentile_bounds
 from lorascope.study import Study, read_json, stream_rows, write_json
 
@@ -66,7 +67,6 @@ PROPORTIONS = ("scored_share", "class_0", "class_1", "class_2")
 ALL_SHARES = (*PROPORTIONS, "class_none")
 PAIRED = ("random", "untrained", "base")
 """Kinds that have a feature, or several, at each direction's address."""
-THIRDS = ("early", "middle", "late")
 FAMILIES = ("isotropic", "difference")
 
 
@@ -167,7 +167,7 @@ def comparison_of(study: Study, config: CompareConfig, seed: int) -> Json:
         gone = (missing + stale)[0]
         raise MissingStage(f"No features are explained and scored on {config.corpus}; run: {gone['run']}.")
     groupings: dict[str, Callable[[str, str], Sequence[str]]] = {
-        "third": thirds_of(cells),
+        "third": thirds_of(layer_count(study)),
         "type": types_of,
         "family": families_of,
     }
@@ -302,14 +302,12 @@ def place_of(kind: str, feature: str) -> tuple[int | None, str | None]:
     return direction_layer(address), None if kind == "neuron" else direction_type(address)
 
 
-def thirds_of(cells: Sequence[Cell]) -> Callable[[str, str], Sequence[str]]:
-    """The grouping of features by thirds of the layers that any of them is in."""
-    layers = {place_of(cell.kind, name)[0] for cell in cells for name in cell.ids} - {None}
-    count = 1 + max((layer for layer in layers if layer is not None), default=0)
+def thirds_of(count: int | None) -> Callable[[str, str], Sequence[str]]:
+    """The grouping of features by thirds of the model's layers, where their number is known."""
 
     def third_of(kind: str, feature: str) -> Sequence[str]:
         layer = place_of(kind, feature)[0]
-        return () if layer is None else (THIRDS[3 * layer // count],)
+        return () if layer is None or count is None else (layer_third(layer, count),)
 
     return third_of
 
