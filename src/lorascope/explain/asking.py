@@ -93,7 +93,8 @@ def endpoints(config: ExplainConfig) -> tuple[Endpoint, Endpoint | None, Endpoin
 
     second = endpoint(config.second_judge_model, config.second_judge_url, config.second_judge_key_env)
     of_classes = endpoint(config.class_judge_model, config.class_judge_url, config.class_judge_key_env)
-    return main, second if config.passes == 2 or config.second_judge_model else None, of_classes
+    twice = config.passes == 2 or config.second_judge_model or config.second_judge_url
+    return main, second if twice else None, of_classes
 
 
 def identity(endpoint: Endpoint) -> list[Any]:

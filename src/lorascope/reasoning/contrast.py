@@ -20,6 +20,7 @@ from lorascope.config import Options
 from lorascope.errors import BadInput, RunFailed
 from lorascope.features import FeatureSet
 from lorascope.reasoning.auroc import column_aurocs, weighted_auroc
+from lorascope.reasoning.word_scores import require_thinking
 from lorascope.reasoning.words import Ints, Mask, WordMarks, mark_words
 from lorascope.stats import FloatArray, bootstrap_statistic
 from lorascope.store import Floats, Store
@@ -119,7 +120,7 @@ def contrast_word(
         reported half. `above` is the paired difference to each baseline.
 
     Raises:
-        BadInput: the word is too rare in the thinking of this corpus.
+        BadInput: there is no thinking in this corpus, or the word is too rare there.
         RunFailed: kinds were recorded from different texts.
     """
     rng = np.random.default_rng(options.seed)
@@ -128,7 +129,9 @@ def contrast_word(
         raise RunFailed(
             f"The sources of {store.folder.parent} differ in their texts; record them again, or name --kinds."
         )
-    places = find_places(store, mark_words(store, tokenizer, [word]), rng)
+    marks = mark_words(store, tokenizer, [word])
+    require_thinking(store, marks.thinking_T)
+    places = find_places(store, marks, rng)
     chosen, reported = split_traces(places, word, store, rng)
     scored: list[Predictor] = []
     random: dict[str, str] = {}
