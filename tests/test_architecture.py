@@ -21,7 +21,7 @@ MAX_LINES = 500
 FLOORS = {
     1: "errors config progress columns stats differences addresses adapter peft_files models builtin_model token_text "
     "traces tasks heap",
-    2: "study store store_writer features explained recovery selection",
+    2: "study store store_writer features layers explained recovery selection",
     3: "attached sinks controls restart rank1 fused packing edits memory generation kl training_plan training_state "
     "leave_one_out screening",
     4: "creation training evaluation ablation recording example_search logit_lens comparison steering sae explain "

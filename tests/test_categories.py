@@ -135,10 +135,11 @@ def test_flow_adds_up_to_the_decoder(planted: Planted) -> None:
         ("gate", "late third", "none fits"): DECODER,
         ("down", "late third", "none fits"): DECODER,
     }
-    assert layer_thirds(["embed", "L4.q", "L5.q", "L9.q"]) == [
+    assert layer_thirds(["embed", "L4.q", "L5.q", "L8.q", "L11.q"], 12) == [
         "outside the layers",
-        "early third",
         "middle third",
+        "middle third",
+        "late third",
         "late third",
     ]
 

@@ -1,6 +1,7 @@
 """Views: known numbers of a made study come out, and nothing fails where a stage has not run."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -15,8 +16,11 @@ from safetensors.numpy import load_file
 
 from lorascope.adapter import build_adapter
 from lorascope.errors import BadInput, RunFailed
+from lorascope.report import ReportConfig
+from lorascope.report.build import render_html
+from lorascope.report.gather import gather
 from lorascope.store import Store, store_folder
-from lorascope.study import Study
+from lorascope.study import Study, write_json
 from lorascope.token_text import open_tokenizer
 from lorascope.views import (
     ablation_view,
@@ -139,6 +143,31 @@ def test_ablation_ranks_what_is_above_the_floor(study: Study) -> None:
     under = [row["target"] for row in rows if row["under_floor"]]
     assert under == [row["target"] for row in rows[-7:]]
     assert all(target.startswith("L0.") for target in under)
+
+
+def test_scalars_set_to_their_mean_are_shown_only_where_they_are(study: Study, tmp_path: Path) -> None:
+    assert ablation_view(study)["mean"] == {}
+    assert 'class="to-mean"' not in render_html(gather(study, ReportConfig(), 0))
+    copy = Study(shutil.copytree(study.path, tmp_path / "study"))
+    folder = copy.path / "ablation" / "mean"
+    folder.mkdir()
+    for name, kl in (("exact-type", 0.25), ("confirmed-direction", 0.75)):
+        shutil.copy(copy.path / "ablation" / f"exact-{name.split('-')[1]}.parquet", folder / f"{name}.parquet")
+        write_json(folder / f"floor-{name}.json", {"kl": kl, "runs": {"rerun": kl}})
+    for gone in (False, True):  # also where nothing was switched off
+        means = ablation_view(copy)["mean"]
+        assert {way: (table["floor"], len(table["rows"])) for way, table in means.items()} == {
+            "direction": (0.75, 28),
+            "type": (0.25, 7),
+        }
+        html = render_html(gather(copy, ReportConfig(), 0))
+        assert html.count("At its mean") == html.count("At their mean") == 1
+        assert "Noise floors: by direction 0.750, by type 0.250." in html
+        if not gone:
+            for file in (copy.path / "ablation").glob("*-*.parquet"):
+                file.unlink()
+            copy.update_manifest(corpora={})
+    assert not ablation_view(copy)["available"]
 
 
 def test_norm_map_is_the_norm_of_the_weight_change(study: Study) -> None:

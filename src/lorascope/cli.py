@@ -197,7 +197,7 @@ def readable(value: Any, indent: int = 0) -> str:
     pad = "  " * indent
     if is_interval(value):
         number, low, high = (readable(inner) for inner in value.values())
-        return f"{number} ({low} to {high})"
+        return f"{number} (no interval)" if value["low"] is None else f"{number} ({low} to {high})"
     if isinstance(value, dict):
         lines = []
         for key, inner in value.items():

@@ -145,7 +145,8 @@ def _bounds(
 def rank_answers(
     quiz: Quiz, answers: Sequence[float | None], rng: np.random.Generator, *, draws: int = DRAWS, level: float = 0.95
 ) -> Interval:
-    """AUROC of confidences with its bootstrap interval (positives and negatives resampled apart; Wilson's at 0 and 1).
+    """AUROC of confidences with its bootstrap interval (positives and negatives resampled apart; Wilson's at 0 and 1,
+    none where all confidences are alike).
 
     The share of pairs of a positive and a negative in which the positive has the larger confidence, ties half. An
     answer that could not be read loses against every other one, and two of them lose too.

@@ -54,12 +54,11 @@ class Numbers:
         self.values.append(value)
         self.clusters.append(cluster)
 
-    def mean(self, rng: np.random.Generator) -> dict[str, float] | None:
-        """`{"mean", "low", "high"}`, resampling clusters; None of nothing."""
+    def mean(self, rng: np.random.Generator) -> dict[str, float | None] | None:
+        """`{"mean", "low", "high"}`, resampling clusters; None of nothing, and None as bounds of a single cluster."""
         if not self.values:
             return None
-        interval = bootstrap_mean(np.array(self.values), rng=rng, clusters=self.clusters)
-        return {name: round(value, 4) for name, value in interval.as_dict("mean").items()}
+        return bootstrap_mean(np.array(self.values), rng=rng, clusters=self.clusters).rounded(4, "mean")
 
 
 class TaskSummary:

@@ -32,6 +32,8 @@ from lorascope.report.gather import ReportConfig, gather
 from lorascope.report.grids import decoder_map, layer_map, strongest_writes
 from lorascope.report.marks import (
     bar_mark,
+    bounds_words,
+    interval_note,
     interval_words,
     scale_top,
     score_floor,
@@ -65,7 +67,7 @@ INPUTS = ("adapter", *MADE, "tokenizer")
 CHARTS = (accuracy_bars, card_names, class_meaning, kl_bars, layer_chart, loss_chart, patched_bars, sae_chart)
 MAPS = (histogram, layer_map)
 MARKS = (decoder_map, strongest_writes, bar_mark, interval_words, scale_top, score_pair, score_words, share_bar)
-SCORES = (score_floor, score_mark)
+SCORES = (bounds_words, interval_note, score_floor, score_mark)
 NUMBERS = (duration, figures, tick, memory, minus, moment, percent, points, whole, whole_percent)
 TOKENS = (heat_tokens, plain_tokens, shown_text, token_list)
 KINDS = (flow_chart, flow_table, largest_subcategory, share_rings)

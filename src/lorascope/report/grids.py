@@ -104,8 +104,9 @@ def says(grid: Mapping[str, Any], address: str, value: float, under: bool) -> st
         return f"class {note}"
     text = f"{figures(value)} {grid['unit']}"
     bounds = (grid.get("intervals") or {}).get(address)
-    if bounds and bounds[0] is not None:
-        text += f", 95% interval {figures(bounds[0])} to {figures(bounds[1])}"
+    if bounds:
+        known = bounds[0] is not None
+        text += f", 95% interval {figures(bounds[0])} to {figures(bounds[1])}" if known else ", no interval"
     return text + (f", {note}" if note else "") + (", under the noise floor" if under else "")
 
 

@@ -1,5 +1,6 @@
 """Everything that was cut, filtered, not read, dead or too rare: nothing is lost in silence."""
 
+import itertools
 from typing import Any
 
 from lorascope.explained import LEXICAL
@@ -87,11 +88,12 @@ def ablation_losses(study: Study) -> list[Json]:
     results = [record.get("result") or {} for record in stage_records(study, "ablate").values()]
     for cut, tokens in dict.fromkeys((r["cut_tokens"], r.get("tokens", 0)) for r in results if "cut_tokens" in r):
         rows.append(entry("ablate", "tokens cut", cut, tokens + cut, "beyond --max-tokens of a trace"))
-    for way in WAYS:
-        table = ablation_table(study, way)
+    for to, way in itertools.product(("zero", "mean"), WAYS):
+        table = ablation_table(study, way, to)
         if table["available"]:
             under = sum(row["under_floor"] for row in table["rows"])
-            rows.append(entry(f"ablate by {way}", "under the noise floor", under, len(table["rows"]), "not ranked"))
+            stage = f"ablate by {way}" + (" to the mean" if to == "mean" else "")
+            rows.append(entry(stage, "under the noise floor", under, len(table["rows"]), "not ranked"))
     return rows
 
 
