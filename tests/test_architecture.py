@@ -23,7 +23,7 @@ FLOORS = {
     "token_text traces tasks",
     2: "study store store_writer features explained recovery selection",
     3: "attached sinks controls restart rank1 fused packing edits memory generation kl training_plan training_state "
-    "leave_one_out screening",
+    "leave_one_out screening residual_norms",
     4: "creation training evaluation ablation recording example_search logit_lens comparison steering sae explain "
     "reasoning",
     5: "views status",

@@ -6,6 +6,7 @@ Shapes: N = directions (columns), R = rank of one module, I = input width, O = o
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -31,6 +32,8 @@ from lorascope.addresses import (
 from lorascope.decoders import linear_modules, linear_sizes, not_linear
 from lorascope.errors import BadInput
 from lorascope.peft_files import PREFIX, read_config, read_vectors
+
+OTHER_TOWER = re.compile(r"(?:^|\.)(?:vision|visual|audio|image|multi_?modal)[^.]*\.")
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,19 @@ class Adapter:
         """s·‖b‖ of each direction, float32 [N]: effect = this × scalar."""
         scales = np.concatenate([np.full(m.rank, m.scale) for m in self.modules])
         return (scales * self.write_norms).astype(np.float32)
+
+    def text_only(self) -> "Adapter":
+        """The same without the modules of a multimodal model's vision or audio tower, which text gives no scalars.
+
+        Raises:
+            BadInput: nothing is left.
+        """
+        kept = {m.path: (m.a_RI, m.b_OR, m.scale) for m in self.modules if not OTHER_TOWER.search(m.path)}
+        if not kept:
+            raise BadInput("The adapter adapts no part that text runs through, only that for images or sound.")
+        return (
+            self if len(kept) == len(self.modules) else build_adapter(kept, {**self.config, "target_modules": [*kept]})
+        )
 
     def to_svd_basis(self) -> "Adapter":
         """The same weight change in its singular basis: each read vector of length 1, directions by singular value.
