@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from peft import PeftModel
 from torch import nn
 
 from lorascope import edits
@@ -128,6 +129,20 @@ def test_exact_ablation_gates_and_training_equal_the_plain_forms(name: str) -> N
         gradients.append(torch.cat([weight.grad.flatten() for weight in learner.adapter_weights]))
     assert gradients[1].abs().max() > 0
     assert (gradients[0] - gradients[1]).norm() <= 1e-4 * gradients[1].norm()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gpt2", "phi3", "opt", "llama4", "gemma3_multimodal"])
+def test_peft_loads_it_and_gives_the_same_logits(tmp_path: Path, name: str) -> None:
+    model = build_model(name)
+    adapter = random_adapter(model, rank=2)
+    adapter.save(tmp_path)
+    ids = torch.tensor([[3, 1, 4, 1, 5]])
+    with attach(model, adapter) as attached:
+        ours = attached.run(ids).logits
+    theirs: Any = PeftModel.from_pretrained(model, str(tmp_path)).eval()
+    assert sum(".lora_A." in key for key in theirs.state_dict()) == len(adapter.modules)  # no vision tower
+    assert (theirs(input_ids=ids).logits - ours).abs().max() <= 1e-4 * ours.abs().max().clamp_min(1)
 
 
 @torch.no_grad()

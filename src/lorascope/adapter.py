@@ -232,16 +232,24 @@ def initial_adapter(
         "fan_in_fan_out": all(hasattr(modules[path], "nx") for path in weights),  # PEFT's word for Conv1D
         "inference_mode": True,
     }
-    return build_adapter(weights, config | target_config(weights, located))
+    elsewhere = [path for path, module in model.named_modules() if path not in located and linear_sizes(module)]
+    return build_adapter(weights, config | target_config(weights, located, elsewhere))
 
 
-def target_config(weights: Iterable[str], located: dict[str, tuple[int | None, str]]) -> dict[str, Any]:
-    """PEFT's `target_modules`: bare names (and layers) where they say it all, else full paths."""
+def target_config(
+    weights: Iterable[str], located: dict[str, tuple[int | None, str]], elsewhere: Iterable[str] = ()
+) -> dict[str, Any]:
+    """PEFT's `target_modules`: bare names (and layers) where they say it all, else full paths.
+
+    Args:
+        located: the linear maps of the decoder's layers.
+        elsewhere: those of the rest of the model, which bare names would match too.
+    """
     chosen = set(weights)
     names = sorted({path.rsplit(".", 1)[-1] for path in chosen})
     layers = sorted({layer for path in chosen if (layer := located[path][0]) is not None})
     by_name = {path for path in located if path.rsplit(".", 1)[-1] in names and located[path][0] in layers}
-    if by_name != chosen:
+    if by_name != chosen or any(path.rsplit(".", 1)[-1] in names for path in elsewhere):
         return {"target_modules": sorted(chosen)}
     every = {place[0] for place in located.values()}
     return {"target_modules": names} | ({} if set(layers) == every else {"layers_to_transform": layers})
