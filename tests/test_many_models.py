@@ -20,9 +20,10 @@ from lorascope.attached import attach
 from lorascope.config import Options
 from lorascope.controls import neuron_probe, probing
 from lorascope.creation import NewConfig, create_study
-from lorascope.decoders import linear_modules, not_linear, text_decoder
+from lorascope.decoders import in_no_group, linear_modules, not_linear, text_decoder
 from lorascope.errors import BadInput
 from lorascope.fused import fused, fused_reading
+from lorascope.generation import Sampling, cut_at_end, generate_batch, stop_ids
 from lorascope.kl import assistant_positions
 from lorascope.leave_one_out import leave_out
 from lorascope.logit_lens import LensConfig, make_lens, read_lens
@@ -30,7 +31,7 @@ from lorascope.recording import RecordConfig, record
 from lorascope.screening import gated
 from lorascope.store import Store, store_folder
 from lorascope.study import Study
-from lorascope.traces import Rendered
+from lorascope.traces import Rendered, Renderer
 from lorascope.training import Learner, TrainConfig, train, trainable_adapter
 from lorascope.training_plan import batch_tensors
 from many_models import MODULES, NAMES, build_model
@@ -39,6 +40,9 @@ from tiny_models import random_adapter, tiny_model
 
 WHOLE = ["gpt2", "opt", "qwen2_moe", "llama4", "gemma3_multimodal"]
 """What goes through the commands: each has something that the others have not."""
+
+LONG = {"max_position_embeddings": 512}
+PLACES = {"gpt2": {"n_positions": 512}, "gptj": {"n_positions": 512}}
 
 
 def make_traces() -> list[Rendered]:
@@ -132,6 +136,23 @@ def test_exact_ablation_gates_and_training_equal_the_plain_forms(name: str) -> N
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", NAMES)
+def test_generation_in_batches_equals_whole_passes(name: str) -> None:
+    tokenizer = byte_tokenizer()
+    model = build_model(name, vocab_size=len(tokenizer), **PLACES.get(name, LONG))
+    adapter = random_adapter(model, patterns=MODULES.get(name, "attn,mlp"))
+    renderer = Renderer(tokenizer, system=None)
+    prompts = [renderer.prompt_ids(f"What is, in so many words, {text}?") for text in ("3+4", "17+29 and then 5")]
+    with attach(model, adapter) as attached, attached.edit(edits.scale("*", 2.0)):
+        found = generate_batch(attached, renderer, prompts, Sampling(max_new_tokens=6))
+        for prompt, result in zip(prompts, found, strict=True):
+            ids = list(prompt)
+            for _ in range(6):
+                ids.append(int(attached.run([ids]).logits[0, -1].argmax()))
+            assert cut_at_end(ids[len(prompt) :], stop_ids(model, renderer)) == result
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("name", ["gpt2", "phi3", "opt", "llama4", "gemma3_multimodal"])
 def test_peft_loads_it_and_gives_the_same_logits(tmp_path: Path, name: str) -> None:
     model = build_model(name)
@@ -171,8 +192,7 @@ def test_the_lens_and_neurons_find_their_places(name: str) -> None:
 @pytest.mark.parametrize("name", WHOLE)
 def test_the_commands(tmp_path: Path, name: str) -> None:
     tokenizer = byte_tokenizer()
-    places = {"n_positions": 512} if name == "gpt2" else {"max_position_embeddings": 512}
-    build_model(name, vocab_size=len(tokenizer), **places).save_pretrained(tmp_path / "model")
+    build_model(name, vocab_size=len(tokenizer), **PLACES.get(name, LONG)).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     traces = [{"question": f"{i}+{i}?", "thinking": f"{i} twice.", "answer": str(2 * i)} for i in range(8)]
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(t) + "\n" for t in traces))
@@ -247,7 +267,10 @@ def test_a_group_without_linear_maps_says_what_is_there_instead() -> None:
     model = build_model("mixtral")
     with pytest.raises(BadInput, match=r"'mlp' .*mlp\.experts\.down_proj\); choose others, such as --modules 'attn'"):
         initial_adapter(model)
-    assert not_linear(build_model("phi3")) == []
+    assert not_linear(build_model("phi3")) == in_no_group(build_model("phi3")) == []
+    hybrid = tiny_model()
+    hybrid.model.layers[1].mixer = nn.Sequential(nn.Linear(32, 32))
+    assert in_no_group(hybrid) == ["mixer.0"]
 
 
 def test_names_tell_the_group_or_keep_their_parents() -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from lorascope.addresses import LAYER_PATTERN
+from lorascope.addresses import LAYER_PATTERN, group_of, locate_modules
 
 
 def text_decoder(model: Any) -> Any:
@@ -60,3 +60,9 @@ def not_linear(model: nn.Module) -> list[str]:
             if match and weight.ndim > 1 and module not in linear:
                 found[match[2].removesuffix(".weight")] = None
     return list(found)
+
+
+def in_no_group(model: nn.Module) -> list[str]:
+    """Types of the layers' linear maps that are neither in `attn` nor in `mlp`, such as those of a Mamba mixer."""
+    types = (type_ for _, type_ in locate_modules(linear_modules(model)).values())
+    return list(dict.fromkeys(type_ for type_ in types if group_of(type_) is None))

@@ -197,7 +197,7 @@ def run_prefix(model: Any, cache: Any, ids_1T: Tensor, rows: int) -> None:
 
 def cache_argument(model: Any, cache: Any) -> dict[str, Any]:
     """The cache under the name that the model takes it by: `cache` since transformers 5.24."""
-    known = inspect.signature(model.prepare_inputs_for_generation).parameters
+    known = inspect.signature(text_decoder(model).forward).parameters
     return {"cache" if "cache" in known else "past_key_values": cache}
 
 

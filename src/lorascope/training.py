@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from lorascope.adapter import Adapter, initial_adapter
 from lorascope.attached import attach, head_of
 from lorascope.config import Options
-from lorascope.decoders import not_linear, text_decoder
+from lorascope.decoders import in_no_group, not_linear, text_decoder
 from lorascope.errors import BadInput, RunFailed
 from lorascope.fused import HEAD_CHUNK, fused, head_loss, plain_head
 from lorascope.kl import assistant_positions
@@ -316,9 +316,11 @@ def train_once(study: Study, config: TrainConfig, options: Options, rate: float,
             model.save_pretrained(new)
             tokenizer.save_pretrained(new)
     result = summary | {"learning_rate": rate, "packed": pack, "length_rule": counts, "traces": len(rendered)}
-    if adapter is not None and (others := not_linear(model)):
-        result["not_adapted"] = others
-        study.log(f"train: no linear maps, so not adapted: {', '.join(others)}")
+    if adapter is not None:
+        adapted = {module.type for module in adapter.modules}
+        if others := [*not_linear(model), *(type_ for type_ in in_no_group(model) if type_ not in adapted)]:
+            result["not_adapted"] = others
+            study.log(f"train: no linear maps, or of no group, so not adapted: {', '.join(others)}")
     state.finish(result)
     return result
 
