@@ -19,11 +19,11 @@ MAX_LINES = 500
 # A module imports only from lower floors, or from its own package. Modules of one floor may use each other,
 # except the stages, which meet in the study. A new module or package gets a line here.
 FLOORS = {
-    1: "errors config progress columns stats differences addresses adapter peft_files models builtin_model token_text "
-    "traces tasks heap",
+    1: "errors config progress columns stats differences addresses decoders adapter peft_files models builtin_model "
+    "token_text traces tasks heap",
     2: "study store store_writer features layers explained recovery selection",
     3: "attached sinks controls restart rank1 fused packing edits memory generation kl training_plan training_state "
-    "leave_one_out screening",
+    "leave_one_out screening residual_norms",
     4: "creation training evaluation ablation recording example_search logit_lens comparison steering sae explain "
     "reasoning",
     5: "views status",

@@ -13,19 +13,18 @@ from safetensors.numpy import save_file
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    Olmo2Config,
-    Olmo2ForCausalLM,
 )
 
-from lorascope.adapter import Adapter, initial_adapter
+from lorascope.adapter import Adapter
+from lorascope.addresses import group_of
 from lorascope.attached import attach
 from lorascope.config import Options
 from lorascope.creation import NewConfig, create_study
 from lorascope.errors import BadInput, MissingStage, RunFailed
 from lorascope.logit_lens import LensConfig, make_lens, read_lens, residual_vectors
+from lorascope.residual_norms import find_norms
 from lorascope.study import Study
+from many_models import build_model
 from planted_model import EVERY, TRIGGERS, planted_traces, save_planted
 from tiny_models import SIZES, random_adapter, tiny_model
 from tiny_store import make_study
@@ -111,6 +110,48 @@ def test_equals_brute_force(kind: str) -> None:
     assert counts["directions_elsewhere"] == 0
 
 
+def centred(vectors: Any) -> Any:
+    return vectors - vectors.mean(dim=-1, keepdim=True)
+
+
+PLACES: dict[str, tuple[str, tuple[str, str], tuple[str, str]]] = {
+    "phi": ("model.final_layernorm", ("input_layernorm", "input_layernorm"), ("", "")),
+    "gpt2": ("transformer.ln_f", ("ln_1", "ln_2"), ("", "")),
+    "opt": ("model.decoder.final_layer_norm", ("self_attn_layer_norm", "final_layer_norm"), ("", "")),
+    "olmo2": ("model.norm", ("", ""), ("post_attention_layernorm", "post_feedforward_layernorm")),
+    "glm4": (
+        "model.norm",
+        ("input_layernorm", "post_attention_layernorm"),
+        ("post_self_attn_layernorm", "post_mlp_layernorm"),
+    ),
+}
+"""The final norm, and in each layer the norms before and after attention and the MLP."""
+
+
+@pytest.mark.parametrize("kind", list(PLACES))
+def test_norms_are_found_wherever_they_are(kind: str) -> None:
+    """LayerNorms, norms of two blocks at once, before, after and on both sides: against the formulas written out."""
+    model = build_model(kind)
+    adapter = random_adapter(model)
+    rows = rows_of(make_lens(model, adapter, None, TEXTS, CONFIG, seed=0)[0])
+    head, embed = (m.weight.detach()[:KNOWN] for m in (model.get_output_embeddings(), model.get_input_embeddings()))
+    final, before, after = PLACES[kind]
+    take_mean = centred if kind in ("phi", "gpt2", "opt") else torch.nn.Identity()
+    for module, name in zip(adapter.modules, adapter.module_addresses, strict=True):
+        block = ("attn", "mlp").index(str(group_of(module.type)))
+        layer = module.path[: module.path.index(f".{module.layer}.") + 2]
+        norms = {side: f"{layer}.{names[block]}" for side, names in (("b", before), ("a", after)) if names[block]}
+        if (name + "+", "write") in rows:
+            v = module.scale * module.b_OR[:, 0]
+            v = v * gamma(model, norms["a"]) if "a" in norms else v
+            check(rows[f"{name}+", "write"], head @ (gamma(model, final) * take_mean(v / v.norm())))
+        else:
+            a = module.a_RI[0] * gamma(model, norms["b"]) if "b" in norms else module.a_RI[0]
+            known = take_mean(embed)
+            known = known / known.pow(2).mean(1, keepdim=True).sqrt().clamp_min(1e-30) if "b" in norms else embed
+            check(rows[f"{name}+", "read"], known @ a / take_mean(a).norm())
+
+
 def test_reads_are_the_scalars_of_single_tokens() -> None:
     """On a text of one token, layer 0's attention sees its embedding alone: the recorded scalar is the read's value."""
     model = uneven(tiny_model())
@@ -160,21 +201,17 @@ def test_polarities_do_not_change_with_the_lengths_of_a_and_b() -> None:
         assert third[name[:-1] + {"+": "-", "-": "+"}[name[-1]], side]["ids"] == row["ids"]
 
 
-@pytest.mark.parametrize("kind", ["neox", "olmo2"])
-def test_other_architectures_are_named(kind: str) -> None:
-    torch.manual_seed(0)
-    sizes = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
-    model: Any = (
-        GPTNeoXForCausalLM(GPTNeoXConfig(**sizes)) if kind == "neox" else Olmo2ForCausalLM(Olmo2Config(**SIZES))
-    )
-    with pytest.raises(BadInput, match=r"No direction|does not know the architecture"):
-        make_lens(model, initial_adapter(model, patterns="*"), None, TEXTS, CONFIG, seed=0)
-
-
-def test_a_norm_that_takes_the_mean_away_is_refused() -> None:
+def test_a_model_without_a_final_norm_is_named() -> None:
     model = tiny_model()
-    model.model.norm = torch.nn.LayerNorm(32)
-    with pytest.raises(BadInput, match="RMS norms"):
+    model.model.norm = torch.nn.Identity()
+    with pytest.raises(BadInput, match="architecture LlamaForCausalLM: it needs a norm, as wide as"):
+        make_lens(model, random_adapter(model), None, TEXTS, CONFIG, seed=0)
+
+
+def test_a_norm_that_is_neither_kind_is_refused() -> None:
+    model = tiny_model()
+    model.model.layers[1].input_layernorm.forward = lambda x: torch.tanh(x)
+    with pytest.raises(BadInput, match="RMS norms or LayerNorms"):
         make_lens(model, random_adapter(model), None, TEXTS, CONFIG, seed=0)
 
 
@@ -188,11 +225,11 @@ def test_an_sae_of_another_adapter_is_refused() -> None:
 def test_directions_elsewhere_are_counted() -> None:
     model = tiny_model()
     adapter = random_adapter(model, patterns="o")
-    other = replace(adapter, modules=(replace(adapter.modules[0], type="gate_up_proj"), *adapter.modules[1:]))
+    other = replace(adapter, modules=(replace(adapter.modules[0], type="self_attn.new"), *adapter.modules[1:]))
     _, counts = make_lens(model, other, None, TEXTS, CONFIG, seed=0)
     assert (counts["directions_elsewhere"], counts["features"]) == (2, 4)
     assert set(counts["sides"]) == {"write"}
-    writes, reads = residual_vectors(model, other, None)
+    writes, reads = residual_vectors(find_norms(model, other), other, None)
     assert (writes.vectors_KD.shape, reads.ids) == ((4, 32), [])
 
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save as to_safetensors
 
 from lorascope.adapter import Adapter
-from lorascope.addresses import GROUPS, direction_layer, direction_type, select
+from lorascope.addresses import GROUPS, direction_layer, direction_type, group_of
 from lorascope.attached import attach, find_module
 from lorascope.config import Options
 from lorascope.errors import BadInput
@@ -314,10 +314,9 @@ def gather(addresses: Sequence[str], key: Any) -> dict[str, list[str]]:
 
 def groups(addresses: Sequence[str]) -> dict[str, list[str]]:
     """`attn` and `mlp`, where the adapter has them, and `all`."""
-    types = {direction_type(a) for a in addresses}
-    present = [group for group, members in GROUPS.items() if types & set(members)]
-    found = {g: [a for a, hit in zip(addresses, select(addresses, g), strict=True) if hit] for g in present}
-    return found | {"all": list(addresses)}
+    inside = [a for a in addresses if direction_layer(a) is not None]
+    found = {group: [a for a in inside if group_of(direction_type(a)) == group] for group in GROUPS}
+    return {group: members for group, members in found.items() if members} | {"all": list(addresses)}
 
 
 def target_rows(

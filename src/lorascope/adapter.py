@@ -6,6 +6,7 @@ Shapes: N = directions (columns), R = rank of one module, I = input width, O = o
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,16 +20,20 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lorascope.addresses import (
-    LAYER_PATTERN,
+    GROUPS,
     address_of,
+    group_of,
     in_columns,
     locate_modules,
     parse_layers,
     rank_addresses,
     select,
 )
+from lorascope.decoders import linear_modules, linear_sizes, not_linear
 from lorascope.errors import BadInput
 from lorascope.peft_files import PREFIX, read_config, read_vectors
+
+OTHER_TOWER = re.compile(r"(?:^|\.)(?:vision|visual|audio|image|multi_?modal)[^.]*\.")
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,19 @@ class Adapter:
         scales = np.concatenate([np.full(m.rank, m.scale) for m in self.modules])
         return (scales * self.write_norms).astype(np.float32)
 
+    def text_only(self) -> "Adapter":
+        """The same without the modules of a multimodal model's vision or audio tower, which text gives no scalars.
+
+        Raises:
+            BadInput: nothing is left.
+        """
+        kept = {m.path: (m.a_RI, m.b_OR, m.scale) for m in self.modules if not OTHER_TOWER.search(m.path)}
+        if not kept:
+            raise BadInput("The adapter adapts no part that text runs through, only that for images or sound.")
+        return (
+            self if len(kept) == len(self.modules) else build_adapter(kept, {**self.config, "target_modules": [*kept]})
+        )
+
     def to_svd_basis(self) -> "Adapter":
         """The same weight change in its singular basis: each read vector of length 1, directions by singular value.
 
@@ -158,19 +176,6 @@ def build_adapter(weights: dict[str, tuple[Tensor, Tensor, float]], config: dict
     return Adapter(tuple(modules), config)
 
 
-def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The linear maps inside the decoder's numbered layers, by path: what an adapter can be trained on.
-
-    Found by type (`nn.Linear` or anything with a 2-D weight and in/out features), not by a table of models.
-    """
-    found = {}
-    for path, module in model.named_modules():
-        linear = isinstance(module, nn.Linear) or (hasattr(module, "in_features") and hasattr(module, "out_features"))
-        if linear and LAYER_PATTERN.search(path):
-            found[path] = module
-    return found
-
-
 def initial_adapter(
     model: nn.Module,
     *,
@@ -194,6 +199,15 @@ def initial_adapter(
     modules = linear_modules(model)
     located = locate_modules(modules)
     addresses = {path: address_of(*place) for path, place in located.items()}
+    given = patterns.split(",") if isinstance(patterns, str) else patterns
+    present = {group_of(type_) for _, type_ in located.values()}
+    for group in (pattern.strip() for pattern in given):
+        if group in GROUPS and group not in present:
+            others = ", ".join(not_linear(model)) or "none"
+            raise BadInput(
+                f"{type(model).__name__} has no linear map in the group {group!r} (weights that are none: {others}); "
+                f"choose others, such as --modules {next((g for g in GROUPS if g in present), '*')!r}."
+            )
     chosen = select(list(addresses.values()), patterns)
     numbers = parse_layers(layers, 1 + max((layer for layer, _ in located.values() if layer is not None), default=0))
     generator = torch.Generator().manual_seed(seed)
@@ -201,7 +215,7 @@ def initial_adapter(
     for (path, _), hit in zip(addresses.items(), chosen, strict=True):
         if not hit or located[path][0] not in numbers:
             continue
-        width, height = int(modules[path].in_features), int(modules[path].out_features)  # type: ignore[arg-type]
+        width, height = linear_sizes(modules[path]) or (0, 0)
         a_RI = (torch.rand(rank, width, generator=generator) * 2 - 1) / math.sqrt(width)
         weights[path] = (a_RI, torch.zeros(height, rank), alpha / (math.sqrt(rank) if rslora else rank))
     if not weights:
@@ -215,19 +229,27 @@ def initial_adapter(
         "use_rslora": rslora,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": all(hasattr(modules[path], "nx") for path in weights),  # PEFT's word for Conv1D
         "inference_mode": True,
     }
-    return build_adapter(weights, config | target_config(weights, located))
+    elsewhere = [path for path, module in model.named_modules() if path not in located and linear_sizes(module)]
+    return build_adapter(weights, config | target_config(weights, located, elsewhere))
 
 
-def target_config(weights: Iterable[str], located: dict[str, tuple[int | None, str]]) -> dict[str, Any]:
-    """PEFT's `target_modules`: bare names (and layers) where they say it all, else full paths."""
+def target_config(
+    weights: Iterable[str], located: dict[str, tuple[int | None, str]], elsewhere: Iterable[str] = ()
+) -> dict[str, Any]:
+    """PEFT's `target_modules`: bare names (and layers) where they say it all, else full paths.
+
+    Args:
+        located: the linear maps of the decoder's layers.
+        elsewhere: those of the rest of the model, which bare names would match too.
+    """
     chosen = set(weights)
     names = sorted({path.rsplit(".", 1)[-1] for path in chosen})
     layers = sorted({layer for path in chosen if (layer := located[path][0]) is not None})
     by_name = {path for path in located if path.rsplit(".", 1)[-1] in names and located[path][0] in layers}
-    if by_name != chosen:
+    if by_name != chosen or any(path.rsplit(".", 1)[-1] in names for path in elsewhere):
         return {"target_modules": sorted(chosen)}
     every = {place[0] for place in located.values()}
     return {"target_modules": names} | ({} if set(layers) == every else {"layers_to_transform": layers})

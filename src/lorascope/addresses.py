@@ -21,7 +21,21 @@ SHORT_NAMES = {
     "down_proj": "down",
 }
 TYPE_ORDER = {name: i for i, name in enumerate(SHORT_NAMES.values())}
-GROUPS = {"attn": ("q", "k", "v", "o"), "mlp": ("gate", "up", "down")}
+GROUPS = ("attn", "mlp")
+READ, WRITE = "read", "write"
+ROLES: dict[str, tuple[str, str]] = {
+    **dict.fromkeys(("q", "k", "v"), ("attn", READ)),
+    **dict.fromkeys(("qkv_proj", "query_key_value", "Wqkv", "c_attn"), ("attn", READ)),
+    **dict.fromkeys(("q_a_proj", "kv_a_proj_with_mqa"), ("attn", READ)),
+    **dict.fromkeys(("o", "dense", "out_proj", "attn.c_proj"), ("attn", WRITE)),
+    **dict.fromkeys(("gate", "up", "shared_expert_gate"), ("mlp", READ)),
+    **dict.fromkeys(("gate_up_proj", "fc1", "fc_in", "c_fc", "dense_h_to_4h"), ("mlp", READ)),
+    **dict.fromkeys(("down", "fc2", "fc_out", "dense_4h_to_h", "mlp.c_proj"), ("mlp", WRITE)),
+}
+"""The group of a type, and its side of the residual stream. Types that are not here keep the path inside their layer,
+which names their group (see `group_of`)."""
+BLOCKS = {"attn": ("attn", "attention"), "mlp": ("mlp", "feed_forward", "ffn", "moe", "expert")}
+"""What the modules that hold a group's maps have in their names."""
 LAYER_PATTERN = re.compile(r"(?:^|\.)(\d+)\.(.+)$")
 
 
@@ -57,9 +71,7 @@ def locate_modules(paths: Iterable[str]) -> dict[str, tuple[int | None, str]]:
     located: dict[str, tuple[int | None, str]] = {}
     for path in paths:
         match = LAYER_PATTERN.search(path)
-        layer, rest = (int(match[1]), match[2]) if match else (None, path)
-        last = rest.rsplit(".", 1)[-1]
-        located[path] = (layer, SHORT_NAMES.get(last, last))
+        located[path] = (int(match[1]), type_of(match[2])) if match else (None, path.rsplit(".", 1)[-1])
     counts: dict[tuple[int | None, str], int] = {}
     for place in located.values():
         counts[place] = counts.get(place, 0) + 1
@@ -68,6 +80,34 @@ def locate_modules(paths: Iterable[str]) -> dict[str, tuple[int | None, str]]:
             match = LAYER_PATTERN.search(path)
             located[path] = (place[0], match[2] if match else path)
     return located
+
+
+def type_of(path: str) -> str:
+    """The type of a module by its path inside a layer: its short or known name, else the path.
+
+    A known name is kept bare only where its parents do not speak against its group: `c_proj` is in both of GPT-2's
+    blocks, and Mamba's `out_proj` in none.
+    """
+    parents, _, last = path.rpartition(".")
+    if last in SHORT_NAMES:
+        return SHORT_NAMES[last]
+    return last if last in ROLES and (not parents or block_of(parents) == ROLES[last][0]) else path
+
+
+def block_of(parents: str) -> str | None:
+    """The group that the modules of a path belong to, None where it does not say."""
+    return next((group for group, names in BLOCKS.items() if any(name in parents for name in names)), None)
+
+
+def group_of(type_: str) -> str | None:
+    """`attn` or `mlp` for the type of a linear map in such a block, else None."""
+    return ROLES[type_][0] if type_ in ROLES else block_of(type_.rpartition(".")[0])
+
+
+def side_of(type_: str) -> str | None:
+    """What a type does to the residual stream: `read` it, `write` to it, or (None) neither or unknown."""
+    last = type_.rsplit(".", 1)[-1]
+    return ROLES.get(type_, ROLES.get(SHORT_NAMES.get(last, last), (None, None)))[1]
 
 
 def sort_key(layer: int | None, type_: str) -> tuple[float, int, str]:
@@ -97,16 +137,16 @@ def direction_type(address: str) -> str:
     return re.sub(r"^L\d+\.", "", address).split("#")[0]
 
 
-def expand_pattern(pattern: str) -> list[str]:
-    """One fnmatch pattern, with `attn` and `mlp` written out: `L4*.mlp` becomes `L4*.gate`, `L4*.up`, `L4*.down`."""
-    head, _, last = pattern.rpartition(".")
-    return [f"{head or 'L*'}.{name}" for name in GROUPS[last]] if last in GROUPS else [pattern]
-
-
 def matches(address: str, pattern: str) -> bool:
-    """Whether an address matches one pattern: the address itself, without its `#rank`, or its bare type."""
-    names = (address, address.split("#")[0], direction_type(address))
-    return any(fnmatchcase(name, pattern) for name in names)
+    """Whether an address matches one fnmatch pattern: the address itself, without its `#rank`, or its bare type.
+
+    `attn` and `mlp` stand for all types of the group: `L4*.mlp`.
+    """
+    type_ = direction_type(address)
+    layers, _, last = pattern.rpartition(".")
+    if last in GROUPS:
+        return group_of(type_) == last and fnmatchcase(address.split(".")[0], layers or "L*")
+    return any(fnmatchcase(name, pattern) for name in (address, address.split("#")[0], type_))
 
 
 def select(addresses: Sequence[str], patterns: str | Sequence[str]) -> NDArray[np.bool_]:
@@ -120,8 +160,7 @@ def select(addresses: Sequence[str], patterns: str | Sequence[str]) -> NDArray[n
     given = patterns.split(",") if isinstance(patterns, str) else list(patterns)
     chosen = np.zeros(len(addresses), dtype=bool)
     for pattern in (text.strip() for text in given):
-        parts = expand_pattern(pattern)
-        hits = np.array([any(matches(a, part) for part in parts) for a in addresses], dtype=bool)
+        hits = np.array([matches(address, pattern) for address in addresses], dtype=bool)
         if not hits.any():
             shown = ", ".join(list(addresses)[:3])
             raise BadInput(f"The pattern {pattern!r} matches no direction; addresses look like {shown}.")

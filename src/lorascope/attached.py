@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorascope.adapter import AdaptedModule, Adapter
-from lorascope.addresses import select
+from lorascope.addresses import LAYER_PATTERN, select
+from lorascope.decoders import linear_sizes, text_decoder
 from lorascope.edits import Edit
 from lorascope.errors import BadInput
 from lorascope.rank1 import adapted_forward
@@ -50,11 +51,17 @@ class Reading:
     """
 
     parts: list[list[Tensor]]
+    adapter: Adapter
 
     def scalars(self) -> Tensor:
-        """All scalars [B, T, N] fp32, on the first module's device."""
-        if any(not part for part in self.parts):
-            raise BadInput("Some adapted modules were not run in this forward pass, so their scalars are unknown.")
+        """All scalars [B, T, N] fp32, on the first module's device.
+
+        Raises:
+            BadInput: a module did not run.
+        """
+        for part, module in zip(self.parts, self.adapter.modules, strict=True):
+            if not part:
+                raise BadInput(f"{module.path} was not run in this forward pass, so its scalars are unknown.")
         device = self.parts[0][0].device
         return torch.cat([torch.cat(part, dim=1).to(device) for part in self.parts], dim=-1)
 
@@ -80,6 +87,8 @@ class Attached:
     """Directions are read and have no effect."""
     in_prompt: bool = False
     """True during the prefill of a generation: edits on generated tokens are then at rest."""
+    shape_BT: tuple[int, int] | None = None
+    """Sequences and tokens of the forward pass that runs, or ran last."""
     _head: Callable[[Tensor], Tensor] | None = None
 
     @property
@@ -107,7 +116,7 @@ class Attached:
         """A forward pass up to the final norm, without the LM head; arguments as for `run`."""
         ids_BT = self._ids(tokens)
         with self.tap() as reading:
-            hidden = self.model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
+            hidden = text_decoder(self.model)(input_ids=ids_BT, use_cache=False).last_hidden_state
         return Trunk(hidden, reading.scalars())
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -123,7 +132,7 @@ class Attached:
     @contextmanager
     def tap(self) -> Iterator[Reading]:
         """Read the scalars of every forward inside: `with attached.tap() as reading: ...; reading.scalars()`."""
-        reading = Reading([[] for _ in self.adapter.modules])
+        reading = Reading([[] for _ in self.adapter.modules], self.adapter)
         self.readings.append(reading)
         try:
             yield reading
@@ -181,15 +190,41 @@ class Attached:
             columns.append(hits + module.columns.start)
         return ActiveEdit(edit, local, columns)
 
-    def _pass_scalars(self, index: int, z_BTR: Tensor) -> Tensor:
+    def by_token(self, index: int, x: Tensor) -> Tensor:
+        """What one module sees, [..., K], as [B, T, K]: some decoders lay the tokens of a batch end to end.
+
+        Raises:
+            BadInput: the module sees some of the tokens only, as a routed expert does.
+        """
+        if self.shape_BT is None or x.shape[:-1] == self.shape_BT:
+            return x
+        (rows, tokens), seen = self.shape_BT, x.shape[:-1].numel()
+        if seen != rows * tokens:
+            path = self.adapter.modules[index].path
+            raise BadInput(
+                f"{path} sees {seen} of {rows * tokens} tokens, as a routed expert does, so it has no scalar on the "
+                "others; use an adapter without it."
+            )
+        return x.reshape(rows, tokens, -1)
+
+    def _pass_scalars(self, index: int, z: Tensor) -> Tensor:
         """What happens to one module's scalars on their way: edits; readings see the result; it has effect, or none."""
+        if not self.edits and not self.readings:
+            return torch.zeros_like(z) if self.base_run else z
+        z_BTR = self.by_token(index, z)
         for active in self.edits:
             local = active.local[index]
             if local is not None and not (active.edit.where == "generated" and self.in_prompt):
                 z_BTR = apply_edit(active.edit, z_BTR, local.to(z_BTR.device), active.columns[index].to(z_BTR.device))
         for reading in self.readings:
             reading.parts[index].append(z_BTR)
-        return torch.zeros_like(z_BTR) if self.base_run else z_BTR
+        return torch.zeros_like(z) if self.base_run else z_BTR.reshape(z.shape)
+
+    def _see_shape(self, _: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the text decoder's forward: remember how many sequences and tokens it gets."""
+        given = args[0] if args else kwargs.get("input_ids")
+        given = kwargs.get("inputs_embeds") if given is None else given
+        self.shape_BT = None if given is None or given.ndim < 2 else (given.shape[0], given.shape[1])
 
     def _ids(self, tokens: Tensor | Sequence[Sequence[int]]) -> Tensor:
         ids_BT = tokens if isinstance(tokens, Tensor) else pad_ids(list(tokens), 0)[0]
@@ -201,7 +236,7 @@ class Attached:
     def _checked_head(self) -> Callable[[Tensor], Tensor]:
         head = head_of(self.model)
         ids = torch.tensor([[1, 2, 3]], device=self.device) % self.model.config.get_text_config().vocab_size
-        hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        hidden = text_decoder(self.model)(input_ids=ids, use_cache=False).last_hidden_state
         logits, ours = self.model(input_ids=ids, use_cache=False).logits, head(hidden)
         # Scaling and soft cap of a low-precision model round at every step.
         tolerance = 1e-3 if logits.dtype == torch.float32 else 2e-2
@@ -217,7 +252,7 @@ def head_of(model: Any) -> Callable[[Tensor], Tensor]:
     bfloat16 are off by more than what a single direction does to them.
     """
     head, config = model.get_output_embeddings(), model.config.get_text_config()
-    factor = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
+    factor = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
     cap = getattr(config, "final_logit_softcapping", None)
     product: Callable[[Tensor], Tensor] = head
     # One that is of another type, or adapted, or that accelerate has hooks on, runs as it is.
@@ -258,10 +293,13 @@ def attach(model: Any, adapter: Adapter) -> Iterator[Attached]:
     dict stay the base's own.
 
     Raises:
-        BadInput: a module of the adapter is not in the model, or its shape differs.
+        BadInput: a module of the adapter is not in the model or not in its text decoder, or its shape differs.
     """
     attached = Attached(model, adapter)
     found = [find_module(model, module) for module in adapter.modules]
+    decoder = text_decoder(model)
+    refuse_other_towers(decoder, adapter, found)
+    shape_hook = decoder.register_forward_pre_hook(attached._see_shape, with_kwargs=True)
     before = [linear.__dict__.get("forward", MISSING) for linear in found]
     try:
         for index, (linear, module) in enumerate(zip(found, adapter.modules, strict=True)):
@@ -276,6 +314,7 @@ def attach(model: Any, adapter: Adapter) -> Iterator[Attached]:
             )
         yield attached
     finally:
+        shape_hook.remove()
         for linear, forward in zip(found, before, strict=True):
             if forward is MISSING:
                 linear.__dict__.pop("forward", None)
@@ -291,16 +330,27 @@ def find_module(model: nn.Module, module: AdaptedModule) -> Any:
         raise BadInput(
             f"The adapter's module {module.path} is not in this model; is it the adapter of another model?"
         ) from error
-    width = getattr(linear, "in_features", getattr(linear, "nx", None))
-    height = getattr(linear, "out_features", getattr(linear, "nf", None))
-    if width is None or height is None:
+    sizes = linear_sizes(linear)
+    if sizes is None:
         raise BadInput(f"{module.path} is a {type(linear).__name__}, not a linear map; lorascope cannot adapt it.")
-    if (width, height) != (module.a_RI.shape[1], module.b_OR.shape[0]):
+    if sizes != (module.a_RI.shape[1], module.b_OR.shape[0]):
         raise BadInput(
             f"The adapter's {module.path} maps {module.a_RI.shape[1]} to {module.b_OR.shape[0]}, the model's maps "
-            f"{width} to {height}; is it the adapter of another model?"
+            f"{sizes[0]} to {sizes[1]}; is it the adapter of another model?"
         )
     return linear
+
+
+def refuse_other_towers(decoder: nn.Module, adapter: Adapter, found: Sequence[nn.Module]) -> None:
+    """Raise BadInput for directions in layers that text does not run through, such as a vision tower's."""
+    inside = set(decoder.modules())
+    pairs = zip(adapter.modules, found, strict=True)
+    others = [part.path for part, module in pairs if module not in inside and LAYER_PATTERN.search(part.path)]
+    if others:
+        raise BadInput(
+            f"{len(others)} of the adapter's modules are not in the text decoder ({others[0]}), so text gives them no "
+            "scalars; use an adapter without them."
+        )
 
 
 def decoder_layers(model: nn.Module, adapter: Adapter) -> nn.ModuleList:

@@ -2,8 +2,9 @@
 
 `random`: isotropic read vectors, and differences of two random tokens' inputs, both with random writes and rescaled to
 the trained direction's standard deviation of effect. `untrained`: the read vectors of step 0 with the trained writes.
-`neurons`: a random sample of `down_proj` inputs, so post-gate. The first two are adapters, kept in `controls/` of the
-study so that every corpus is read with the same vectors; they are never put on the model.
+`neurons`: a random sample of the inputs of the MLPs' last maps, so after the gate or activation. The first two are
+adapters, kept in `controls/` of the study so that every corpus is read with the same vectors; they are never put on
+the model.
 
 Shape legend: B traces of a batch, T tokens, N directions, R = directions of one module, I input width, O output width.
 """
@@ -19,9 +20,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from lorascope.adapter import AdaptedModule, Adapter, build_adapter, initial_adapter, linear_modules
-from lorascope.addresses import locate_modules
+from lorascope.adapter import AdaptedModule, Adapter, build_adapter, initial_adapter
+from lorascope.addresses import WRITE, group_of, locate_modules, side_of
 from lorascope.attached import Attached, decoder_layers, find_module
+from lorascope.decoders import linear_modules, linear_sizes
 from lorascope.errors import BadInput, MissingStage
 from lorascope.features import DIFFERENCE
 from lorascope.fused import SharedInput, shared_inputs
@@ -36,7 +38,7 @@ SAMPLE_TRACES, SAMPLE_TOKENS = 16, 256
 
 @dataclass(frozen=True)
 class Site:
-    """Where a probe reads: a module's path, and what its input [B, T, I] gives, [B, T, columns] fp32."""
+    """Where a probe reads: a module's path, and what its input [..., I] gives, [..., columns] fp32."""
 
     path: str
     read: Callable[[Tensor], Tensor]
@@ -53,7 +55,7 @@ class Probe:
 
 @contextmanager
 def probing(model: nn.Module, probes: Sequence[Probe]) -> Iterator[Callable[[], list[Tensor]]]:
-    """Read probes in every forward inside; the function given returns each probe's last scalars [B, T, columns] fp32.
+    """Read probes in every forward inside; the function given returns each probe's last scalars [B·T, columns] fp32.
 
     Inputs are seen by hooks before the module's own forward, whatever that is: nothing that runs is changed.
     """
@@ -61,7 +63,7 @@ def probing(model: nn.Module, probes: Sequence[Probe]) -> Iterator[Callable[[], 
 
     def keep(row: list[Tensor], place: int, site: Site) -> Callable[..., None]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            row[place] = site.read(inputs[0])
+            row[place] = site.read(inputs[0]).flatten(0, -2)  # some decoders' MLPs get the tokens end to end
 
         return hook
 
@@ -99,19 +101,24 @@ def beside(part: AdaptedModule, model: nn.Module) -> AdaptedModule:
 
 
 def neuron_probe(model: nn.Module, count: int, seed: int) -> Probe:
-    """Reads `count` MLP neurons, drawn by seed from all layers, after the gate; each writes its column of `down_proj`.
+    """Reads `count` MLP neurons, drawn by seed from all layers, after the gate or activation.
 
-    Addresses are `L3.512` (layer, unit). All neurons where there are fewer than `count`.
+    Each writes its column of the MLP's last map (`down_proj`, `fc2`, `dense_4h_to_h`, …). Addresses are `L3.512`
+    (layer, unit). All neurons where there are fewer than `count`.
 
     Raises:
-        BadInput: the model has no module named `down_proj`.
+        BadInput: a layer has no such map or several, as routed experts, or it is not known by its name.
     """
     modules: dict[str, Any] = dict(linear_modules(model))
     located = locate_modules(modules)
-    downs = sorted((layer or 0, path) for path, (layer, type_) in located.items() if type_ == "down")
-    if not downs:
-        raise BadInput("This model has no down_proj, so its MLP neurons are not known; leave neurons out of --source.")
-    widths = [int(modules[path].in_features) for _, path in downs]
+    writes = ((place[0] or 0, path) for path, place in located.items() if group_of(place[1]) == "mlp")
+    downs = sorted((layer, path) for layer, path in writes if side_of(located[path][1]) == WRITE)
+    if not downs or len({layer for layer, _ in downs}) < len(downs):
+        raise BadInput(
+            "This model has no down_proj or its like, or several in a layer, so its MLP neurons are not known; leave "
+            "neurons out of --source."
+        )
+    widths = [(linear_sizes(modules[path]) or (0, 0))[0] for _, path in downs]
     starts = np.cumsum([0, *widths])
     total = int(starts[-1])
     chosen = np.sort(np.random.default_rng(seed).choice(total, min(count, total), replace=False))
@@ -120,6 +127,7 @@ def neuron_probe(model: nn.Module, count: int, seed: int) -> Probe:
         units = torch.from_numpy(chosen[(chosen >= first) & (chosen < stop)] - first)
         if len(units):
             weight_OI = modules[path].weight.detach()
+            weight_OI = weight_OI.T if hasattr(modules[path], "nx") else weight_OI  # Conv1D keeps [in, out]
             effects.append(weight_OI[:, units.to(weight_OI.device)].float().norm(dim=0).cpu().numpy())
             addresses += [f"L{layer}.{unit}" for unit in units.tolist()]
             sites.append(Site(path, partial(read_units, units=units)))
@@ -162,7 +170,7 @@ def random_control(attached: Attached, rendered: Sequence[Rendered], seed: int) 
     unscaled = build_adapter(weights, unit_config(adapter, weights))
     probe = adapter_probe(unscaled, attached.model, random_addresses(adapter))
     with probing(attached.model, [probe]) as read:
-        z_TK = np.concatenate([(attached.trunk([one.ids.tolist()]), read()[0][0].cpu().numpy())[1] for one in sample])
+        z_TK = np.concatenate([(attached.trunk([one.ids.tolist()]), read()[0].cpu().numpy())[1] for one in sample])
     trained_N = adapter.effect_per_scalar * z_TN[ordinary_T].std(axis=0)
     return rescaled(unscaled, adapter, trained_N, z_TK[ordinary_T].std(axis=0))
 
@@ -219,7 +227,7 @@ def inputs_at(attached: Attached, sample: Sequence[Rendered], tokens_NK: npt.NDA
 
     def keep(part: AdaptedModule, found_KRI: Tensor) -> Callable[..., None]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x_TI = inputs[0][0]
+            x_TI = inputs[0].flatten(0, -2)
             for r, k in np.argwhere((tokens_NK[part.columns] >= start) & (tokens_NK[part.columns] < start + len(x_TI))):
                 found_KRI[k, r] = x_TI[tokens_NK[part.columns][r, k] - start].float().cpu()
 

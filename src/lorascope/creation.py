@@ -85,7 +85,7 @@ def fill_study(study: Study, config: NewConfig, options: Options) -> dict[str, A
     tokenizer = load_tokenizer(config.model)
     tokenizer.save_pretrained(study.path / "tokenizer")
     renderer = study.renderer(tokenizer)
-    corpora = {}
+    corpora, left_out = {}, 0
     for name, traces in (("train", train), ("heldout", heldout)):
         rendered, counts = renderer.render_all(traces)
         write_traces(study.corpus_file(name), traces)
@@ -93,13 +93,19 @@ def fill_study(study: Study, config: NewConfig, options: Options) -> dict[str, A
         corpora[name] = {"source": config.traces, "traces": len(traces), "tokens": tokens, "length_rule": counts}
     study.update_manifest(corpora=corpora)
     if config.adapter:
-        adapter = Adapter.load(config.adapter)
+        whole = Adapter.load(config.adapter)
+        adapter = whole.text_only()
+        left_out = len(whole.modules) - len(adapter.modules)
         adapter = adapter.to_svd_basis() if config.basis == "svd" else adapter
         adapter.save(study.path / "adapter")
         study.update_manifest(adapter=config.adapter, basis=config.basis if adapter.basis_dependent else None)
     study.log(f"new: {corpora}")
     write_json(study.path / "summary.json", {})
-    return {"study": str(study.path), "corpora": corpora}
+    result = {"study": str(study.path), "corpora": corpora}
+    if left_out:
+        result["left_out"] = f"{left_out} modules of the adapter that text does not run through (vision or audio)"
+        study.log(f"new: left out {result['left_out']}")
+    return result
 
 
 def split_source(config: NewConfig, seed: int) -> tuple[list[Trace], list[Trace]]:

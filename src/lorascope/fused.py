@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lorascope.adapter import AdaptedModule, Adapter
 from lorascope.attached import MISSING, Attached, find_module, wide_linear
-from lorascope.rank1 import Linear, apply_linear, backward_linear, forward_linear
+from lorascope.rank1 import Linear, apply_linear, backward_linear, forward_linear, unflattened
 
 HEAD_CHUNK = 512
 """Positions whose logits exist at once: 512 x 49,152 fp32 logits are 100 MB; with fewer the products are slower."""
@@ -67,7 +67,7 @@ class GatedMLPFunction(torch.autograd.Function):
         y_TD, z_down = forward_linear(F.silu(gate_TI).mul_(up_TI), down)
         ctx.save_for_backward(x_TD, gate_TI, up_TI, z_gate, z_up, z_down, *weights)
         ctx.scales, ctx.shape = scales, x.shape
-        return y_TD.reshape(*x.shape[:-1], -1)
+        return unflattened(y_TD, x)
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> Any:

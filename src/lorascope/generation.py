@@ -18,6 +18,7 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
 from lorascope.attached import Attached
+from lorascope.decoders import text_decoder
 from lorascope.progress import progress
 from lorascope.traces import MARKUPS, Renderer
 
@@ -187,7 +188,7 @@ def run_prefix(model: Any, cache: Any, ids_1T: Tensor, rows: int) -> None:
     try:
         if isinstance(model, Attached):
             model.in_prompt = True
-        live.base_model(input_ids=ids_1T, use_cache=True, **cache_argument(live, cache))
+        text_decoder(live)(input_ids=ids_1T, use_cache=True, **cache_argument(live, cache))
     finally:
         if isinstance(model, Attached):
             model.in_prompt = before
@@ -196,7 +197,7 @@ def run_prefix(model: Any, cache: Any, ids_1T: Tensor, rows: int) -> None:
 
 def cache_argument(model: Any, cache: Any) -> dict[str, Any]:
     """The cache under the name that the model takes it by: `cache` since transformers 5.24."""
-    known = inspect.signature(model.prepare_inputs_for_generation).parameters
+    known = inspect.signature(text_decoder(model).forward).parameters
     return {"cache" if "cache" in known else "past_key_values": cache}
 
 

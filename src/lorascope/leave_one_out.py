@@ -19,6 +19,7 @@ from torch import Tensor
 from lorascope import edits
 from lorascope.addresses import direction_layer
 from lorascope.attached import Attached, decoder_layers
+from lorascope.decoders import text_decoder
 from lorascope.fused import fused_reading
 from lorascope.kl import Changes, assistant_positions, compare_hidden, predicted_segments
 from lorascope.progress import progress
@@ -150,7 +151,7 @@ def edited_run(attached: Attached, reference: Reference, layer: int, gates_GN: T
 
 def last_hidden(attached: Attached, ids_BT: Tensor) -> Tensor:
     """The final hidden states, no scalar read: skipped layers have none."""
-    hidden: Tensor = attached.model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
+    hidden: Tensor = text_decoder(attached.model)(input_ids=ids_BT, use_cache=False).last_hidden_state
     return hidden
 
 

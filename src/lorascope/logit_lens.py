@@ -1,22 +1,22 @@
 """The lens: top tokens of what directions and latents write to the residual stream, and of what directions read there.
 
-A write v (of o or down, or a latent's through both) adds W_U·(γ ⊙ v) / r to the logits, where γ is the weight of the
-final norm and r the length by which it divides, which is taken as constant: so tokens are ranked by W_U·(γ ⊙ v). A
-read a (of q k v gate up) sees γ ⊙ h / rms(h) of the residual stream h, γ of its own layer's norm. On a token's
-embedding e alone that is a·(γ ⊙ e) / rms(e): embeddings are normalised as the model's own norm does it, so that long
-ones do not lead every list. So each side is one vector of the residual stream (v, or γ ⊙ a) against one table with a
-row per token. Values are for that vector at length 1, about their mean over the vocabulary: a softmax does not see the
-mean. All is linear and direct: what later layers make of a write is left out.
+A write v (of o, down or their like, or a latent's through both) adds W_U·(γ ⊙ v) / r to the logits, where γ is the
+weight of the final norm and r the length by which it divides, which is taken as constant: so tokens are ranked by
+W_U·(γ ⊙ v). A read a (of q k v gate up or fused ones) sees γ ⊙ h / rms(h) of the residual stream h, γ of its own
+layer's norm. On a token's embedding e alone that is a·(γ ⊙ e) / rms(e): embeddings are normalised as the model's own
+norm does it, so that long ones do not lead every list; where maps read the stream without a norm, they are as they
+are. A LayerNorm subtracts the mean first. So each side is one vector of the residual stream (v, or γ ⊙ a) against one
+table with a row per token. Values are for that vector at length 1, about their mean over the vocabulary: a softmax does
+not see the mean. All is linear and direct: what later layers make of a write is left out.
 
 Shape legend: K vectors, D model width, V vocabulary, Q random vectors, F latents, J tokens listed.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,20 +26,16 @@ import torch
 from safetensors.numpy import load_file
 from torch import Tensor
 
-from lorascope.adapter import AdaptedModule, Adapter
+from lorascope.adapter import Adapter
 from lorascope.config import Options
 from lorascope.errors import BadInput, RunFailed
 from lorascope.progress import progress
+from lorascope.residual_norms import Norm, Norms, find_norms, unknown_architecture
 from lorascope.study import Study, atomic_write_bytes
 from lorascope.token_text import open_tokenizer, vocabulary_texts
 
-if TYPE_CHECKING:
-    from torch import nn
-
 LENS = "lens/lens.parquet"
 SAE_WEIGHTS = "sae/sae_weights.safetensors"
-READS = {"q": "attention", "k": "attention", "v": "attention", "gate": "mlp", "up": "mlp"}
-WRITES = {"o": "attention", "down": "mlp"}
 VECTORS = 64
 """Vectors whose values on the whole vocabulary exist at once."""
 ROWS = 16_384
@@ -58,27 +54,19 @@ class LensConfig:
 
 @dataclass(frozen=True)
 class TokenTable:
-    """Rows to compare a vector of the residual stream with: value = row·(fold ⊙ vector) · scale, minus the mean."""
+    """Rows to compare a vector of the residual stream with: value = row·norm(vector) · scale, minus the mean."""
 
     weight_VD: Tensor
     """In the model's dtype, on its device."""
-    fold_D: Tensor
+    norm: Norm
     scale_V: Tensor
 
     def values(self, vectors_KD: Tensor) -> Tensor:
         """Values of all tokens about their mean over the vocabulary, fp32 [K, V], on the CPU."""
-        folded_KD = vectors_KD.to(self.weight_VD.device) * self.fold_D
+        folded_KD = self.norm.of_write(vectors_KD.to(self.weight_VD.device))
         parts = [folded_KD @ rows_VD.float().T for rows_VD in self.weight_VD.split(ROWS)]
         values_KV = torch.cat(parts, dim=1) * self.scale_V
         return (values_KV - values_KV.mean(dim=1, keepdim=True)).cpu()
-
-
-@dataclass(frozen=True)
-class Norms:
-    """Weights of a layer's norms before each block, which reads see, and after it (ones without such a norm), [D]."""
-
-    before: dict[str, Tensor]
-    after: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -145,9 +133,10 @@ def make_lens(
         texts: readable text of each vocabulary id; rows of the model's tables beyond them are padding.
 
     Raises:
-        BadInput: the model's parts are not where this expects them.
+        BadInput: the norms around the residual stream are not found.
     """
-    writes, reads = residual_vectors(model, adapter, decoder_FN)
+    norms = find_norms(model, adapter)
+    writes, reads = residual_vectors(norms, adapter, decoder_FN)
     known = min(len(texts), model.get_input_embeddings().weight.shape[0])
     generator = torch.Generator().manual_seed(seed)
     tables: list[pa.Table] = []
@@ -155,7 +144,7 @@ def make_lens(
     for side, vectors in (("write", writes), ("read", reads)):
         if not vectors.ids:
             continue
-        against = unembedding(model, adapter, known) if side == "write" else embedding(model, known)
+        against = unembedding(model, norms, known) if side == "write" else embedding(model, norms, known)
         random_QD = torch.randn(config.random, vectors.vectors_KD.shape[1], generator=generator)
         null_Q = torch.cat([against.values(part).amax(dim=1) for part in unit(random_QD).split(VECTORS)]).sort().values
         part = side_table(side, vectors, against, texts, min(config.top, known), null_Q)
@@ -167,7 +156,7 @@ def make_lens(
         }
         tables.append(part)
     if not tables:
-        raise BadInput("No direction of this adapter reads or writes the residual stream (q k v o gate up down).")
+        raise BadInput("No direction of this adapter is known to read or write the residual stream, as q or down do.")
     shown = {*writes.ids, *reads.ids}
     polarities = [f"{address}{sign}" for address in adapter.addresses for sign in "+-"]
     elsewhere = sum(name not in shown for name in polarities)
@@ -175,7 +164,7 @@ def make_lens(
 
 
 def residual_vectors(
-    model: Any, adapter: Adapter, decoder_FN: npt.NDArray[np.floating] | None
+    norms: Norms, adapter: Adapter, decoder_FN: npt.NDArray[np.floating] | None
 ) -> tuple[Vectors, Vectors]:
     """What features write to the residual stream (both polarities, then latents) and what polarities read from it.
 
@@ -185,22 +174,21 @@ def residual_vectors(
     read: list[tuple[str, Tensor]] = []
     latents_FD: Tensor | None = None
     for module, name in zip(adapter.modules, adapter.module_addresses, strict=True):
-        if module.layer is None or module.type not in READS | WRITES:
-            continue
         addresses = [name + (f"#{r}" if module.rank > 1 else "") for r in range(module.rank)]
-        norms = layer_norms(model, module)
-        if module.type in WRITES:
-            b_RD = module.b_OR.T * norms.after[WRITES[module.type]].cpu()
-            written += both_signs(addresses, module.scale * b_RD, float(np.sign(module.scale)) or 1.0)
+        sign = float(np.sign(module.scale)) or 1.0
+        if module.path in norms.writes:
+            norm = norms.writes[module.path]
+            b_RD = norm.of_write(module.b_OR.T) if norm else module.b_OR.T
+            written += both_signs(addresses, module.scale * b_RD, sign)
             if decoder_FN is not None:
                 if decoder_FN.shape[1] != len(adapter.addresses):
                     raise RunFailed("The SAE was trained on another adapter's scalars; train it again.")
                 codes_FR = torch.from_numpy(np.asarray(decoder_FN[:, module.columns], np.float32))
                 part_FD = codes_FR @ (module.scale * b_RD)
                 latents_FD = part_FD if latents_FD is None else latents_FD + part_FD
-        else:
-            a_RD = module.a_RI * norms.before[READS[module.type]].cpu()
-            read += both_signs(addresses, a_RD, float(np.sign(module.scale)) or 1.0)
+        elif module.path in norms.reads:
+            norm = norms.reads[module.path]
+            read += both_signs(addresses, norm.of_read(module.a_RI) if norm else module.a_RI, sign)
     if latents_FD is not None:
         written += [(f"sae.{i}", vector_D) for i, vector_D in enumerate(latents_FD)]
     return stacked(written), stacked(read)
@@ -250,84 +238,29 @@ def side_table(
     return pa.table(table)
 
 
-def unembedding(model: Any, adapter: Adapter, known: int) -> TokenTable:
-    """The LM head's rows behind the final norm's weight; a scaling or soft cap of logits would not change the order."""
-    head = model.get_output_embeddings()
-    weight = getattr(head, "weight", None)
-    norm = getattr(decoder_of(model, adapter), "norm", None)
-    if weight is None or norm is None:
-        raise unknown_architecture(model, "a final norm named `norm` and an LM head")
-    fold_D = norm_weight(model, norm, weight.shape[1], weight.device)
-    return TokenTable(weight.detach()[:known], fold_D, torch.ones(known, device=weight.device))
+def unembedding(model: Any, norms: Norms, known: int) -> TokenTable:
+    """The LM head's rows behind the final norm; a scaling or soft cap of logits would not change the order."""
+    weight = getattr(model.get_output_embeddings(), "weight", None)
+    if weight is None:
+        raise unknown_architecture(model, "an LM head with a weight")
+    return TokenTable(weight.detach()[:known], norms.final, torch.ones(known, device=weight.device))
 
 
-def embedding(model: Any, known: int) -> TokenTable:
-    """The embedding's rows, each divided by its root mean square, as a norm does with a residual stream that holds
-    nothing else; factors by which some models scale embeddings cancel."""
+def embedding(model: Any, norms: Norms, known: int) -> TokenTable:
+    """The embedding's rows, each divided by its length as the norms before reads do it with a residual stream that
+    holds nothing else; factors by which some models scale embeddings cancel.
+
+    Raises:
+        BadInput: some reads pass norms of another kind than others.
+    """
+    kinds = {norm and norm.centred for norm in norms.reads.values()}
+    if len(kinds) > 1:
+        raise unknown_architecture(model, "the same kind of norm before all maps that read the residual stream")
+    centred = kinds.pop()
     weight_VD = model.get_input_embeddings().weight.detach()[:known]
-    rms_V = torch.cat([rows.float().pow(2).mean(dim=1).sqrt() for rows in weight_VD.split(ROWS)])
-    ones_D = torch.ones(weight_VD.shape[1], device=weight_VD.device)
-    return TokenTable(weight_VD, ones_D, 1 / rms_V.clamp_min(1e-30))
-
-
-def decoder_of(model: Any, adapter: Adapter) -> Any:
-    """The module that holds the numbered layers and, in known architectures, the final norm."""
-    for module in adapter.modules:
-        if match := re.match(r"(.*?)\.?[^.]+\.\d+\.", module.path):
-            return model.get_submodule(match[1])
-    raise BadInput("The adapter adapts no numbered decoder layer, so the lens cannot tell where it reads and writes.")
-
-
-def layer_norms(model: Any, module: AdaptedModule) -> Norms:
-    """The weights of the norms around a layer's two blocks.
-
-    Known are layers with a norm before attention (`input_layernorm`) and one before the MLP
-    (`post_attention_layernorm`: Llama, Qwen, Mistral, …), and those with norms on both sides of each block (Gemma 2
-    and 3, with `pre_feedforward_layernorm` and `post_feedforward_layernorm`).
-
-    Raises:
-        BadInput: the layer is built otherwise.
-    """
-    match = re.match(r".*?\.\d+(?=\.)", module.path)
-    layer = model.get_submodule(match[0] if match else "")
-    names = {name for name, _ in layer.named_children()}
-    if {"input_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"} <= names:
-        before = {"attention": "input_layernorm", "mlp": "pre_feedforward_layernorm"}
-        after = {"attention": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"}
-    elif {"input_layernorm", "post_attention_layernorm"} <= names and "post_feedforward_layernorm" not in names:
-        before, after = {"attention": "input_layernorm", "mlp": "post_attention_layernorm"}, {}
-    else:
-        raise unknown_architecture(model, "layers with input_layernorm and post_attention_layernorm")
-    weight = model.get_input_embeddings().weight
-    width = weight.shape[1]
-    if width != (module.b_OR.shape[0] if module.type in WRITES else module.a_RI.shape[1]):
-        raise unknown_architecture(model, "blocks as wide as its embedding")
-    needed = {*before.values(), *after.values()}
-    found = {name: norm_weight(model, getattr(layer, name), width, weight.device) for name in needed}
-    ones_D = torch.ones(width)
-    return Norms(
-        {block: found[name] for block, name in before.items()},
-        {block: found[after[block]] if block in after else ones_D for block in before},
-    )
-
-
-def norm_weight(model: Any, norm: nn.Module, width: int, device: torch.device) -> Tensor:
-    """γ of an RMS norm, fp32 [D], whatever it calls or adds to it: read off what it does to vectors of ±1.
-
-    Raises:
-        BadInput: it is no RMS norm (it takes the mean away or has a bias).
-    """
-    generator = torch.Generator().manual_seed(0)
-    signs = torch.randint(0, 2, (2, width), generator=generator).float().mul(2).sub(1).to(device)
-    dtype = next((p.dtype for p in norm.parameters()), torch.float32)
-    size = 256.0  # so large that the norm's epsilon vanishes, and exact in any precision
-    gamma = norm((size * signs).to(dtype)).float() * signs
-    if not torch.allclose(gamma[0], gamma[1], rtol=1e-3, atol=1e-4):
-        raise unknown_architecture(model, "RMS norms")
-    return gamma[0]
-
-
-def unknown_architecture(model: Any, wanted: str) -> BadInput:
-    """The one sentence for a model that the lens cannot see through."""
-    kind = type(model).__name__
-    return BadInput(f"The lens does not know the architecture {kind}: it needs {wanted}, as Llama, Qwen or Gemma have.")
+    same = Norm(torch.ones(weight_VD.shape[1]), bool(centred))
+    if centred is None:
+        return TokenTable(weight_VD, same, torch.ones(known, device=weight_VD.device))
+    wide = (rows_VD.float() for rows_VD in weight_VD.split(ROWS))
+    rms_V = torch.cat([(rows - rows.mean(1, keepdim=True) if centred else rows).pow(2).mean(1).sqrt() for rows in wide])
+    return TokenTable(weight_VD, same, 1 / rms_V.clamp_min(1e-30))

@@ -20,6 +20,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import is_flash_attn_2_available
 
+from lorascope.decoders import text_decoder
+
 PACKED = "lorascope_packed"
 
 
@@ -77,13 +79,14 @@ def prepare_packing(model: Any, longest: int) -> bool:
     """
     before, weight = model.config._attn_implementation, model.get_input_embeddings().weight
     text = model.config.get_text_config()
-    takes_places = "position_ids" in inspect.signature(model.base_model.forward).parameters
+    decoder = text_decoder(model)
+    takes_places = "position_ids" in inspect.signature(decoder.forward).parameters
     if longest > longest_unmasked(text) or not takes_places:
         return False
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(text.vocab_size, (24,), generator=generator).to(weight.device)
     places = torch.cat([torch.arange(10), torch.arange(14)])[None].to(weight.device)
-    alone = [model.base_model(input_ids=own[None], use_cache=False).last_hidden_state[0] for own in ids.split([10, 14])]
+    alone = [decoder(input_ids=own[None], use_cache=False).last_hidden_state[0] for own in ids.split([10, 14])]
     wanted = torch.cat(alone)
     half = weight.dtype != torch.float32
     flash = ["flash_attention_2"] if weight.device.type == "cuda" and is_flash_attn_2_available() and half else []
@@ -91,7 +94,7 @@ def prepare_packing(model: Any, longest: int) -> bool:
     for attention in [*flash, PACKED]:
         try:
             model.set_attn_implementation(attention)
-            packed = model.base_model(input_ids=ids[None], position_ids=places, use_cache=False).last_hidden_state[0]
+            packed = decoder(input_ids=ids[None], position_ids=places, use_cache=False).last_hidden_state[0]
             tolerance = 5e-2 if half else 1e-3
             if bool((packed - wanted).float().abs().max() <= tolerance * wanted.float().abs().max()):
                 return True

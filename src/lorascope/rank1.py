@@ -107,6 +107,15 @@ def backward_linear(
     return Gradients(x, W, bias, a, b)
 
 
+def unflattened(y_TO: Tensor, x: Tensor) -> Tensor:
+    """Outputs [..., O] of x [..., I] from those of its tokens; no view where there is nothing to unflatten.
+
+    Autograd refuses a change in place of a view that a custom function gave, and Llama 4 adds to its shared expert's
+    output in place.
+    """
+    return y_TO if x.ndim == 2 else y_TO.reshape(*x.shape[:-1], -1)
+
+
 class LinearFunction(torch.autograd.Function):
     """`Linear` with the gradients of `backward_linear`; of the activations only x and z are kept."""
 
@@ -118,7 +127,7 @@ class LinearFunction(torch.autograd.Function):
         y_TO, z_TR = forward_linear(x_TI, linear)
         ctx.save_for_backward(x_TI, z_TR, *weights)
         ctx.scale, ctx.shape = scale, x.shape
-        return y_TO.reshape(*x.shape[:-1], -1)
+        return unflattened(y_TO, x)
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> Any:

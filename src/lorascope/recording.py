@@ -329,8 +329,8 @@ def output_rms(attached: Attached, rendered: list[Rendered], store: Store) -> di
     kept_T = torch.zeros(0, dtype=torch.bool)
 
     def measure(number: int, part: AdaptedModule, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        z_TR = inputs[0][0].float() @ part.a_RI.T.to(output.device)
-        base_TO = output[0].float() - part.scale * z_TR @ part.b_OR.T.to(output.device)
+        z_TR = inputs[0].flatten(0, -2).float() @ part.a_RI.T.to(output.device)
+        base_TO = output.flatten(0, -2).float() - part.scale * z_TR @ part.b_OR.T.to(output.device)
         bias_O = getattr(find_module(attached.model, part), "bias", None)
         base_TO = base_TO if bias_O is None else base_TO - bias_O.float()
         squares[number] += float(base_TO[kept_T.to(output.device)].pow(2).sum())
@@ -418,8 +418,8 @@ def scalars_beside(attached: Attached, ids_BT: Tensor, columns: Sequence[Adapter
     probes = [part for part in columns if isinstance(part, Probe)]
     with probing(attached.model, probes) as read:
         own_BTN = adapter_scalars(attached, ids_BT)
-    found = iter(read())
-    return torch.cat([next(found).to(own_BTN.device) if isinstance(part, Probe) else own_BTN for part in columns], -1)
+    found = (z.to(own_BTN.device).view(*own_BTN.shape[:2], -1) for z in read())
+    return torch.cat([next(found) if isinstance(part, Probe) else own_BTN for part in columns], -1)
 
 
 def base_scalars(attached: Attached, ids_BT: Tensor) -> Tensor:

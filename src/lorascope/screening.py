@@ -28,10 +28,11 @@ from torch import Tensor, nn
 
 from lorascope import edits
 from lorascope.attached import Attached, find_module, head_of, wide_linear
+from lorascope.decoders import text_decoder
 from lorascope.fused import agrees, forwards, norm_form, plain_head
 from lorascope.kl import CHUNK, assistant_positions
 from lorascope.progress import progress
-from lorascope.rank1 import Linear, forward_linear
+from lorascope.rank1 import Linear, forward_linear, unflattened
 from lorascope.traces import Rendered, pad_ids, plan_batches
 
 FIRST_PASSES, MOST_PASSES = 4, 64
@@ -74,12 +75,12 @@ class GateFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gates_BR: Tensor, linear: Linear) -> Tensor:
-        """Output [B, T, O] of x [B, T, I]."""
+        """Output [..., O] of x [..., I], the tokens of B sequences one after the other."""
         x_TI = x.reshape(-1, x.shape[-1])
         y_TO, z_TR = forward_linear(x_TI, linear)
         ctx.save_for_backward(z_TR)
-        ctx.linear, ctx.shape = linear, x.shape
-        return y_TO.reshape(*x.shape[:-1], -1)
+        ctx.linear, ctx.shape, ctx.sequences = linear, x.shape, len(gates_BR)
+        return unflattened(y_TO, x)
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> Any:
@@ -90,7 +91,7 @@ class GateFunction(torch.autograd.Function):
         (z_TR,) = ctx.saved_tensors
         slope_TO = slope.reshape(-1, slope.shape[-1])
         u_TR = slope_TO.float() @ linear.b_OR
-        gates = (u_TR * z_TR).view(ctx.shape[0], -1, z_TR.shape[1]).sum(dim=1).mul_(linear.scale)
+        gates = (u_TR * z_TR).view(ctx.sequences, -1, z_TR.shape[1]).sum(dim=1).mul_(linear.scale)
         x = None
         if ctx.needs_input_grad[0]:
             x = slope_TO @ (linear.merged() if linear.merges else linear.W_OI)
@@ -106,13 +107,13 @@ def gated(attached: Attached, gates_BN: Tensor) -> Iterator[None]:
     model = attached.model
     forms: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
     others = []
-    for part in attached.adapter.modules:
+    for index, part in enumerate(attached.adapter.modules):
         module = find_module(model, part)
         if type(module) is nn.Linear:
             weight = module.weight.detach()
             a_RI, b_OR = part.a_RI.detach().to(weight.device), part.b_OR.detach().to(weight.device)
             linear = Linear(weight, module.bias, a_RI, b_OR, part.scale)
-            forms[module] = partial(gated_linear, gates_BN[:, part.columns].to(weight.device), linear)
+            forms[module] = partial(gated_linear, attached, index, gates_BN[:, part.columns].to(weight.device), linear)
         else:
             others += attached.addresses[part.columns]
     for module in model.modules():
@@ -127,8 +128,9 @@ def gated(attached: Attached, gates_BN: Tensor) -> Iterator[None]:
             yield
 
 
-def gated_linear(gates_BR: Tensor, linear: Linear, x: Tensor) -> Tensor:
+def gated_linear(attached: Attached, index: int, gates_BR: Tensor, linear: Linear, x: Tensor) -> Tensor:
     """`GateFunction` as a module's forward."""
+    attached.by_token(index, x)  # refuses a module that sees some of the tokens only
     result: Tensor = GateFunction.apply(x, gates_BR, linear)
     return result
 
@@ -194,7 +196,7 @@ def gate_draws(
     )
     gates_BN = torch.ones(len(rows), len(attached.addresses), device=attached.device, requires_grad=True)
     with torch.enable_grad(), gated(attached, gates_BN):
-        hidden_BTD = attached.model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
+        hidden_BTD = text_decoder(attached.model)(input_ids=ids_BT, use_cache=False).last_hidden_state
     scored_MD = hidden_BTD.detach()[at]
     for start in count(first, DRAWN):
         draws_KM, signs_KM = (np.empty((DRAWN, len(scored_MD)), np.float32) for _ in range(2))

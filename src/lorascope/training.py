@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from lorascope.adapter import Adapter, initial_adapter
 from lorascope.attached import attach, head_of
 from lorascope.config import Options
+from lorascope.decoders import in_no_group, not_linear, text_decoder
 from lorascope.errors import BadInput, RunFailed
 from lorascope.fused import HEAD_CHUNK, fused, head_loss, plain_head
 from lorascope.kl import assistant_positions
@@ -211,7 +212,7 @@ class Learner(nn.Module):
     ) -> Tensor:
         """Summed negative log-likelihood, nats, of the tokens after the supervised positions of a `Batch`."""
         packed = {} if position_ids_BT is None else {"position_ids": position_ids_BT}
-        hidden_BTD = self.model.base_model(input_ids=ids_BT, use_cache=False, **packed).last_hidden_state
+        hidden_BTD = text_decoder(self.model)(input_ids=ids_BT, use_cache=False, **packed).last_hidden_state
         hidden_MD, targets_M = hidden_BTD[rows_M, positions_M], ids_BT[rows_M, positions_M + 1]
         if self.head_VD is not None:
             return head_loss(hidden_MD, self.head_VD, targets_M)
@@ -299,7 +300,9 @@ def train_once(study: Study, config: TrainConfig, options: Options, rate: float,
     steps = plan_steps(lengths, config.batch, config.epochs, config.max_steps, options.seed)
     with ExitStack() as stack:
         if adapter is not None:
-            stack.enter_context(attach(model, adapter))
+            attached = stack.enter_context(attach(model, adapter))
+            with torch.no_grad():  # what no later stage could read is refused now
+                attached.trunk([rendered[0].ids[:8].tolist()] * 2)
         stack.enter_context(fused(model, adapter))
         learner: Any = Learner(model, adapter)
         if config.compile:
@@ -313,6 +316,11 @@ def train_once(study: Study, config: TrainConfig, options: Options, rate: float,
             model.save_pretrained(new)
             tokenizer.save_pretrained(new)
     result = summary | {"learning_rate": rate, "packed": pack, "length_rule": counts, "traces": len(rendered)}
+    if adapter is not None:
+        adapted = {module.type for module in adapter.modules}
+        if others := [*not_linear(model), *(type_ for type_ in in_no_group(model) if type_ not in adapted)]:
+            result["not_adapted"] = others
+            study.log(f"train: no linear maps, or of no group, so not adapted: {', '.join(others)}")
     state.finish(result)
     return result
 

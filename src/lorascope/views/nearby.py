@@ -6,7 +6,7 @@ Shape legend: M sampled firings, F features, N directions, D width of the residu
 import numpy as np
 import numpy.typing as npt
 
-from lorascope.addresses import rank_addresses
+from lorascope.addresses import WRITE, rank_addresses, side_of
 from lorascope.errors import MissingStage
 from lorascope.features import FeatureSet
 from lorascope.study import Study
@@ -17,8 +17,6 @@ from lorascope.views.one_feature import column_of, open_features
 from lorascope.views.reading import Json, feature_rows, known_levels, path_of, read_table, ready
 
 NEAR = 8
-WRITES = ("o", "down")
-"""Types whose write vector lies in the residual stream; of all others the read vector does."""
 LEAST_SHARE = 0.1
 """Features that fire on fewer of the sampled firings are not called co-active."""
 
@@ -94,13 +92,15 @@ def direction_cosines(study: Study, address: str) -> list[Json]:
 
 
 def residual_vectors(study: Study) -> dict[str, tuple[list[str], npt.NDArray[np.float32]]]:
-    """Unit vectors in the residual stream: `read` of q k v gate up, `write` of o and down, each with its addresses."""
+    """Unit vectors in the residual stream: `read` of q k v gate up …, `write` of o, down …, each with its addresses."""
     adapter = open_directions(study)
     sides: dict[str, tuple[list[str], list[npt.NDArray[np.float32]]]] = {"read": ([], []), "write": ([], [])}
     for module, a_RI, b_OR, _ in adapter.factors() if adapter else ():
-        names, vectors = sides["write" if module.type in WRITES else "read"]
+        if (side := side_of(module.type)) is None:
+            continue
+        names, vectors = sides[side]
         names += rank_addresses(module.layer, module.type, module.rank)
-        vectors += list(b_OR.T if module.type in WRITES else a_RI)
+        vectors += list(b_OR.T if side == WRITE else a_RI)
     return {side: (names, unit_rows(vectors)) for side, (names, vectors) in sides.items() if names}
 
 
