@@ -1,6 +1,7 @@
 """Views: known numbers of a made study come out, and nothing fails where a stage has not run."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from safetensors.numpy import load_file
 
 from lorascope.adapter import build_adapter
 from lorascope.errors import BadInput, RunFailed
+from lorascope.explained import plain_reason
 from lorascope.store import Store, store_folder
 from lorascope.study import Study
 from lorascope.token_text import open_tokenizer
@@ -298,6 +300,35 @@ def test_dropped(study: Study) -> None:
     assert ("sae", "dead latents") in rows
     assert ("traces of train", "traces dropped") in rows
     assert any(stage == "explain directions" for stage, _ in rows)
+    assert not any(what == "judge's answers not read" for _, what in rows)  # no judge was asked
+
+
+def test_what_was_left_out_is_said_once_and_in_words(study: Study, tmp_path: Path) -> None:
+    copied = Study.open(shutil.copytree(study.path, tmp_path / "s"))
+    stored = copied.path / "scalars" / "train"
+    for source, sinks in (("random", 40), ("base", 39)):
+        index = json.loads((stored / "adapter" / "index.json").read_text())
+        index["counts"]["sinks"] = sinks
+        (stored / source).mkdir()
+        (stored / source / "index.json").write_text(json.dumps(index))
+    lines = [
+        {"feature": f"random.L0.q{i}+", "reason": f"fires on {i} tokens of the training corpus, fewer than 8"}
+        for i in (3, 5)
+    ]
+    rows = [line | {"explainer": "lexical", "corpus": "heldout"} for line in lines]
+    (copied.path / "explanations" / "random.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = {(row["stage"], row["what"]): row for row in dropped(copied)["rows"]}
+    assert said["record train, adapter, random", "attention sinks"]["count"] == 40
+    assert said["record train, base", "attention sinks"]["count"] == 39
+    row = said["explain random controls", "without a score"]
+    assert (row["count"], row["rule"]) == (2, "fires on fewer than 8 tokens of the training corpus")
+
+
+def test_reasons_lose_their_own_numbers() -> None:
+    quiet = "only 2 windows of the scoring corpus are without it, fewer than 5"
+    assert plain_reason(quiet) == "fewer than 5 windows of the scoring corpus are without it"
+    assert plain_reason("no answer after 3 tries of 5") == "no answer after n tries of 5"
+    assert plain_reason("no rule found") == "no rule found"
 
 
 def test_sae_page(study: Study) -> None:

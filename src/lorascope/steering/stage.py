@@ -63,7 +63,7 @@ def steer_text(study: Study, config: SteerConfig, options: Options) -> dict[str,
     Returns:
         `{"file", "steers": [{"feature", "mode", "amount", "p99", "change", "unit"}], "settings", "prompts": [{"prompt",
         "runs", "first_difference"}]}`. `change` is the amount in the feature's own unit. Runs are `plain`, `steered`
-        and, unless not to compare, `control` and `base`, each `{"text", "finished", "token_ids", "tokens", "activations":
+        and, where to compare, `control` and `base`, each `{"text", "finished", "token_ids", "tokens", "activations":
         {feature: one number per token}}`; without --json only their text and `finished`. `first_difference` is the
         first token at which a run is not the plain one's, None when there is none.
 
