@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorascope.errors import BadInput
-from lorascope.stats import bootstrap_crossed, crossed_draws, percentile_bounds
+from lorascope.stats import Interval, bootstrap_crossed, crossed_draws, percentile_bounds, wilson_bounds
 
 FloatArray = NDArray[np.float64]
 Samples = Sequence[Mapping[str, Any]]
@@ -67,19 +67,29 @@ def recovery_row(
     part = {name: values[chosen] for name, values in table.items()}
     row: dict[str, Any] = {"benchmark": benchmark, "n": int(chosen.sum())}
     for name in MAIN:
-        row[name] = bootstrap_crossed(part[name], rng=rng).as_dict("accuracy") if name in part else None
+        row[name] = share_interval(part[name], rng).as_dict("accuracy") if name in part else None
     row["others"] = {
-        name: bootstrap_crossed(values, rng=rng).as_dict("accuracy")
-        for name, values in part.items()
-        if name not in MAIN
+        name: share_interval(values, rng).as_dict("accuracy") for name, values in part.items() if name not in MAIN
     }
     row["gains"] = {
-        name: bootstrap_crossed(values - part["base"], rng=rng).as_dict()
+        name: share_interval(values - part["base"], rng, least=-1.0).as_dict()
         for name, values in part.items()
         if "base" in part and name != "base"
     }
     value, reason = recover(part, rng)
     return row | {"recovery": value, "recovery_reason": reason}
+
+
+def share_interval(values_PS: FloatArray, rng: np.random.Generator, least: float = 0.0) -> Interval:
+    """The mean of values from `least` to 1, of responses that are right or of paired differences.
+
+    Where all are the same, a bootstrap has no width: other ones may be as frequent as Wilson's bound of none seen.
+    """
+    found = bootstrap_crossed(values_PS, rng=rng)
+    if not values_PS.size or values_PS.min() != values_PS.max():
+        return found
+    unseen = wilson_bounds(0, len(values_PS))[1]
+    return Interval(found.value, max(least, found.value - unseen), min(1.0, found.value + unseen))
 
 
 def recover(part: Mapping[str, FloatArray], rng: np.random.Generator) -> tuple[dict[str, float] | None, str | None]:
@@ -89,7 +99,7 @@ def recover(part: Mapping[str, FloatArray], rng: np.random.Generator) -> tuple[d
     base_PS, adapter_PS, full_PS = (part[name] for name in MAIN)
     gain = bootstrap_crossed(full_PS - base_PS, rng=rng)
     if not gain.low > 0:
-        return None, "the interval of full - base does not lie above 0, so there is no gain to recover"
+        return None, "the interval of full − base does not lie above 0, so there is no gain to recover"
     draws_D3 = crossed_draws(np.stack([base_PS, adapter_PS, full_PS], axis=2), rng)
     value = ratio(base_PS.mean(), adapter_PS.mean(), full_PS.mean())
     low, high = percentile_bounds(np.array([ratio(*means) for means in draws_D3]))
