@@ -68,7 +68,7 @@ def test_all_six_kinds_with_their_means(compared: tuple[Study, dict[str, Any]]) 
         assert row["wrong"]["value"] == 0.5
         assert row["fuzzing"]["value"] == pytest.approx(np.mean(scored) + 0.1, rel=1e-5)
         failed = len(lines) - len(scored)
-        assert row["failures"] == {"fires on n tokens of the training corpus, fewer than 8": failed}
+        assert row["failures"] == {"fires on fewer than 8 tokens of the training corpus": failed}
         assert row["scored_share"]["value"] == pytest.approx(len(scored) / len(lines), rel=1e-5)
         everything = (sum(scored) + 0.5 * failed) / len(lines)
         assert row["score_all"]["value"] == pytest.approx(everything, rel=1e-5)

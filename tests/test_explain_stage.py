@@ -59,7 +59,7 @@ def test_every_feature_has_one_row(explained: tuple[Study, dict[str, str], dict[
     assert 0.3 < rows[ids["chance"]]["scored"]["detection"]["value"] < 0.7
     assert result["direction"]["n"] == 12
     assert sum(result["direction"]["reasons"].values()) + result["direction"]["n_detection"] == 12
-    assert result["direction"]["reasons"] == {"fires on n tokens of the training corpus, fewer than 8": 7}
+    assert result["direction"]["reasons"] == {"fires on fewer than 8 tokens of the training corpus": 7}
 
 
 def test_headline_numbers(explained: tuple[Study, dict[str, str], dict[str, Any]]) -> None:

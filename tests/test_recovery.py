@@ -30,6 +30,17 @@ def test_known_recovery_with_an_interval_around_it() -> None:
     assert row["others"]["base-3shot"]["accuracy"] == 0.2
 
 
+def test_none_right_is_no_certainty() -> None:
+    rows, _ = rows_of(base=samples(0, 20), adapter=samples(20, 20), full=samples(0, 20))
+    row = rows[0]
+    low, high = wilson_bounds(0, 20)
+    assert row["base"] == {"accuracy": 0.0, "low": 0.0, "high": pytest.approx(high)}
+    assert row["adapter"] == {"accuracy": 1.0, "low": pytest.approx(1 - high), "high": 1.0}
+    assert row["gains"]["full"] == {"value": 0.0, "low": pytest.approx(-high), "high": pytest.approx(high)}
+    assert low == 0
+    assert row["recovery_reason"] == "the interval of full − base does not lie above 0, so there is no gain to recover"
+
+
 def test_no_gain_of_full_means_no_recovery() -> None:
     rows, _ = rows_of(base=samples(50), adapter=samples(60), full=samples(50))
     assert rows[0]["recovery"] is None

@@ -135,7 +135,7 @@ def test_map_switch_and_readout_by_keyboard(study: Study, browser: Browser) -> N
     assert page.locator("#grid-kl").is_visible()
     page.locator("#tab-kl").focus()
     page.keyboard.press("ArrowRight")
-    assert page.locator("#grid-density").is_visible()
+    assert page.locator("#grid-spread").is_visible()
     assert page.locator("#grid-kl").is_hidden()
     page.keyboard.press("ArrowLeft")
     page.locator("#grid-kl svg.map").focus()
@@ -329,6 +329,12 @@ def test_ramps() -> None:
     assert (ramp.low, ramp.high) == (0.01, 1.0)
     assert [ramp.step(v) for v in (0.001, 0.01, 0.1, 1.0)] == [0, 0, 6, 11]
     assert ramp_of({"values": [[None]]}) is None
+    scores = ramp_of({"values": [[0.4, 0.5, 0.74, 1.0]], "scale": "linear", "start": 0.5})
+    assert scores is not None
+    assert [scores.step(v) for v in (0.4, 0.5, 0.74, 1.0)] == [0, 0, 5, 11]
+    by_chance = ramp_of({"values": [[0.4, 0.5]], "scale": "linear", "start": 0.5})
+    assert by_chance is not None
+    assert (by_chance.low, by_chance.high) == (0.5, 1.0)
     assert ramp_of({"values": [[0.0]], "scale": "log"}) is None
 
 

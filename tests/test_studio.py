@@ -199,6 +199,11 @@ def test_the_map_has_scores_and_interactions(client: TestClient) -> None:
     rows = client.get("/features.json?size=500").json()["rows"]
     best = max(row["detection"] for row in rows if row["address"] == "L1.gate" and row["detection"] is not None)
     assert grids["score"]["values"][gate][1] == best
+    page = client.get("/map").text
+    assert "KL beyond the sum, nats" in page
+    assert "0.5 chance" in page
+    assert len(view["latents"]) == 4
+    assert f'<a href="/feature/{view["latents"][0]}"' in page
     found = view["interactions"]
     n = len(found["addresses"])
     matrix = client.get("/interactions.json").json()

@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 a run failed or damage was found, 2 bad input or a missing
 """
 
 import contextlib
+import difflib
 import errno
 import json
 import os
@@ -64,7 +65,10 @@ COMMANDS = {
     ),
     "reasoning": Command("reasoning", "ReasoningConfig", "find_reasoning", "which features fire at reasoning words"),
     "lens": Command("logit_lens", "LensConfig", "read_lens", "tokens that directions and latents read and write"),
-    "steer": Command("steering", "SteerConfig", "steer_text", "text with features pushed, scaled, clamped or off"),
+    "steer": Command(
+        *("steering", "SteerConfig", "steer_text", "text with features pushed, scaled, clamped or off"),
+        said="steering.words:steering_text",
+    ),
     "studio": Command("studio", "StudioConfig", "serve", "look, ask, steer and note in the browser"),
     "notes": Command("studio.notes", "NotesConfig", "show_notes", "notes of the studio; take in those of another copy"),
     "export": Command("export", "ExportConfig", "export_study", "files for PEFT, SAELens, Neuronpedia, or as CSV"),
@@ -104,7 +108,9 @@ def dispatch(given: list[str]) -> int:
         return 0
     name, rest = given[0], given[1:]
     if name not in COMMANDS:
-        raise BadInput(f"There is no command {name!r}; commands are {', '.join(COMMANDS)}.")
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        known = f"did you mean {near[0]}?" if near else f"commands are {', '.join(COMMANDS)}."
+        raise BadInput(f"There is no command {name!r}; {known}")
     if "--version" in rest:
         print(f"lorascope {__version__}")
         return 0

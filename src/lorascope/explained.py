@@ -59,6 +59,7 @@ def current_rows(
 def plain_reason(reason: str) -> str:
     """Why a feature has no score without its own numbers, so that equal reasons are counted together.
 
-    The last number stays: `fires on n tokens of the training corpus, fewer than 8`.
+    `fires on 3 tokens of the training corpus, fewer than 8` is `fires on fewer than 8 tokens of the training corpus`.
     """
-    return re.sub(r"\b\d+\b(?!$)", "n", reason)
+    least = re.sub(r"(?:only )?\b\d+ (.*), fewer than (\d+)$", r"fewer than \2 \1", reason)
+    return re.sub(r"\b\d+\b(?!$)", "n", reason) if least == reason else least

@@ -100,7 +100,7 @@ def recover(
     base_PS, adapter_PS, full_PS = (part[name] for name in MAIN)
     gain = bounded_mean(full_PS - base_PS, -1.0, rng)
     if not gain.low > 0:
-        return None, "the interval of full - base does not lie above 0, so there is no gain to recover"
+        return None, "the interval of full − base does not lie above 0, so there is no gain to recover"
     draws_D3 = crossed_draws(np.stack([base_PS, adapter_PS, full_PS], axis=2), rng)
     value = ratio(base_PS.mean(), adapter_PS.mean(), full_PS.mean())
     low, high = percentile_bounds(np.array([ratio(*means) for means in draws_D3]))

@@ -29,12 +29,13 @@ from lorascope.report.figures_of import (
 )
 from lorascope.report.flows import flow_chart, flow_table
 from lorascope.report.gather import ReportConfig, gather
-from lorascope.report.grids import decoder_map, layer_map, strongest_writes
+from lorascope.report.grids import decoder_map, layer_map, matrix_ticks, strongest_writes
 from lorascope.report.marks import (
     bar_mark,
     bounds_words,
     interval_note,
     interval_words,
+    percent_axis,
     scale_top,
     score_floor,
     score_mark,
@@ -65,9 +66,9 @@ LIMIT = 20 * 10**6
 MADE = ("train", "eval", "ablation", "examples", "explanations", "compare", "categories", "sae", "reasoning", "lens")
 INPUTS = ("adapter", *MADE, "tokenizer")
 CHARTS = (accuracy_bars, card_names, class_meaning, kl_bars, layer_chart, loss_chart, patched_bars, sae_chart)
-MAPS = (histogram, layer_map)
-MARKS = (decoder_map, strongest_writes, bar_mark, interval_words, scale_top, score_pair, score_words, share_bar)
-SCORES = (bounds_words, interval_note, score_floor, score_mark)
+MAPS = (histogram, layer_map, matrix_ticks)
+MARKS = (decoder_map, strongest_writes, bar_mark, interval_words, percent_axis, scale_top, share_bar)
+SCORES = (bounds_words, interval_note, score_floor, score_mark, score_pair, score_words)
 NUMBERS = (duration, figures, tick, memory, minus, moment, percent, points, whole, whole_percent)
 TOKENS = (heat_tokens, plain_tokens, shown_text, token_list)
 KINDS = (flow_chart, flow_table, largest_subcategory, share_rings)

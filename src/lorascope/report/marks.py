@@ -36,7 +36,7 @@ def bar_mark(bar: Bar, high: float, floor: float | None, dot: bool) -> Markup:
     def at(value: float) -> str:
         return f"{100 * min(1.0, max(0.0, value / high)):.2f}%"
 
-    parts = [f'<line class="grid" x1="0" x2="100%" y1="{middle}" y2="{middle}"/>'] if dot else []
+    parts = [f'<line class="grid" x1="0" x2="100%" y1="{middle}" y2="{middle}"/>', quarter_ticks(middle)] if dot else []
     if not dot:
         shape = f'x="0" y="4" width="{at(bar.value)}" height="{ROW - 8}"'
         parts.append(f'<rect class="bar {bar.kind}{" muted" if bar.muted else ""}" {shape}/>')
@@ -50,6 +50,19 @@ def bar_mark(bar: Bar, high: float, floor: float | None, dot: bool) -> Markup:
     if floor is not None:
         parts.append(f'<line class="floor" x1="{at(floor)}" x2="{at(floor)}" y1="0" y2="{ROW}"/>')
     return Markup(f'<svg class="mark" width="100%" height="{ROW}" aria-hidden="true">{"".join(parts)}</svg>')
+
+
+def quarter_ticks(middle: float) -> str:
+    """Short lines at the quarters of a scale."""
+    places = (f"{part}%" for part in (0, 25, 50, 75, 100))
+    return "".join(f'<line class="axis" x1="{x}" x2="{x}" y1="{middle - 4:g}" y2="{middle + 4:g}"/>' for x in places)
+
+
+def percent_axis() -> Markup:
+    """What the ticks of a scale from 0 to 100% stand at, for the head of its column."""
+    ends = ((0, "start"), (50, "middle"), (100, "end"))
+    marks = "".join(f'<text x="{part}%" y="12" text-anchor="{anchor}">{part}%</text>' for part, anchor in ends)
+    return Markup(f'<svg class="mark" width="100%" height="15" role="img" aria-label="0 to 100%">{marks}</svg>')
 
 
 def scale_top(bars: Sequence[Bar], floor: float | None = None) -> float:

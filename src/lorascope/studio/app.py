@@ -14,6 +14,7 @@ from lorascope import __version__
 from lorascope.config import Options
 from lorascope.errors import BadInput, RunFailed
 from lorascope.report.build import make_environment
+from lorascope.report.flows import flow_chart
 from lorascope.report.scatter import point_map
 from lorascope.studio.answers import Endpoint, in_json, posted
 from lorascope.studio.live import Live
@@ -64,6 +65,7 @@ def environment() -> jinja2.Environment:
     made = make_environment(jinja2.ChoiceLoader(loaders))
     made.globals["feature_url"] = feature_url
     made.globals["point_map"] = partial(point_map, traces="/trace/{corpus}")
+    made.globals["flow_chart"] = partial(flow_chart, types="/features?kind=direction&type={}", thirds="/map")
     return made
 
 

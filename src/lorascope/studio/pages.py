@@ -46,6 +46,8 @@ Parts = Mapping[str, str]
 FEW, FEW_PER_QUANTILE = 10, 2
 """Examples shown until all are asked for."""
 MOST_COMPARED = 4
+FEW_LATENTS = 4
+"""Latents whose pages the map leads to."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def categories_page(study: Study, path: Parts, query: Parts) -> Json:
 
 
 def map_page(study: Study, path: Parts, query: Parts) -> Json:
-    """The layer × type maps and the ablation tables; what maps need of a whole recording is measured meanwhile."""
+    """The layer × type maps, ablation, the first latents; what maps need of a whole recording is measured meanwhile."""
     corpus = chosen_corpus(study, query)
     waiting = measure(study, corpus)  # first: what ends after it is known to the next line
     known = known_effects(study, corpus) is not None
@@ -128,6 +130,7 @@ def map_page(study: Study, path: Parts, query: Parts) -> Json:
         "measuring": measuring,
         "ablation": kept_view(study, ablation_view),
         "interactions": {name: value for name, value in pairs.items() if name != "cosines"},
+        "latents": [row["id"] for row in kept_view(study, leaders)["latent"].get("rows", [])[:FEW_LATENTS]],
     }
 
 

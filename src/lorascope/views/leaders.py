@@ -6,16 +6,17 @@ from lorascope.views.feature_list import first_latents, kind_rows, strongest_dir
 from lorascope.views.reading import Json, missing, ready
 
 SHOWN = 8
-KEPT = ("id", "text", "kl", "kl_method", "detection")
+KEPT = ("id", "text", "kl", "kl_method", "detection", "strength")
 
 
 def leaders(study: Study) -> Json:
     """The first features of the training corpus by kind.
 
     Returns:
-        `{"direction": {"available", "rows": [{"id", "text", "kl", "kl_method", "detection"}]}, "latent": the same}`, or
-        what to run in place of rows. Directions stand by KL, those under the noise floor left out, each with its
-        explained polarity; latents by the length of what they write.
+        `{"direction": {"available", "rows": [{"id", "text", "kl", "kl_method", "detection", "strength"}]}, "latent":
+        the same}`, or what to run in place of rows; `strength` is that of `feature_table`. Directions stand by KL,
+        those under the noise floor left out, each with its explained polarity; latents by the length of what they
+        write.
     """
     return dict(ready({"direction": leading_directions(study), "latent": leading_latents(study)}))
 

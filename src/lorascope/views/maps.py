@@ -22,7 +22,7 @@ from lorascope.views.reading import Json, json_file, missing, ready
 OUTSIDE = "-"
 """The column of modules that are in no numbered layer."""
 RECORD = "lorascope record STUDY --corpus {}"
-ABOUT = {
+ABOUT: dict[str, Json] = {
     "norm": {
         "label": "Weight change",
         "unit": "Frobenius norm ‖s·b·aᵀ‖",
@@ -51,8 +51,8 @@ ABOUT = {
         "caption": "KL(adapted ‖ that one direction off), exact, pooled over the assistant tokens of held-out traces. "
         "Hatched cells lie under the noise floor: they cannot be told from a re-run and are not ranked.",
     },
-    "density": {
-        "label": "Density",
+    "spread": {
+        "label": "Spread",
         "unit": "participation (E|e|)² / E[e²]",
         "scale": "linear",
         "caption": "How evenly the effect e is spread over ordinary tokens: 1 if |e| is the same on every token, 0.64 "
@@ -63,8 +63,10 @@ ABOUT = {
         "label": "Detection score",
         "unit": "balanced accuracy",
         "scale": "linear",
+        "start": 0.5,
+        "start_name": "chance",
         "caption": "How well the explanation of the direction's better explained polarity tells, on traces it never "
-        "saw, where it fires. 0.5 is chance.",
+        "saw, where it fires. The scale begins at chance, 0.5, and what lies below has its first shade.",
     },
     "class": {
         "label": "Class",
@@ -111,11 +113,11 @@ def direction_map(
     effects = effects_of(study, corpus) if recorded else None
     if effects is not None:
         grids += [place.grid("effect", effects["rms"]), relative_grid(study, place, corpus, effects["rms"])]
-        grids += [kl_grid(study, place), place.grid("density", effects["participation"])]
+        grids += [kl_grid(study, place), place.grid("spread", effects["participation"])]
     else:
         command = RECORD.format(corpus)
         grids += [absent(study, "effect", command), absent(study, "relative", command), kl_grid(study, place)]
-        grids += [absent(study, "density", command)]
+        grids += [absent(study, "spread", command)]
     about = {"available": True, "rank": adapter.rank, "corpus": corpus}
     return dict(ready(about | {"layers": layers, "types": types, "grids": grids}))
 

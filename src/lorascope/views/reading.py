@@ -1,8 +1,8 @@
 """What every view needs: files of a study read gently, and numbers that are ready for JSON.
 
 A view never fails because a stage has not run: it carries `"available": False` and a `"missing"` entry
-`{"what", "run"}` that names the command. What was found of features that the study no longer has is read as missing:
-another autoencoder has latents of the same names. Numbers that are not finite become None.
+`{"what", "run", "own"}` that names the command. What was found of features that the study no longer has is read as
+missing: another autoencoder has latents of the same names. Numbers that are not finite become None.
 """
 
 import contextlib
@@ -22,6 +22,7 @@ from lorascope.errors import RunFailed
 from lorascope.explained import current_rows, made_from
 from lorascope.study import Study, read_json
 from lorascope.views.kept import kept_once, kept_view, of_other_features, stamp
+from lorascope.views.unfinished import first_needed
 
 Json = dict[str, Any]
 PLAIN = frozenset((str, int, bool, type(None)))
@@ -53,8 +54,13 @@ def ready(value: Any) -> Any:
 
 
 def missing(study: Study, what: str, command: str) -> Json:
-    """A view of something that has not been made: what it would show and the command that makes it."""
-    return {"available": False, "missing": {"what": what, "run": command.replace("STUDY", str(study.path))}}
+    """A view of something that has not been made: what it would show, and what to run.
+
+    `run` is the command that makes it or, where that would only fail, the first stage that it needs; `own` is then the
+    command that makes it, else None.
+    """
+    run, own = (text.replace("STUDY", str(study.path)) for text in (first_needed(study, command), command))
+    return {"available": False, "missing": {"what": what, "run": run, "own": None if own == run else own}}
 
 
 def path_of(study: Study, relative: str) -> Path | None:
