@@ -170,7 +170,7 @@ def test_what_counts_for_no_feature_is_hatched_and_low_in_strips(browser: Browse
     shaded = page.locator("#trace > span[class*=hue]:not(.un)")
     assert shaded.count() > 10
     assert all(shaded.evaluate_all("s => s.map((t) => Boolean(t.dataset.n || t.dataset.s))")), "never by hue alone"
-    expect(page.locator("#strips .striprow span").first).to_contain_text("1 L1.gate+, to ")
+    expect(page.locator("#strips .striprow span").first).to_contain_text("1 L1.gate+, 0 to ")
     assert trouble == []
 
 

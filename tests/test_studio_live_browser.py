@@ -195,11 +195,12 @@ def test_a_name_is_taken_when_it_is_chosen_or_entered(browser: Browser, tmp_path
 
 def test_the_steered_feature_is_shown_and_strips_have_their_scale(base: str, browser: Browser) -> None:
     page = browser.new_page()
-    page.goto(f"{base}/live?features=L0.gate%2B,L1.down%2B&moves=watch,add:1&runs=plain,steered&prompt=x")
+    page.goto(f"{base}/live?features=L9.q%2B,L0.gate%2B,L1.down%2B&moves=off,watch,add:1&runs=plain,steered&prompt=x")
     names = {"L0.gate+": 0.0, "L1.down+": 3.0}
     tokens = [token("plain", 1) | {"activations": names}, token("steered", 2) | {"activations": names}]
     about = start() | {"scales": dict.fromkeys(names), "levels": dict.fromkeys(names, 1.0)}
     answered(page, [about, *tokens, done(plain=False, steered=False)])
+    assert page.locator("#moves select").evaluate_all("s => s.map((mode) => mode.value)") == ["watch", "add"]
     assert page.locator("#colour").input_value() == "L1.down+"
     scales = page.locator(".run-plain .live-strip .scale")
     expect(scales).to_have_text(["does not fire", "largest 3, scale to 3"])

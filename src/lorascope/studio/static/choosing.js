@@ -24,22 +24,23 @@ export function featureBox(input, { search, exact, take }) {
     if (!words) return;
     try {
       const id = (await exact(words)) ? words : (await search(words))[0]?.id;
-      if (words !== asTyped()) return; // typed on meanwhile
-      if (id) accept(id);
+      if (id) accept(id, words);
       else toast(`No such feature: ${words}`);
     } catch (error) {
       toast(error.message);
     }
   }
-  function accept(id) {
-    clearTimeout(timer);
-    input.value = "";
+  function accept(id, words) {
+    if (words === asTyped()) { // nothing was typed on meanwhile
+      clearTimeout(timer);
+      input.value = "";
+    }
     take(id);
   }
   input.addEventListener("input", (event) => {
     clearTimeout(timer);
     const chosen = event.inputType === undefined || event.inputType === "insertReplacementText";
-    if (chosen && known.includes(input.value)) accept(input.value);
+    if (chosen && known.includes(input.value)) accept(input.value, asTyped());
     else timer = setTimeout(suggest, PAUSE);
   });
   input.addEventListener("keydown", (event) => { if (event.key === "Enter") { event.preventDefault(); enter(); } });

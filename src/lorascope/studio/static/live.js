@@ -110,7 +110,8 @@ if (form) {
   function readAddress() {
     const given = new URLSearchParams(location.search);
     const steps = (given.get("moves") ?? "").split(",");
-    form.dataset.features.split(",").forEach((id, i) => addFeature(id, ...(steps[i] || "watch").split(":")));
+    const there = form.dataset.features.split(","); // of those in the address, to which the moves belong
+    (given.get("features") ?? "").split(",").forEach((id, i) => { if (there.includes(id)) addFeature(id, ...(steps[i] || "watch").split(":")); });
     if (given.has("runs")) for (const tick of all('[name="run"]', form)) tick.checked = given.get("runs").split(",").includes(tick.value);
     for (const name of [...NUMBERS, "prompt"]) if (given.has(name)) one(`#${name}`).value = given.get(name);
     if (given.get("where") === "all") one("#where").value = "all";

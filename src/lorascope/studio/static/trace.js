@@ -18,6 +18,7 @@ if (box) {
   let features = [];
   let firings = [];
   let at = -1;
+  let telling = 0;
   let asked = 0; // counts what was asked of tokens: an answer that comes after the next question is of no use
 
   const address = (names) => `/trace/${encodeURIComponent(corpus)}/${index}${names.length ? `?features=${encodeURIComponent(names.join(","))}` : ""}`;
@@ -49,7 +50,7 @@ if (box) {
       drawStrip(svg, feature.values, feature.typical, feature.max, (t) => !uncounted[t]);
       svg.addEventListener("click", (event) => { const area = svg.getBoundingClientRect(); tell(Math.min(tokens.length - 1, Math.floor((tokens.length * (event.clientX - area.left)) / area.width))); });
       const name = `${features.length > 1 ? `${k + 1} ` : ""}${named(feature.id)}`;
-      return make("div", { className: "striprow" }, make("span", { textContent: `${name}, to ${figures(feature.max)}` }), svg);
+      return make("div", { className: "striprow" }, make("span", { textContent: `${name}, ${figures(feature.typical)} to ${figures(feature.max)}` }), svg);
     }));
   }
 
@@ -79,6 +80,7 @@ if (box) {
     if (at >= 0) tokens[at].classList.remove("cursor");
     at = t;
     tokens[at].classList.add("cursor");
+    clearTimeout(telling);
     asked += 1; // what is on its way is of another token
     const values = features.length ? [make("p", { className: "facts", textContent: features.map((feature) => `${named(feature.id)} ${figures(feature.values[t])}`).join(" · ") })] : [];
     here.replaceChildren(titleOf(t), ...values, make("p", { className: "empty", textContent: "Press Enter to see what fires here." }));
@@ -88,7 +90,8 @@ if (box) {
   function jump(by) {
     if (!firings.length) return;
     const next = by > 0 ? firings.find((t) => t > at) ?? firings[0] : firings.findLast((t) => t < at) ?? firings.at(-1);
-    tell(next);
+    move(next);
+    telling = setTimeout(() => tell(next), 150); // a key that is held down asks once
     one("#counted").textContent = `firing ${firings.indexOf(next) + 1} of ${firings.length}, token ${next}`;
   }
 
