@@ -210,6 +210,20 @@ def test_the_table_says_of_which_feature_a_note_is(copy: Study) -> None:
     assert client.get("/features?q=mine").text.count("an earlier adapter&#39;s direction") == 1
 
 
+def test_the_adapters_order_can_be_reversed(study: Study) -> None:
+    client = client_of(study)
+    assert ids(client, "size=500&order=rising") == ids(client, "size=500")[::-1]
+
+
+def test_a_tag_that_no_note_has(copy: Study) -> None:
+    client = client_of(copy)
+    assert "No notes yet" in client.get("/notes?tag=zzz").text
+    client.post("/notes", json={"place": "study", "field": "tag:verb", "value": True})
+    html = client.get("/notes?tag=zzz").text
+    assert "No note has the tag zzz" in html
+    assert "No notes yet" not in html
+
+
 def test_features_by_tag(copy: Study) -> None:
     client = client_of(copy)
     for place in ("feature:L2.down+", "feature:sae.3", "trace:train:0"):

@@ -57,7 +57,7 @@ from lorascope.report.numbers import (
 )
 from lorascope.report.rings import largest_subcategory, share_rings
 from lorascope.report.scatter import link_target, listed_features, point_map, shape_defs, shape_mark, shown_features
-from lorascope.report.tokens import heat_tokens, plain_tokens, shown_text, token_list
+from lorascope.report.tokens import heat_tokens, lone_text, plain_tokens, shown_text, token_list
 from lorascope.store import INDEX
 from lorascope.study import Study, atomic_write_bytes
 
@@ -70,7 +70,7 @@ MAPS = (histogram, layer_map, matrix_ticks)
 MARKS = (decoder_map, strongest_writes, bar_mark, interval_words, percent_axis, scale_top, share_bar)
 SCORES = (bounds_words, interval_note, score_floor, score_mark, score_pair, score_words)
 NUMBERS = (duration, figures, tick, memory, minus, moment, percent, points, whole, whole_percent)
-TOKENS = (heat_tokens, plain_tokens, shown_text, token_list)
+TOKENS = (heat_tokens, lone_text, plain_tokens, shown_text, token_list)
 KINDS = (flow_chart, flow_table, largest_subcategory, share_rings)
 POINTS = (link_target, listed_features, point_map, shape_defs, shape_mark, shown_features)
 HELPERS: tuple[Callable[..., Any], ...] = (*CHARTS, *MAPS, *MARKS, *SCORES, *NUMBERS, *TOKENS, *KINDS, *POINTS)

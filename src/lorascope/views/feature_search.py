@@ -152,9 +152,10 @@ def matches(row: Json, query: FeatureQuery) -> bool:
 
 
 def ordered(rows: list[Json], query: FeatureQuery) -> list[Json]:
-    """Rows in the wanted order: by default that of the study's columns. A KL under the noise floor is not ranked."""
+    """Rows in the wanted order: by default that of the study's columns (or, rising, the reverse of it). A KL under the
+    noise floor is not ranked."""
     if not query.sort:
-        return rows
+        return rows if query.order == "falling" else rows[::-1]
     if query.sort == "id":  # the index is in that order
         return rows if query.order == "rising" else rows[::-1]
     key = SHARES.get(query.sort, query.sort)

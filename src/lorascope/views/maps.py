@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lorascope.addresses import TYPE_ORDER, direction_layer, direction_type
-from lorascope.store import store_folder
+from lorascope.store import INDEX, store_folder
 from lorascope.study import Study
 from lorascope.views.ablation_tables import COMMAND, ablation_table, direction_kl
 from lorascope.views.directions import open_directions
@@ -109,7 +109,7 @@ def direction_map(
         for _ in range(module.rank)
     ]
     grids = [place.grid("norm", per_direction)]
-    recorded = store_folder(study.path, corpus, "adapter").is_dir()
+    recorded = (store_folder(study.path, corpus, "adapter") / INDEX).is_file()
     effects = effects_of(study, corpus) if recorded else None
     if effects is not None:
         grids += [place.grid("effect", effects["rms"]), relative_grid(study, place, corpus, effects["rms"])]
