@@ -68,14 +68,12 @@ def versions(*packages: str) -> dict[str, str]:
     return {package: version(package) for package in packages}
 
 
-def model_dtype() -> torch.dtype:
-    """What the benchmarked model computes in: fp32 on the CPU, the checkpoint's own on a GPU."""
-    return torch.float32 if DEVICE == "cpu" else torch.bfloat16
+def gemm_rate(size: int = 2048, repeats: int = 7) -> float:
+    """FLOP/s of a product of two square fp32 matrices: the best of some runs, as the limit of this machine.
 
-
-def gemm_rate(dtype: torch.dtype | None = None, size: int = 2048, repeats: int = 7) -> float:
-    """FLOP/s of a product of two square matrices: the best of some runs, as the limit of this machine."""
-    a, b = torch.randn(2, size, size, device=DEVICE, dtype=dtype or model_dtype())
+    The benchmarked model is fp32 on every device, as its checkpoint is.
+    """
+    a, b = torch.randn(2, size, size, device=DEVICE)
     a @ b
     return 2 * size**3 / min(seconds(lambda: a @ b) for _ in range(repeats))
 
@@ -88,14 +86,14 @@ def copy_rate(megabytes: int = 256, repeats: int = 5) -> float:
     return 2 * (megabytes << 20) / min(seconds(lambda: target.copy_(source)) for _ in range(repeats))
 
 
-def roofline(spent: float, flops: float, bytes_moved: float, dtype: torch.dtype | None = None) -> dict[str, float]:
+def roofline(spent: float, flops: float, bytes_moved: float) -> dict[str, float]:
     """The least FLOPs and bytes of a job, and the share of this machine's GEMM and copy rates that it reached.
 
     Args:
         spent: seconds that the job took.
         bytes_moved: what must be read and written at least (weights once per pass, results), if caches held all else.
     """
-    gemm, copy = gemm_rate(dtype), copy_rate()
+    gemm, copy = gemm_rate(), copy_rate()
     return {
         "least_flops": flops,
         "least_bytes": bytes_moved,
@@ -121,9 +119,11 @@ class _Mallinfo(ctypes.Structure):
 def allocated_memory() -> float:
     """Memory that this process has allocated and not given back, GiB: what a job holds at a time.
 
-    By glibc's own count where there is one; elsewhere resident memory that is no mapped file, which also has what was
-    freed and kept for the next allocation.
+    On a GPU by torch's count. Else by glibc's own where there is one, or resident memory that is no mapped file, which
+    also has what was freed and kept for the next allocation.
     """
+    if DEVICE == "cuda":
+        return torch.cuda.memory_allocated() / 2**30
     try:
         counts = ctypes.CDLL(None).mallinfo2
     except (AttributeError, OSError, TypeError):
@@ -137,6 +137,8 @@ def allocated_memory() -> float:
 @contextmanager
 def allocated_peak() -> Iterator[list[float]]:
     """Inside, the most that this process has allocated at a time, GiB, in the list that it gives; seen every 5 ms."""
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     found, stop = [0.0], Event()
 
     def look() -> None:
@@ -150,6 +152,8 @@ def allocated_peak() -> Iterator[list[float]]:
     finally:
         stop.set()
         thread.join()
+        if DEVICE == "cuda":
+            found[0] = torch.cuda.max_memory_allocated() / 2**30
 
 
 def peak_memory() -> float:

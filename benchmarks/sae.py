@@ -189,7 +189,7 @@ def measure(study_path: Path) -> dict[str, Any]:
             own_seconds, peer_seconds, times_faster = compare(partial(mine, BLOCK), partial(theirs, BLOCK), REPEATS)
             for contestant in (mine, theirs):
                 contestant(steps - BLOCK * (REPEATS + 1))
-            width = rows.shape[1]
+            width, unexplained, peers = rows.shape[1], own_unexplained(), peer_unexplained()
             # The dense encoder; decoding and three sparse gradients; Adam reads four numbers a weight and writes three.
             flops = BLOCK * BATCH * width * (2 * 8 * width + 8 * K)
             moved = BLOCK * 7 * 4 * (2 * 8 * width * width)
@@ -200,13 +200,17 @@ def measure(study_path: Path) -> dict[str, Any]:
                     BLOCK * BATCH / peer_seconds,
                     "tokens/s",
                     size=size,
-                    **roofline(own_seconds, flops, moved, torch.float32),
-                    unexplained_ours=own_unexplained(),
-                    unexplained_peer=peer_unexplained(),
+                    **roofline(own_seconds, flops, moved),
+                    agrees=unexplained <= 1.01 * peers,
+                    unexplained_ours=unexplained,
+                    unexplained_peer=peers,
                     versions=versions(package),
                 )
             )
-    return {key: min(rows, key=lambda r: r["ratio"]) | {"sizes": rows} for key, rows in found.items()}
+    return {
+        key: min(rows, key=lambda r: r["ratio"]) | {"agrees": all(r["agrees"] for r in rows), "sizes": rows}
+        for key, rows in found.items()
+    }
 
 
 if __name__ == "__main__":

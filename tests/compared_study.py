@@ -53,6 +53,7 @@ def add_kind(study: Study, kind: str, rows: Sequence[dict[str, Any]], extra: Seq
 def make_compared_study(path: Path, layers: int = 6, seed: int = 0) -> Study:
     """All six kinds; directions 0.15 above random ones, as good as neurons; every tenth feature has no score."""
     study = make_study(path)
+    study.update_manifest(layers=layers)
     rng = np.random.default_rng(seed)
     addresses = [f"L{layer}.{type_}" for layer in range(layers) for type_ in ("q", "o", "gate", "down")]
 

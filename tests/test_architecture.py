@@ -20,8 +20,8 @@ MAX_LINES = 500
 # except the stages, which meet in the study. A new module or package gets a line here.
 FLOORS = {
     1: "errors config progress columns stats differences addresses decoders adapter peft_files models builtin_model "
-    "token_text traces tasks",
-    2: "study store store_writer features explained recovery selection",
+    "token_text traces tasks heap",
+    2: "study store store_writer features layers explained recovery selection",
     3: "attached sinks controls restart rank1 fused packing edits memory generation kl training_plan training_state "
     "leave_one_out screening residual_norms",
     4: "creation training evaluation ablation recording example_search logit_lens comparison steering sae explain "

@@ -15,11 +15,12 @@ from lorascope.cli import main
 from lorascope.config import Options
 from lorascope.errors import BadInput, MissingStage
 from lorascope.explain.categories import CategorizeConfig, categorize
-from lorascope.explain.categories.assign import ASSIGNED, CHANCE, assign_by_words
+from lorascope.explain.categories.assign import CHANCE, assign_by_words
 from lorascope.explain.categories.shares import bootstrap_shares, make_groups, tally_traces
 from lorascope.explain.categories.spaces import layer_thirds
 from lorascope.explain.categories.taxonomy import load_taxonomy, membership, parse_taxonomy
 from lorascope.explain.categories.words import explanation_words, make_bags
+from lorascope.explained import ASSIGNED
 from lorascope.features import load_features
 from lorascope.study import Study, read_json
 from planted_categories import DECODER, PLANTED, planted_categories
@@ -134,10 +135,11 @@ def test_flow_adds_up_to_the_decoder(planted: Planted) -> None:
         ("gate", "late third", "none fits"): DECODER,
         ("down", "late third", "none fits"): DECODER,
     }
-    assert layer_thirds(["embed", "L4.q", "L5.q", "L9.q"]) == [
+    assert layer_thirds(["embed", "L4.q", "L5.q", "L8.q", "L11.q"], 12) == [
         "outside the layers",
-        "early third",
         "middle third",
+        "middle third",
+        "late third",
         "late third",
     ]
 

@@ -13,8 +13,9 @@ import pytest
 from lorascope.config import Options
 from lorascope.errors import BadInput, RunFailed
 from lorascope.explain.categories import CategorizeConfig, categorize
-from lorascope.explain.categories.assign import NONE_FITS, REASON_WITHOUT
+from lorascope.explain.categories.assign import REASON_WITHOUT
 from lorascope.explain.categories.words import feature_text
+from lorascope.explained import NONE_FITS
 from lorascope.study import Study, read_json, read_rows
 from planted_categories import NEUTRAL, PLANTED, planted_categories
 from scripted_judge import Said, scripted_judge

@@ -12,17 +12,18 @@ import pytest
 from compared_study import FAILED, add_kind, explained_row, make_compared_study
 from lorascope.addresses import TYPE_ORDER
 from lorascope.cli import main
-from lorascope.comparison import ORDER, THIRDS, CompareConfig, compare
+from lorascope.comparison import ORDER, CompareConfig, compare
 from lorascope.config import Options
 from lorascope.errors import BadInput, MissingStage, RunFailed
 from lorascope.example_search import ExamplesConfig, examples
 from lorascope.explain import ExplainConfig, explain_features
 from lorascope.explained import made_from
 from lorascope.features import KINDS
+from lorascope.layers import THIRDS, layer_count
 from lorascope.report.marks import score_floor, score_mark, score_words
 from lorascope.store import Store, store_folder
 from lorascope.study import Study, write_json
-from lorascope.views.compare import comparison_text
+from lorascope.views.compare import comparison_text, verdict
 from planted_text import planted_study
 from tiny_store import make_study, write_store
 
@@ -67,7 +68,7 @@ def test_all_six_kinds_with_their_means(compared: tuple[Study, dict[str, Any]]) 
         assert row["wrong"]["value"] == 0.5
         assert row["fuzzing"]["value"] == pytest.approx(np.mean(scored) + 0.1, rel=1e-5)
         failed = len(lines) - len(scored)
-        assert row["failures"] == {"fires on n tokens of the training corpus, fewer than 8": failed}
+        assert row["failures"] == {"fires on fewer than 8 tokens of the training corpus": failed}
         assert row["scored_share"]["value"] == pytest.approx(len(scored) / len(lines), rel=1e-5)
         everything = (sum(scored) + 0.5 * failed) / len(lines)
         assert row["score_all"]["value"] == pytest.approx(everything, rel=1e-5)
@@ -105,6 +106,22 @@ def test_groups_partition_the_features(compared: tuple[Study, dict[str, Any]]) -
         groups = {row["group"] for row in table["rows"]}
         assert {test["group"] for test in table["tests"]} == groups
         assert all(test["p"] <= test["p_holm"] for test in table["tests"])
+
+
+def test_a_recording_of_neurons_moves_no_direction_to_another_third(tmp_path: Path) -> None:
+    """Directions in layers 0 to 2 of 9 are early ones, beside neurons or not; so they are of an older study."""
+    for known in (True, False):
+        study = make_study(tmp_path / f"study{known}")
+        write_store(study, [[1.0] * 3], [1], addresses=["L0.q", "L1.q", "L8.q"])  # layer 8 has no explained feature
+        if known:
+            study.update_manifest(layers=9)
+        assert layer_count(study) == 9
+        add_kind(study, "direction", [explained_row(f"L{k}.q+", 0.7 + k / 100) for k in range(3)])
+        for neurons in (False, True):
+            if neurons:
+                add_kind(study, "neuron", [explained_row(f"neuron.L{k}.5+", 0.6) for k in range(30)])
+            rows = compare(study, CONFIG, Options())["by"]["third"]["rows"]
+            assert [(row["group"], row["n"]) for row in rows if row["kind"] == "direction"] == [("early", 3)]
 
 
 def test_groups_are_in_the_models_order(compared: tuple[Study, dict[str, Any]]) -> None:
@@ -170,9 +187,39 @@ def test_one_direction_alone_has_no_interval(tmp_path: Path) -> None:
     result = compare(study, CONFIG, Options())
     assert row_of(result, "direction")["score"] == {"value": 0.7, "low": None, "high": None}
     assert the_test(result, "latent", "score")["p"] is None
-    assert "0.700  " in comparison_text(result)
-    assert score_words(row_of(result, "direction")["score"]) == "0.70"
+    assert "0.700 (no interval)  " in comparison_text(result)
+    assert score_words(row_of(result, "direction")["score"]) == "0.70 (no interval)"
     assert "whisker thick own" not in score_mark(row_of(result, "direction"), score_floor(result["rows"]))
+
+
+def test_a_single_cluster_on_either_side_has_no_interval_of_the_difference(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "study")
+    add_kind(study, "direction", [explained_row(f"L0.q{sign}", 0.6, **classed(0)) for sign in "+-"])
+    scores = (0.7, 0.8, 0.9)
+    add_kind(study, "latent", [explained_row(f"sae.{k}", score, **classed(k)) for k, score in enumerate(scores)])
+    add_kind(study, "neuron", [explained_row("neuron.L0.1+", 0.804, **classed(0))])
+    result = compare(study, CONFIG, Options())
+    for second in ("latent", "neuron"):
+        for measure in ("score", "class_0"):
+            test = the_test(result, second, measure)
+            assert test["difference"]["value"] is not None
+            assert [test["difference"][end] for end in ("low", "high")] == [None, None]
+            assert (test["p"], test["detectable"]) == (None, None)
+            assert "too few to test" in verdict(test)
+
+
+def test_scores_that_are_all_alike_have_no_interval_and_their_words(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "study")
+    for kind, prefix, score in (("direction", "", 0.5), ("untrained", "untrained.", 0.5)):
+        add_kind(study, kind, [explained_row(f"{prefix}L{k}.q+", score) for k in range(5)])
+    result = compare(study, CONFIG, Options())
+    assert row_of(result, "direction")["score"] == {"value": 0.5, "low": None, "high": None}
+    test = the_test(result, "untrained", "score")
+    assert test["difference"] == {"value": 0.0, "low": None, "high": None}
+    assert verdict(test) == (
+        "Directions and untrained directions: no difference found (+0.000, no interval; corrected p = 1). Paired at 5 "
+        "addresses: +0.000, no interval; uncorrected p = 1."
+    ).replace("-", "−")
 
 
 def test_two_polarities_of_a_direction_are_one_cluster(tmp_path: Path) -> None:
@@ -275,7 +322,7 @@ def test_kinds_at_the_same_addresses_are_paired_by_address(tmp_path: Path) -> No
     for second in ("random", "base"):
         paired = the_test(result, second, "score")["paired"]
         assert paired["addresses"] == 10
-        assert [round(paired["difference"][name], 6) for name in ("value", "low", "high")] == [0.05] * 3
+        assert paired["difference"] == {"value": pytest.approx(0.05), "low": None, "high": None}  # all alike
         assert paired["p_uncorrected"] == pytest.approx(2 / 2**10, abs=1e-3)
         assert the_test(result, second, "score")["p"] > 0.02  # taken as independent
     assert the_test(result, "neuron", "score")["paired"] is None

@@ -132,6 +132,19 @@ def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypa
     assert "ValueError: odd" in (tmp_path / "s" / "log.txt").read_text()
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["reprot", "s"], "lorascope: There is no command 'reprot'; did you mean report?\n"),
+        (["report"], "lorascope: The following arguments are required: STUDY; see lorascope report --help.\n"),
+        (["report", "s", "--oops"], "lorascope: Unrecognized arguments: --oops; see lorascope report --help.\n"),
+    ],
+)
+def test_what_was_mistyped_is_one_sentence(given: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(given) == 2
+    assert capsys.readouterr().err == said
+
+
 def test_json_is_one_document_on_stdout(tmp_path: Path) -> None:
     study = Study.create(tmp_path / "s", model="m", system=None)
     command = [sys.executable, "-m", "lorascope", "status", str(study.path), "--json"]

@@ -11,7 +11,7 @@ from lorascope import controls, recording, store_writer
 from lorascope.adapter import Adapter, initial_adapter
 from lorascope.attached import attach
 from lorascope.config import Options
-from lorascope.controls import inputs_at, neuron_probe, spread_sample
+from lorascope.controls import adapter_probe, inputs_at, neuron_probe, probing, spread_sample
 from lorascope.errors import BadInput, MissingStage
 from lorascope.features import load_features
 from lorascope.models import load_model
@@ -53,6 +53,29 @@ def make_study(path: Path, base: Path, rank: int = 1) -> Study:
 @pytest.fixture
 def study(tmp_path: Path, base: Path) -> Study:
     return make_study(tmp_path / "study", base)
+
+
+def test_modules_that_share_an_input_are_read_in_one_product_in_half_precision_too() -> None:
+    model = tiny_model().to(torch.bfloat16)
+    adapter = random_adapter(model)
+    products: list[Any] = []
+
+    class Counted(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function in (torch.Tensor.matmul, torch.Tensor.__matmul__):
+                products.append(function)
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    probe = adapter_probe(adapter, model, adapter.addresses)
+    reads: list[Any] = [site.read for site in probe.sites]
+    groups = {id(read.keywords["shared"]): read.keywords["shared"] for read in reads}
+    for group in groups.values():
+        group.a_GI = group.a_GI.as_subclass(Counted)
+    with probing(model, [probe]), torch.no_grad():
+        model(input_ids=torch.arange(6)[None])
+    assert len(groups) < len(probe.sites)
+    assert len(products) == len(groups)
 
 
 def open_store(study: Study, source: str, corpus: str = "train") -> Store:

@@ -299,6 +299,17 @@ def test_other_judges_for_classes_and_for_the_second_pass(tmp_path: Path, monkey
     assert names == ["c.jsonl", "m.jsonl", "n.jsonl"]
 
 
+def test_an_address_alone_makes_two_passes(tmp_path: Path) -> None:
+    study, _ = planted_study(tmp_path / "study", traces=60)
+    with scripted_judge(knowing_judge) as one, scripted_judge(knowing_judge) as two:
+        config = replace(SMALL, judge_url=one.url, second_judge_url=two.url)
+        result = explain_features(study, config, Options())["direction"]
+        assert two.requests
+        assert {request["model"] for request in two.requests} == {"m"}
+    assert result["classes_agreement"]["n"] > 0
+    assert {row["with"] for row in explanation_scores(study)["agreement"]} == {f"judge:m at {two.url}"}
+
+
 def test_latents_go_through_the_same_path(tmp_path: Path) -> None:
     study, _ = planted_study(tmp_path / "study", traces=60)
     add_latents(study)
@@ -450,7 +461,7 @@ def test_ranks_and_agreement_reach_the_reader(
     assert [(row["what"], row["with"]) for row in rows] == [
         (what, "its own second pass") for what in (*TASKS, "classes")
     ]
-    assert all(row["equal"] == {"value": 1, "low": 1, "high": 1} for row in rows)
+    assert all(row["equal"] == {"value": 1, "low": None, "high": None} for row in rows)
     assert (rows[0]["label"], rows[0]["n"]) == ("directions", result["direction"]["detection_agreement"]["n"])
     environment = make_environment(jinja2.PackageLoader("lorascope.report"))
     page = environment.from_string('{% import "parts.html.j2" as parts %}{% include "scores.html.j2" %}')

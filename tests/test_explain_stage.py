@@ -59,7 +59,7 @@ def test_every_feature_has_one_row(explained: tuple[Study, dict[str, str], dict[
     assert 0.3 < rows[ids["chance"]]["scored"]["detection"]["value"] < 0.7
     assert result["direction"]["n"] == 12
     assert sum(result["direction"]["reasons"].values()) + result["direction"]["n_detection"] == 12
-    assert result["direction"]["reasons"] == {"fires on n tokens of the training corpus, fewer than 8": 7}
+    assert result["direction"]["reasons"] == {"fires on fewer than 8 tokens of the training corpus": 7}
 
 
 def test_headline_numbers(explained: tuple[Study, dict[str, str], dict[str, Any]]) -> None:
@@ -228,8 +228,7 @@ def test_rows_of_other_explainers_stay(tmp_path: Path) -> None:
     ]
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows) + '{"expl', encoding="utf-8")
     done = keep_rows(file, {"c"}, "lexical")
-    assert len(done) == 1
-    assert "c" in done
+    assert [key in done for key in "abc"] == [False, False, True]
     assert done.read("c") == rows[2]
     assert [row["key"] for row in read_rows(file)] == ["b", "c"]
     done.append({"explainer": "lexical", "key": "d", "text": "日本"})

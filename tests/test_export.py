@@ -29,7 +29,7 @@ from lorascope.export.neuronpedia import json_line, slug
 from lorascope.export.neuronpedia_schema import TABLES, row_faults
 from lorascope.export.tables import ablation_rows
 from lorascope.features import load_features
-from lorascope.study import Study
+from lorascope.study import Study, write_json
 from lorascope.views import feature_table
 from report_study import HOSTILE, PLANTED, make_report_study
 from tiny_models import random_adapter, tiny_model
@@ -419,6 +419,18 @@ def test_tables_of_ablation_hold_every_segment_and_the_floor(study: Study) -> No
             assert all(float(row[ours]) == source[theirs] for ours, theirs in numbers.items())
             assert float(row["kl"]) == source["kl"]
             assert (row["under_floor"], float(row["floor"])) == (str(source["under_floor"]), 0.0005)
+
+
+def test_what_was_set_to_the_mean_has_tables_of_its_own(study: Study) -> None:
+    assert not list(Path(export(study, "csv")["folder"]).glob("ablation-mean-*"))
+    folder = study.path / "ablation"
+    (folder / "mean").mkdir()
+    shutil.copy(folder / "exact-type.parquet", folder / "mean")
+    write_json(folder / "mean" / "floor-exact-type.json", {"kl": 0.25, "runs": {"rerun": 0.25}})
+    result = export(study, "csv")
+    rows = read_csv(Path(result["folder"]) / "ablation-mean-type.csv")
+    assert result["ablation"]["mean-type"] == len(rows) == result["ablation"]["type"]
+    assert {float(row["floor"]) for row in rows} == {0.25}
 
 
 def test_what_is_missing_is_named_with_its_command(study: Study) -> None:

@@ -9,8 +9,13 @@ import pytest
 from safetensors.numpy import save_file
 
 from lorascope import features
+from lorascope.config import field_docs
 from lorascope.errors import BadInput, MissingStage, RunFailed
-from lorascope.features import available_kinds, firing_levels, jumprelu_codes, load_features
+from lorascope.example_search import ExamplesConfig
+from lorascope.explain import ExplainConfig
+from lorascope.explain.categories import CategorizeConfig
+from lorascope.features import KINDS, available_kinds, firing_levels, jumprelu_codes, load_features
+from lorascope.reasoning import ReasoningConfig
 from lorascope.store import Store
 from lorascope.study import Study
 from tiny_store import halves, make_study, write_store
@@ -194,3 +199,9 @@ def test_kinds_are_named(tmp_path: Path) -> None:
     write_store(study, np.ones((4, 2)), [4], corpus="heldout", source="base")  # its levels are not known
     write_store(study, np.ones((4, 2)), [4], corpus="heldout")
     assert available_kinds(study, "heldout") == ["direction", "latent"]
+
+
+@pytest.mark.parametrize("config", [ExamplesConfig, ExplainConfig, CategorizeConfig, ReasoningConfig])
+def test_help_names_every_kind_in_order(config: type) -> None:
+    """Help texts are literals in the source, so that a new kind of features must be added to each."""
+    assert ", ".join(KINDS) in field_docs(config)["kinds"]

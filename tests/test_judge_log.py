@@ -4,24 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from lorascope.errors import RunFailed
-from lorascope.explain.judge_log import FEWEST_SORTED, JudgeLog, Places
-
-
-def test_places_are_those_given_last() -> None:
-    rng = np.random.default_rng(0)
-    places, right = Places(), {}
-    for place in range(5 * FEWEST_SORTED):
-        number = int(rng.integers(0, 3 * FEWEST_SORTED)) << 50
-        places.put(number, place)
-        right[number] = place
-    assert {number: places.find(number) for number in right} == right
-    assert len(places._new) < FEWEST_SORTED <= len(places._numbers)
-    assert places.find(1) is None
-    assert places.find(2**64 - 1) is None
+from lorascope.explain.judge_log import JudgeLog
 
 
 def test_half_a_line_is_cut_away_and_a_damaged_one_named(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from transformers import MambaConfig, MambaForCausalLM
 
 from lorascope.attached import attach
 from lorascope.fused import fused
-from lorascope.packing import PACKED, packed_attention, prepare_packing
+from lorascope.packing import PACKED, packed_attention, prepare_packing, sequence_lengths
 from lorascope.traces import Rendered
 from lorascope.training import Learner
 from lorascope.training_plan import batch_tensors, packed_tensors
@@ -65,6 +65,18 @@ def test_packed_sequences_give_the_same_loss_and_gradients(kind: str) -> None:
         assert wanted.abs().max() > 1e-2
         for mine in (padded, packed):
             assert (mine - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+
+
+def test_the_lengths_are_read_once_for_all_layers_of_a_pass() -> None:
+    """Each reading would wait for a GPU; and another pass has other lengths."""
+    model = tiny_model(num_hidden_layers=3)
+    assert prepare_packing(model, max(LENGTHS))
+    for lengths in (LENGTHS, [3, 4]):
+        places = torch.cat([torch.arange(n) for n in lengths])[None]
+        before = sequence_lengths.cache_info().misses
+        model.base_model(input_ids=places % 90, position_ids=places, use_cache=False)
+        assert sequence_lengths.cache_info().misses == before + 1
+        assert sequence_lengths(places) == [n for n in lengths if n]
 
 
 def test_a_model_that_mixes_packed_sequences_pads() -> None:

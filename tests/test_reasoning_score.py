@@ -20,7 +20,7 @@ from lorascope.reasoning.words import word_pattern
 from lorascope.store import Floats, Store
 from lorascope.study import Study
 from lorascope.token_text import open_tokenizer, token_texts
-from planted_text import THINK, make_tokenizer, make_words, random_tokens
+from planted_text import ANSWER, THINK, make_tokenizer, make_words, random_tokens
 from tiny_store import make_study, write_store
 from tiny_text import tiny_tokenizer
 
@@ -223,6 +223,20 @@ def test_an_edited_list_is_noticed_and_nothing_else_runs_again(tmp_path: Path) -
     file.write_text("so\n")
     second = find_reasoning(study, config, Options())
     assert second["kinds"]["direction"]["words"].keys() == {"so"} != first["kinds"]["direction"]["words"].keys()
+
+
+def test_traces_without_thinking_get_their_own_sentence(tmp_path: Path) -> None:
+    """Other words would not help, which is what is said where there is thinking."""
+    study = text_study(tmp_path / "s", planted, n=8)
+    tokens, segments, offsets = spaced_tokens(1, 8)
+    z = planted(np.random.default_rng(1), tokens)
+    segments = np.where(segments == THINK, ANSWER, segments)
+    lengths = np.diff(offsets).tolist()
+    write_store(study, z, lengths, corpus="bare", tokens=tokens, segments=segments, shard_tokens=1024)
+    for contrast in (None, "then"):
+        with pytest.raises(BadInput, match="No trace of bare has any thinking") as caught:
+            find_reasoning(study, ReasoningConfig(corpus="bare", contrast=contrast), Options())
+        assert "--words" not in str(caught.value)
 
 
 def test_bad_input_is_one_sentence(tmp_path: Path) -> None:

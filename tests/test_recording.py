@@ -16,6 +16,7 @@ from lorascope.adapter import Adapter
 from lorascope.attached import attach
 from lorascope.config import Options
 from lorascope.errors import BadInput, MissingStage
+from lorascope.layers import layer_count
 from lorascope.memory import FEWEST, MOST_ON_CPU
 from lorascope.models import load_model
 from lorascope.recording import RecordConfig, record
@@ -110,6 +111,12 @@ def test_both_sources_differ_and_share_their_text(study: Study) -> None:
     z, base_z = ours.trace(1)[1], theirs.trace(1)[1]
     np.testing.assert_allclose(z[:, first], base_z[:, first], rtol=1e-3)  # nothing adapted lies before it
     assert np.abs(z[:, last] - base_z[:, last]).max() > 0.01
+
+
+def test_the_study_says_how_many_layers_the_model_has(study: Study, base: Path) -> None:
+    assert layer_count(study) is None
+    record(study, RecordConfig(), OPTIONS)
+    assert study.manifest["layers"] == layer_count(study) == len(load_model(str(base))[0].model.layers)
 
 
 def test_batches_do_not_change_the_scalars(study: Study) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from lorascope.errors import BadInput
 from lorascope.recovery import recovery_rows
-from lorascope.stats import bootstrap_mean
+from lorascope.stats import bootstrap_mean, wilson_bounds
 
 
 def samples(correct: int, n: int = 100, benchmark: str = "chain") -> list[dict[str, Any]]:
@@ -28,6 +28,17 @@ def test_known_recovery_with_an_interval_around_it() -> None:
     assert row["recovery_reason"] is None
     assert row["gains"]["adapter"]["value"] == pytest.approx(0.45)
     assert row["others"]["base-3shot"]["accuracy"] == 0.2
+
+
+def test_none_right_is_no_certainty() -> None:
+    rows, _ = rows_of(base=samples(0, 20), adapter=samples(20, 20), full=samples(0, 20))
+    row = rows[0]
+    low, high = wilson_bounds(0, 20)
+    assert row["base"] == {"accuracy": 0.0, "low": 0.0, "high": pytest.approx(high)}
+    assert row["adapter"] == {"accuracy": 1.0, "low": pytest.approx(1 - high), "high": 1.0}
+    assert row["gains"]["full"] == {"value": 0.0, "low": pytest.approx(-high), "high": pytest.approx(high)}
+    assert low == 0
+    assert row["recovery_reason"] == "the interval of full − base does not lie above 0, so there is no gain to recover"
 
 
 def test_no_gain_of_full_means_no_recovery() -> None:
@@ -139,3 +150,26 @@ def test_twice_the_same_problem_is_refused() -> None:
         rows_of(base=ragged[:-1])
     with pytest.raises(BadInput, match="seeds"):
         rows_of(base=ragged, adapter=seeded([[True]] * 5))
+
+
+def test_problems_that_all_come_out_alike_have_intervals_of_some_width() -> None:
+    rows, _ = rows_of(base=samples(0, 20), adapter=samples(20, 20), full=samples(20, 20))
+    row = rows[0]
+    assert row["base"]["accuracy"] == 0.0 == row["base"]["low"]
+    assert row["base"]["high"] == pytest.approx(wilson_bounds(0, 20)[1])
+    assert row["adapter"]["low"] == pytest.approx(wilson_bounds(20, 20)[0])
+    assert 0.5 < row["gains"]["adapter"]["low"] < 0.8
+    assert row["recovery"]["value"] == 1.0
+    assert row["recovery"]["low"] < 0.8 < 1.0 < row["recovery"]["high"]
+    rows, _ = rows_of(base=samples(7, 20), adapter=samples(7, 20))
+    gain = rows[0]["gains"]["adapter"]
+    assert gain["value"] == 0.0
+    assert gain["low"] == pytest.approx(-gain["high"])
+    assert gain["high"] > 0.1
+
+
+def test_one_problem_shows_no_gain() -> None:
+    rows, _ = rows_of(base=samples(0, 1), adapter=samples(1, 1), full=samples(1, 1))
+    assert rows[0]["recovery"] is None
+    assert rows[0]["gains"]["full"]["low"] < 0
+    assert width(rows[0]["adapter"]) > 0.7

@@ -17,7 +17,7 @@ from lorascope.report.build import embedded_json
 from lorascope.report.gather import gather
 from lorascope.report.grids import ramp_of
 from lorascope.report.numbers import duration, figures, memory, nice_ticks, percent, tick
-from lorascope.report.tokens import heat, heat_tokens, shown_text
+from lorascope.report.tokens import heat, heat_tokens, lone_text, shown_text
 from lorascope.study import Study
 from lorascope.views import reasoning_view
 from report_study import HOSTILE, make_report_study
@@ -98,7 +98,7 @@ def test_hostile_tokens_are_text(study: Study, browser: Browser) -> None:
     write_report(study, everything, Options())
     page, trouble = opened(browser, study.path)
     shown = page.locator("#trace-0").evaluate("box => box.textContent")
-    assert HOSTILE in shown.replace("·", " ")
+    assert HOSTILE in shown.replace("·", " ").replace("\u00a0", " ")
     assert page.evaluate("window.hacked") is None
     assert page.locator("#trace-0 img, #trace-0 script, main textarea").count() == 0
     assert page.locator("script").count() == 2
@@ -135,7 +135,7 @@ def test_map_switch_and_readout_by_keyboard(study: Study, browser: Browser) -> N
     assert page.locator("#grid-kl").is_visible()
     page.locator("#tab-kl").focus()
     page.keyboard.press("ArrowRight")
-    assert page.locator("#grid-density").is_visible()
+    assert page.locator("#grid-spread").is_visible()
     assert page.locator("#grid-kl").is_hidden()
     page.keyboard.press("ArrowLeft")
     page.locator("#grid-kl svg.map").focus()
@@ -219,22 +219,26 @@ CONTRAST = """() => {
     return 0.2126 * r + 0.7152 * g + 0.0722 * b;
   };
   const ratio = (a, b) => (Math.max(light(a), light(b)) + 0.05) / (Math.min(light(a), light(b)) + 0.05);
+  const shown = (place, names, under) => {
+    const box = document.createElement("p");
+    box.className = "tokens";
+    const token = document.createElement("span");
+    token.className = names;
+    token.textContent = "x";
+    box.append(token);
+    document.querySelector(place).append(box);
+    const style = getComputedStyle(token);
+    const found = ratio(style.color, under(style));
+    box.remove();
+    return found;
+  };
   const out = {};
   for (const place of [".side.plus", ".side.minus", ".latent .side"]) {
     for (let step = 1; step <= 9; step++) {
-      for (const extra of ["", " sp"]) {
-        const box = document.createElement("p");
-        box.className = "tokens";
-        const token = document.createElement("span");
-        token.className = `h${step}${extra}`;
-        token.textContent = "x";
-        box.append(token);
-        document.querySelector(place).append(box);
-        const style = getComputedStyle(token);
-        out[`${place} h${step}${extra}`] = ratio(style.color, style.backgroundColor);
-        box.remove();
-      }
+      out[`${place} h${step}`] = shown(place, `h${step}`, (style) => style.backgroundColor);
     }
+    const line = getComputedStyle(document.querySelector(".card")).borderTopColor; // that of the hatching
+    out[`${place} hatched`] = shown(place, "un sp", () => line);
   }
   const paper = getComputedStyle(document.body).backgroundColor;
   for (const place of [".caption", ".kicker", ".tag", ".contents a", ".chart text", ".empty, .facts"]) {
@@ -306,8 +310,27 @@ def test_token_texts() -> None:
     }
     html = str(heat_tokens(example, 2.0, 1.0))
     assert "&lt;b&gt;" in html
-    assert '<span class="h9 f peak" data-v="2.00"> is</span>' in html
+    assert '<wbr><span class="h9 f peak" data-v="2.00">\u00a0is</span>' in html, "a line ends before the space"
     assert '<span class="h3" data-v="0.500">&amp;</span>' in html
+    assert [lone_text(text) for text in (" is ", " ", "a\n", "")] == ["·is·", "·", "a↵", "◌"]
+
+
+def test_what_counts_for_no_feature_has_no_heat() -> None:
+    """Template and an attention sink, far stronger than the token that fires."""
+    example = {
+        "tokens": ["<|im_start|>", "a", " is", "\n", "b"],
+        "values": [90.0, 80.0, 2.0, 0.0, 0.0],
+        "segments": [0, 2, 2, 2, 2],
+        "sinks": [1],
+        "peak": 2,
+        "more_before": False,
+        "more_after": False,
+    }
+    html = str(heat_tokens(example, 2.0, 1.0))
+    assert '<span class="un sp" data-v="90.0">&lt;|im_start|&gt;</span>' in html
+    assert '<span class="un sk" data-v="80.0">a</span>' in html
+    assert html.count(" f ") == 1
+    assert html.endswith("↵<wbr>b")
 
 
 def test_numbers() -> None:
@@ -329,6 +352,12 @@ def test_ramps() -> None:
     assert (ramp.low, ramp.high) == (0.01, 1.0)
     assert [ramp.step(v) for v in (0.001, 0.01, 0.1, 1.0)] == [0, 0, 6, 11]
     assert ramp_of({"values": [[None]]}) is None
+    scores = ramp_of({"values": [[0.4, 0.5, 0.74, 1.0]], "scale": "linear", "start": 0.5})
+    assert scores is not None
+    assert [scores.step(v) for v in (0.4, 0.5, 0.74, 1.0)] == [0, 0, 5, 11]
+    by_chance = ramp_of({"values": [[0.4, 0.5]], "scale": "linear", "start": 0.5})
+    assert by_chance is not None
+    assert (by_chance.low, by_chance.high) == (0.5, 1.0)
     assert ramp_of({"values": [[0.0]], "scale": "log"}) is None
 
 

@@ -40,7 +40,8 @@ def opened(browser: Browser, path: Path, **context: Any) -> tuple[Page, list[str
 def test_view_says_what_to_run(tmp_path: Path) -> None:
     view = category_view(Study.create(tmp_path / "study", model="tiny", system=None))
     assert view["available"] is False
-    assert view["missing"]["run"] == f"lorascope categorize {tmp_path / 'study'}"
+    assert view["missing"]["run"] == f"lorascope train {tmp_path / 'study'}"
+    assert view["missing"]["own"] == f"lorascope categorize {tmp_path / 'study'}"
 
 
 def test_view_of_planted_categories(study: Study) -> None:
@@ -104,6 +105,11 @@ def test_flow_keeps_its_weight() -> None:
     assert table[0][1]["a"] == pytest.approx(1 / 4.01)
     svg = str(flow_chart({"rows": rows}))
     assert svg.count('class="ribbon') == 6 + 8 + 4
+    assert svg.count('href="#map"') == 4
+    studio = str(flow_chart({"rows": rows}, types="/features?kind=direction&type={}", thirds="/map"))
+    assert 'href="/features?kind=direction&amp;type=q"' in studio
+    assert studio.count('href="/map"') == 2
+    assert "#map" not in studio
     assert "style=" not in svg
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from lorascope import edits
-from lorascope.ablation import make_targets
+from lorascope.ablation import make_targets, screened_rows
 from lorascope.attached import attach
 from lorascope.leave_one_out import leave_out
 from lorascope.screening import gate_draws, gated, label_slopes, passes_needed, screen
@@ -110,8 +110,36 @@ def test_many_passes_give_the_exact_values() -> None:
     own = screened.kl_KSG(np.stack([t.columns for t in targets])).mean(0).sum(0) / tokens
     np.testing.assert_allclose(own, exact, rtol=0.15)
     assert 0.95 < np.median(own / exact) < 1.05
-    null = screened.null_kl_G(np.stack([t.columns for t in targets]))
-    assert 0 < null.max() < 1e-3 * exact.min()
+    nulls = screened.null_kls(np.stack([t.columns for t in targets]))
+    assert list(nulls) == ["rerun", "rebatched", "resplit"]
+    assert 0 < max(nulls.values()) < 1e-3 * exact.min()
+
+
+def test_one_floor_flags_the_rows_that_it_is_shown_beside() -> None:
+    """The largest null of any target is every row's floor, not each one's own."""
+    model = tiny_model()
+    adapter = small_adapter(model)
+    targets = make_targets(adapter.addresses, "direction")
+    with attach(model, adapter) as attached:
+        screened = screen(attached, TRACES, passes=4)
+    values = {row["target"]: row["kl"] for row in screened_rows(screened, targets, 0.0, np.random.default_rng(0))}
+    floor = sorted(values.values())[5]
+    rows = screened_rows(screened, targets, floor, np.random.default_rng(0))
+    assert [row["under_floor"] for row in rows] == [values[row["target"]] <= floor for row in rows]
+    assert sum(row["under_floor"] for row in rows) == 6
+
+
+@pytest.mark.parametrize(("count", "budget"), [(3, 200), (3, 1), (1, 200)])
+def test_null_runs_are_of_two_traces_where_there_are(count: int, budget: int) -> None:
+    """Their values are those that the same differences have as gradients of the traces themselves."""
+    model = tiny_model()
+    adapter = small_adapter(model)
+    with attach(model, adapter) as attached:
+        screened = screen(attached, TRACES[:count], passes=2, budget=budget)
+    pair = min(count, 2)
+    assert {null_CN.shape for null_CN in screened.nulls.values()} == {(pair, len(adapter.addresses))}
+    assert ("resplit" in screened.nulls) == (count > 1)
+    assert max(screened.null_kls(np.eye(len(adapter.addresses), dtype=bool)).values()) < 1e-9
 
 
 def test_groups_and_interactions_are_algebra_on_the_same_gradients() -> None:

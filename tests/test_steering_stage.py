@@ -16,6 +16,7 @@ from lorascope.models import load_model
 from lorascope.steering import Panel, Steer, stage
 from lorascope.steering.passes import begin_sequel, run_pass
 from lorascope.steering.stage import first_difference
+from lorascope.steering.words import steering_text
 from lorascope.study import Study
 from planted_model import WORDS, planted_traces, save_planted
 
@@ -76,7 +77,7 @@ def firing_latent(study: Study) -> str:
 
 def test_the_text_becomes_what_the_direction_writes(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
     amount = strength(study)
-    result = steer(study, capsys, "--feature", FEATURE, "--amount", amount, "--prompt", PROMPT, "--compare")
+    result = steer(study, capsys, "--feature", FEATURE, "--amount", amount, "--prompt", PROMPT)
     (row,) = result["prompts"]
     assert set(row["runs"]) == {"plain", "steered", "control", "base"}
     for name, run in row["runs"].items():
@@ -173,8 +174,31 @@ def test_modes_and_prompts_come_one_by_one(study: Study, capsys: pytest.CaptureF
     short = [*features, "--prompt-file", str(plain), "--max-new-tokens", "2"]
     assert main(["steer", str(study.path), *short]) == 0
     shown = capsys.readouterr().out
-    assert shown.count("prompt: ") == 2
-    assert "token_ids" not in shown
+    assert shown.count("Prompt: ") == 2
+    assert shown.count("\nsame seed, unsteered:\n") == 2
+    assert shown.count("\nsame moves along random vectors of equal length:") == 2
+    assert "\nL1.down+: clamp to 1.5 times the 99th percentile" in shown
+    for dumped in ("token_ids", "None", "False", "unit"):
+        assert dumped not in shown
+    assert main(["steer", str(study.path), *short, "--no-compare"]) == 0
+    assert "random vectors" not in capsys.readouterr().out
+
+
+def test_a_run_like_the_unsteered_one_is_said_to_be_the_same() -> None:
+    def run(text: str, *, finished: bool = True) -> dict[str, Any]:
+        return {"text": text, "finished": finished}
+
+    runs = {"plain": run("84."), "steered": run("7\n8", finished=False), "control": run("84.")}
+    row = {"prompt": "7 * 12?", "runs": runs, "first_difference": {"steered": 0, "control": None}}
+    steers = [
+        {"feature": "L1.q+", "mode": "scale", "amount": 0.0, "p99": 3.0, "unit": "effect", "change": None},
+        {"feature": "sae.3", "mode": "off", "amount": 0.0, "p99": 3.0, "unit": "code", "change": None},
+    ]
+    settings = {"where": "all", "max_new_tokens": 2, "temperature": 0.0, "corpus": "train", "seed": 4}
+    said = steering_text({"file": "steering/x.json", "steers": steers, "settings": settings, "prompts": [row]})
+    assert said.startswith("L1.q+: scaled by 0\nsae.3: off\nOn every token; at most 2 new tokens, greedy, seed 4.")
+    assert "steered:\n  7\n  8\n  (cut off at the limit)\n\nsame seed, unsteered:\n  84.\n\n" in said
+    assert "same moves along random vectors of equal length: the same as unsteered" in said
 
 
 @pytest.mark.parametrize(

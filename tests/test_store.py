@@ -3,6 +3,7 @@
 import json
 import tracemalloc
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from safetensors.numpy import load_file
 
 from lorascope import store_writer
 from lorascope.errors import MissingStage, RunFailed
-from lorascope.store import CALIBRATION, OPEN_SHARDS, Store, shard_name
+from lorascope.store import CALIBRATION, OPEN_SHARDS, Store, page_runs, shard_name
 from lorascope.store_writer import StorePlan, StoreWriter, plan_shards
 
 LENGTHS = [3, 5, 1, 4, 2, 6, 3]
@@ -384,3 +385,14 @@ def test_the_index_has_what_would_else_be_read_anew(tmp_path: Path) -> None:
     for one in (store, earlier):
         assert np.array_equal(one.medians, np.median(z[ordinary].astype(np.float64), axis=0))
         assert one.ordinary_by_segment == np.bincount(data["segments"][ordinary], minlength=4).tolist()
+
+
+@pytest.mark.parametrize("width", [1, 10, 64, 150])
+def test_pages_to_read_are_those_of_the_rows(width: int) -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        starts = 7 + width * np.sort(rng.integers(0, 5000 // width, 12))  # some of them twice
+        runs = page_runs(starts, width, 64)
+        held = {byte // 64 for start in starts.tolist() for byte in range(start, start + width)}
+        assert [page for first, stop in runs for page in range(first // 64, stop // 64)] == sorted(held)
+        assert all(stop < first for (_, stop), (first, _) in pairwise(runs)), "apart from each other"

@@ -161,6 +161,8 @@ def test_co_activation_equals_counting(client: TestClient, study: Study) -> None
         sample = [e for where, group in page["sides"][0]["examples"].items() if where != "top" for e in group]
         places = [features.store.offsets[e["trace"]] + e["position"] for e in sample]
         assert near["sampled"] == len(places)
+        shares = [row["share"] for row in near["together"]]
+        assert shares == sorted(shares, reverse=True)
         for row in near["together"]:
             other = features.ids.index(row["id"])
             assert row["share"] == pytest.approx(float((acts[places, other] > 0).mean()))
@@ -187,8 +189,53 @@ def test_traces_by_several_features_and_what_fires(client: TestClient, study: St
     too_many = ",".join(f"sae.{i}" for i in range(5))
     for wrong in ("/trace/train/9999", "/trace/none/0", "/trace/train/x", "/fires/train/1/99999.json"):
         assert client.get(wrong).status_code == 404, wrong
-    for names in (too_many, "L9.x%2B", "sae.0,none"):
-        assert client.get(f"/trace/train/0?features={names}").status_code == 400, names
+    assert client.get(f"/trace/train/0?features={too_many}").status_code == 400
+    page = client.get("/trace/train/0.json?features=L9.x%2B,sae.0,none").json()
+    assert [feature["id"] for feature in page["features"]] == ["sae.0"]
+    assert list(page["unknown"]) == ["L9.x+", "none"]
+    html = client.get("/trace/train/0?features=L9.x%2B,sae.0,none").text
+    assert 'id="trace"' in html
+    assert "There is no feature &#39;L9.x+&#39;" in html
+
+
+def test_traces_are_those_of_a_recorded_corpus(study: Study, tmp_path: Path) -> None:
+    copy = Study(Path(shutil.copytree(study.path, tmp_path / "copy")))
+    shutil.rmtree(copy.path / "scalars" / "heldout")
+    client = client_of(copy)
+    assert client.get("/traces.json").json()["corpus"] == "train"
+    assert "/traces?corpus=heldout" in client.get("/traces").text
+    shutil.rmtree(copy.path / "scalars")
+    for address in ("/traces", "/traces?corpus=train"):
+        page = client.get(address)
+        assert page.status_code == 200
+        assert "lorascope record" in page.text
+    assert client.get("/traces.json").json()["corpus"] == "heldout"
+
+
+def test_traces_begin_with_their_questions_and_are_searched(client: TestClient, study: Study) -> None:
+    page = client.get("/traces.json?corpus=train").json()
+    traces = study.traces("train")
+    assert [row["question"] for row in page["rows"]] == [trace.question for trace in traces]
+    # the made recording's responses begin with its first tokens, which are template
+    assert all(row["text"].startswith(row["question"]) for row in page["rows"])
+    words = traces[3].question.split()[2:5]
+    found = client.get("/traces.json", params={"corpus": "train", "q": " ".join(words).upper()}).json()
+    wanted = [i for i, trace in enumerate(traces) if all(word.lower() in trace.question.lower() for word in words)]
+    assert [row["index"] for row in found["rows"]] == wanted
+    assert (found["found"], found["total"]) == (len(wanted), len(traces))
+    html = client.get("/traces", params={"corpus": "train", "q": "<b>no such words"}).text
+    assert "No question has all of these words" in html
+    assert "<b>no" not in html
+
+
+def test_a_map_of_a_recording_that_was_removed_says_what_to_run(study: Study, tmp_path: Path) -> None:
+    copy = Study(Path(shutil.copytree(study.path, tmp_path / "copy")))
+    assert direction_effects(copy, "train")
+    for file in (copy.path / "scalars" / "train" / "adapter").iterdir():
+        file.unlink()
+    page = client_of(copy).get("/map")
+    assert page.status_code == 200
+    assert f"lorascope record {copy.path} --corpus train" in page.text
 
 
 def test_the_map_has_scores_and_interactions(client: TestClient) -> None:
@@ -199,6 +246,11 @@ def test_the_map_has_scores_and_interactions(client: TestClient) -> None:
     rows = client.get("/features.json?size=500").json()["rows"]
     best = max(row["detection"] for row in rows if row["address"] == "L1.gate" and row["detection"] is not None)
     assert grids["score"]["values"][gate][1] == best
+    page = client.get("/map").text
+    assert "KL beyond the sum, nats" in page
+    assert "0.5 chance" in page
+    assert len(view["latents"]) == 4
+    assert f'<a href="/feature/{view["latents"][0]}"' in page
     found = view["interactions"]
     n = len(found["addresses"])
     matrix = client.get("/interactions.json").json()
@@ -275,6 +327,8 @@ def test_pages_have_nothing_inline_and_fetch_nothing_from_outside(client: TestCl
     [
         ({}, 200),
         ({"host": "localhost:9999"}, 200),
+        ({"host": "localhost:9999", "origin": "http://localhost:9999"}, 200),  # through a forwarded port
+        ({"host": "localhost:9999", "origin": BASE}, 403),
         ({"host": "[::1]:80"}, 200),
         ({"host": "evil.example"}, 421),
         ({"host": "127.0.0.1.evil.example:8700"}, 421),
@@ -410,6 +464,18 @@ def loaded_by(code: str, names: str, *arguments: str) -> str:
     code += f"\nimport sys; print(*[name for name in {names.split()} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
     return done.stdout.strip()
+
+
+def test_the_first_page_loads_nothing_that_explains(study: Study) -> None:
+    """Taxonomies, judges and progress bars would be a fifth of the time until the studio answers."""
+    code = """
+import sys
+from lorascope.studio.app import first_pages
+from lorascope.study import Study
+
+first_pages(Study.open(sys.argv[1]))
+"""
+    assert loaded_by(code, "lorascope.explain lorascope.sae yaml tqdm pandas", str(study.path)) == ""
 
 
 def test_importing_the_studio_loads_no_model_and_no_web_framework() -> None:

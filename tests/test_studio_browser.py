@@ -113,12 +113,64 @@ def test_jumps_between_firings_and_several_features(browser: Browser, base: str)
     expect(page.locator("#chips li")).to_have_count(1)
     page.locator("#add").fill("nothing+")
     page.locator("#add").press("Enter")
-    expect(page.locator("#toast")).to_contain_text("There is no feature")
-    trouble[:] = [text for text in trouble if "400" not in text]
+    expect(page.locator("#toast")).to_have_text("No such feature: nothing+")
+    expect(page.locator("#chips li")).to_have_count(1)
+    page.locator("#add").fill("l1.gate−")
+    page.locator("#add").press("Enter")
+    expect(page.locator("#chips a").last).to_have_text("L1.gate−")
     page.locator("#trace").focus()
     page.keyboard.press("ArrowRight")
     page.keyboard.press("Enter")
     expect(page.locator("#here h2")).to_contain_text("Token")
+    assert trouble == []
+
+
+def test_the_panel_is_of_the_token_under_the_cursor(browser: Browser, base: str) -> None:
+    page, trouble = opened(browser, base + "/trace/train/1?features=L1.gate%2B#t0")
+    expect(page.locator("#here")).to_contain_text("nothing fires here")
+    expect(page.locator("#here h3").first).to_contain_text("above the firing level, uncounted")
+    titles = set()
+    for _ in range(2):
+        page.locator("#next-firing").click()
+        at = page.locator("#trace > span").evaluate_all("s => s.findIndex((t) => t.classList.contains('cursor'))")
+        expect(page.locator("#here h2")).to_contain_text(f"Token {at}:")
+        expect(page.locator("#here textarea")).to_have_attribute("aria-label", f"Note on token {at}")
+        expect(page.locator("#here h3").first).to_contain_text("fire")
+        titles.add(at)
+    assert len(titles) == 2
+    page.locator("#trace").focus()
+    page.keyboard.press("ArrowRight")
+    expect(page.locator("#here h2")).to_contain_text(f"Token {at + 1}:")
+    expect(page.locator("#here textarea")).to_have_count(0)
+    assert trouble == []
+
+
+def test_words_take_the_first_feature_that_they_find(browser: Browser, base: str) -> None:
+    page, trouble = opened(browser, base + "/trace/train/1")
+    first = page.request.get(base + "/features.json?size=12&q=fires").json()["rows"][0]["id"]
+    page.locator("#add").fill("fires")
+    page.locator("#add").press("Enter")
+    expect(page.locator("#chips a")).to_have_text(first.replace("-", "−"))
+    page.goto(base + "/trace/train/1?features=bogus,sae.1")
+    expect(page.locator("#chips a")).to_have_text("sae.1")
+    expect(page.locator("main > .absent")).to_contain_text("bogus")
+    assert trouble == []
+
+
+def test_what_counts_for_no_feature_is_hatched_and_low_in_strips(browser: Browser, base: str) -> None:
+    page, trouble = opened(browser, base + "/trace/train/1?features=L1.gate%2B,L2.down%2B,L0.q%2B,L0.q-")
+    kinds = page.locator("#trace > span").evaluate_all("spans => spans.map(span => [...span.classList])")
+    uncounted = [names for names in kinds if {"sp", "sk"} & set(names)]
+    assert any("un" in names for names in uncounted)
+    assert not any(name[0] == "h" and name[1:].isdigit() for names in uncounted for name in names)
+    assert not any("un" in names for names in kinds if not {"sp", "sk"} & set(names))
+    heights = page.locator("#strips rect.un").evaluate_all("bars => bars.map(bar => bar.getAttribute('height'))")
+    assert heights
+    assert set(heights) == {"8"}
+    shaded = page.locator("#trace > span[class*=hue]:not(.un)")
+    assert shaded.count() > 10
+    assert all(shaded.evaluate_all("s => s.map((t) => Boolean(t.dataset.n || t.dataset.s))")), "never by hue alone"
+    expect(page.locator("#strips .striprow span").first).to_contain_text("1 L1.gate+, 0 to ")
     assert trouble == []
 
 
@@ -288,6 +340,22 @@ def test_what_was_not_saved_does_not_look_saved(browser: Browser, study: Study, 
     page.context.close()
 
 
+def test_a_note_that_was_changed_elsewhere_is_said(browser: Browser, study: Study, base: str) -> None:
+    pages = [opened(browser, base + "/feature/L0.up%2B")[0] for _ in range(2)]
+    for page, text in zip(pages, ("one", "two"), strict=True):
+        with saving(page, "text"):
+            page.locator("#side-0 .text").fill(text)
+            page.locator("#side-0 .text").blur()
+    expect(pages[0].locator("#side-0 .saved")).to_have_text("Saved.")
+    expect(pages[1].locator("#side-0 .saved")).to_contain_text("in place of a newer note")
+    note = note_at(study, "feature:L0.up+")
+    assert (note.text, [event["value"] for event in note.earlier]) == ("two", ["one"])
+    with saving(pages[1], "text"):
+        pages[1].locator("#side-0 .text").fill("three")
+        pages[1].locator("#side-0 .text").blur()
+    expect(pages[1].locator("#side-0 .saved")).to_have_text("Saved.")
+
+
 def test_an_example_unfolds_to_its_whole_trace(browser: Browser, base: str) -> None:
     for address in ("/feature/L1.gate%2B", "/compare?features=L1.gate%2B,sae.0"):
         page, trouble = opened(browser, base + address)
@@ -376,7 +444,7 @@ def test_keys_work_on_a_ticked_box_and_links_are_links(browser: Browser, base: s
 def test_hostile_tokens_are_text(browser: Browser, base: str) -> None:
     page, trouble = opened(browser, base + "/trace/train/0?features=L1.gate%2B")
     shown = page.locator("#trace").evaluate("box => box.textContent")
-    assert HOSTILE in shown.replace("·", " ")
+    assert HOSTILE in shown.replace("·", " ").replace("\u00a0", " ")
     assert page.locator("#trace img, #trace script, main textarea").count() == 1, "the note's own text area"
     page.locator("#trace > span").nth(30).click()
     expect(page.locator("#here h2")).to_contain_text("Token 30")

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from starlette.testclient import TestClient
@@ -270,6 +271,14 @@ def test_twelve_open_streams_hold_no_thread(study: Study, monkeypatch: pytest.Mo
     told = asyncio.run(listen())
     assert json.loads(told[0].removeprefix("data: ")) == done | {"tokens_per_second": None}, "infinity is no JSON"
     assert all('"waiting"' in text for text in told[1:]), "a page that waits is told so"
+
+
+def test_a_feature_that_is_not_there_is_named_and_left_out(client: TestClient) -> None:
+    asked = f"/live?features=L99.gate%2B,plus sign,sae.1,neuron.L0.1%2B,{quote(FEATURE)}"
+    twin = client.get(asked.replace("/live", "/live.json")).json()
+    assert twin["features"] == ["sae.1", FEATURE], "of latents nobody knows before there is an autoencoder"
+    assert list(twin["unknown"]) == ["L99.gate+", "plus sign", "neuron.L0.1+"]
+    assert "There is no direction or latent &#39;L99.gate+&#39; to watch." in client.get(asked).text
 
 
 def test_prompts_to_choose_from_are_of_the_corpus_that_is_named(study: Study, tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def test_a_slider_changes_the_text(study: Study, base: str, browser: Browser) ->
     slider.evaluate("(s, v) => { s.max = v; s.value = v; s.dispatchEvent(new Event('input')); }", amount)
     page.locator("#go").click()
     expect(page.locator(".run-steered .facts")).to_contain_text("parts at token 1", timeout=60_000)
-    assert page.locator(".run-steered .output").inner_text().count(WORD) >= 6
+    assert page.locator(".run-steered .output").inner_text().replace("\u00a0", " ").count(WORD) >= 6
     assert page.locator(".run-plain .output").inner_text() == plain
     assert page.locator(".run-steered .parts").inner_text() == "≠"
     assert page.locator(".run-steered .live-strip rect").count() == 8
@@ -181,4 +181,37 @@ def test_a_name_is_taken_when_it_is_chosen_or_entered(browser: Browser, tmp_path
             box.dispatchEvent(new InputEvent('input', { inputType: 'insertReplacementText', bubbles: true }));
         }""")
         expect(page.locator("#moves li a").last).to_have_text("sae.2")
+        first = page.request.get(address + "/features.json?size=12&q=fires").json()["rows"][0]["id"]
+        page.locator("#add").fill("fires")
+        page.locator("#add").press("Enter")
+        expect(page.locator("#moves li a").last).to_have_text(first.replace("-", "−"))
+        for nothing in ("L99.gate+", "no such words"):
+            page.locator("#add").fill(nothing)
+            page.locator("#add").press("Enter")
+            expect(page.locator("#toast")).to_have_text(f"No such feature: {nothing}")
+        expect(page.locator("#moves li")).to_have_count(3)
         page.close()
+
+
+def test_the_steered_feature_is_shown_and_strips_have_their_scale(base: str, browser: Browser) -> None:
+    page = browser.new_page()
+    page.goto(f"{base}/live?features=L9.q%2B,L0.gate%2B,L1.down%2B&moves=off,watch,add:1&runs=plain,steered&prompt=x")
+    names = {"L0.gate+": 0.0, "L1.down+": 3.0}
+    tokens = [token("plain", 1) | {"activations": names}, token("steered", 2) | {"activations": names}]
+    about = start() | {"scales": dict.fromkeys(names), "levels": dict.fromkeys(names, 1.0)}
+    answered(page, [about, *tokens, done(plain=False, steered=False)])
+    assert page.locator("#moves select").evaluate_all("s => s.map((mode) => mode.value)") == ["watch", "add"]
+    assert page.locator("#colour").input_value() == "L1.down+"
+    scales = page.locator(".run-plain .live-strip .scale")
+    expect(scales).to_have_text(["does not fire", "largest 3, scale to 3"])
+    hues = page.locator(".run-plain .strip").evaluate_all("s => s.map((svg) => svg.classList[1])")
+    assert hues == ["hue0", "hue1"]
+    expect(page.locator(".run-plain .output")).to_have_class("whole tokens output hue1")
+    both = page.locator(".run-steered .f.differs").evaluate(
+        "t => [getComputedStyle(t).borderTopStyle, getComputedStyle(t).textDecorationLine]"
+    )
+    assert both == ["dotted", "underline"]
+    page.locator("#colour").select_option("L0.gate+")
+    answered(page, [about, *tokens, done(plain=False, steered=False)])
+    assert page.locator("#colour").input_value() == "L0.gate+", "what was chosen by hand stays"
+    page.close()

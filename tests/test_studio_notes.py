@@ -59,6 +59,16 @@ def test_a_note_is_in_the_file_at_once(study: Study, monkeypatch: pytest.MonkeyP
     assert searchable(notes_of(study)) == {"L1.gate+": "the end fires on the last full stop stop"}
 
 
+def test_it_is_said_when_something_newer_is_replaced(study: Study) -> None:
+    assert "replaced" not in add_note(study, PLACE, "text", "one", "")
+    assert "replaced" not in add_note(study, PLACE, "text", "two", "one")
+    assert add_note(study, PLACE, "text", "three", "one")["replaced"]
+    assert "replaced" not in add_note(study, PLACE, "text", "three", "two"), "both wrote the same"
+    assert "replaced" not in add_note(study, PLACE, "star", True, False)
+    assert "replaced" not in add_note(study, PLACE, "star", True, False)
+    assert not any("replaced" in event for event in read_events(study.path / FILE)[0])
+
+
 def test_what_is_taken_back_is_gone_and_its_text_kept(study: Study) -> None:
     add_note(study, PLACE, "star", True)
     add_note(study, PLACE, "star", False)

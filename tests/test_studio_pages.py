@@ -124,6 +124,18 @@ def test_the_overview_lists_and_links_without_a_script(study: Study) -> None:
     assert f'<a href="/feature/{GATE}">L1.gate+</a>' in begin
     stands_out = html[html.index('class="standout"') : html.index('id="begin"')]
     assert f'<a href="/feature/{GATE}">Direction whose absence changes the model most: L1.gate' in stands_out
+    assert '<a href="/features?kind=direction&amp;type=' in stands_out
+    assert '<a href="/features?kind=direction&amp;layer=' in stands_out
+    assert ">writes " in begin
+
+
+def test_parts_that_the_report_has_too_speak_of_the_studio(study: Study) -> None:
+    client = client_of(study)
+    assert "This file" not in client.get("/evidence").text
+    assert 'href="#map"' not in client.get("/categories").text
+    page = client.get("/map").text
+    assert "KL beyond the sum" not in page  # nothing was screened
+    assert ">nats per token, 95% interval</th>" in page
 
 
 def test_screened_and_exact_are_told_apart(copy: Study) -> None:
@@ -196,6 +208,20 @@ def test_the_table_says_of_which_feature_a_note_is(copy: Study) -> None:
     assert found["notes"]["L2.down+"]["moved"] == "an earlier adapter's direction"
     assert found["notes"]["L2.up+"]["moved"] == ""
     assert client.get("/features?q=mine").text.count("an earlier adapter&#39;s direction") == 1
+
+
+def test_the_adapters_order_can_be_reversed(study: Study) -> None:
+    client = client_of(study)
+    assert ids(client, "size=500&order=rising") == ids(client, "size=500")[::-1]
+
+
+def test_a_tag_that_no_note_has(copy: Study) -> None:
+    client = client_of(copy)
+    assert "No notes yet" in client.get("/notes?tag=zzz").text
+    client.post("/notes", json={"place": "study", "field": "tag:verb", "value": True})
+    html = client.get("/notes?tag=zzz").text
+    assert "No note has the tag zzz" in html
+    assert "No notes yet" not in html
 
 
 def test_features_by_tag(copy: Study) -> None:

@@ -146,3 +146,21 @@ def test_columns_and_bars_lead_to_their_features(browser: Browser, base: str) ->
     page.locator("#groups").get_by_role("link", name="mlp").click()
     page.wait_for_url("**/features?kind=direction&type=mlp&corpus=heldout")
     assert trouble == []
+
+
+def test_tokens_and_badges_hold_together_on_a_narrow_screen(browser: Browser, base: str) -> None:
+    """Every token shorter than a line is on one line, and so is every badge."""
+    in_lines = """boxes => boxes.filter((box) => box.textContent.length < 20 && box.getClientRects().length > 1)
+        .map((box) => box.textContent)"""
+    for address in ("/trace/train/1", "/trace/train/0?features=L1.gate%2B", "/feature/L1.gate%2B"):
+        page, _ = opened(browser, base + address, viewport={"width": 360, "height": 800})
+        for what in (".tokens span", ".mark-seg"):
+            assert page.locator(what).count() >= 3
+            assert page.locator(what).evaluate_all(in_lines) == [], address
+        page.context.close()
+
+
+def test_a_panel_below_the_fold_is_brought_into_view(browser: Browser, base: str) -> None:
+    page, _ = opened(browser, base + "/trace/train/1", viewport={"width": 390, "height": 844})
+    page.locator("#trace > span").nth(20).click()
+    expect(page.locator("#here h3").first).to_be_in_viewport()

@@ -5,8 +5,13 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from lorascope.studio.warming import Visits, steps, warm_up
+import pytest
+
+from lorascope.studio.warming import Visits, read_examples, steps, warm_up
 from lorascope.study import Study
+from lorascope.views import reading
+from lorascope.views.one_feature import open_features
+from lorascope.views.reading import feature_rows
 from report_study import make_report_study
 
 
@@ -42,6 +47,16 @@ def test_preparation_waits_while_anybody_is_answered() -> None:
         assert visits.none.is_set()
         assert not visits.some.is_set()
     assert during == [False, False, False]
+
+
+def test_examples_are_read_beside_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = make_report_study(tmp_path / "study")
+    (study.path / "examples/train/latent-examples.parquet").write_bytes(b"damaged")
+    read_examples(study)  # what is damaged keeps nothing else from being read
+    monkeypatch.setattr(reading, "read_table", None)
+    for corpus, kind in (("train", "direction"), ("heldout", "latent"), ("heldout", "direction")):
+        feature = open_features(study, corpus, kind).ids[0]
+        assert feature_rows(study, f"examples/{corpus}/{kind}-examples.parquet", feature) is not None
 
 
 def test_every_step_waits_and_none_stops_the_others(tmp_path: Path) -> None:

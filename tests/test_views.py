@@ -1,6 +1,7 @@
 """Views: known numbers of a made study come out, and nothing fails where a stage has not run."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -15,8 +16,12 @@ from safetensors.numpy import load_file
 
 from lorascope.adapter import build_adapter
 from lorascope.errors import BadInput, RunFailed
+from lorascope.explained import plain_reason
+from lorascope.report import ReportConfig
+from lorascope.report.build import render_html
+from lorascope.report.gather import gather
 from lorascope.store import Store, store_folder
-from lorascope.study import Study
+from lorascope.study import Study, write_json
 from lorascope.token_text import open_tokenizer
 from lorascope.views import (
     ablation_view,
@@ -32,12 +37,20 @@ from lorascope.views import (
     trace_page,
     training_curves,
 )
-from lorascope.views.feature_list import feature_kind, feature_place, strongest_directions, strongest_latents
+from lorascope.views.feature_list import (
+    feature_kind,
+    feature_place,
+    first_latents,
+    strongest_directions,
+    strongest_latents,
+)
 from lorascope.views.gains import gain_sentence, recovery_sentence
 from lorascope.views.kept import kept_once
+from lorascope.views.leaders import leaders
 from lorascope.views.maps import signed_map
 from lorascope.views.one_trace import trace_features
-from lorascope.views.reading import json_lines, ready
+from lorascope.views.reading import json_lines, missing, ready
+from lorascope.views.unfinished import to_run
 from report_study import FLOOR, HOSTILE, add_evaluation, make_adapter, make_report_study
 
 PAGES = (
@@ -89,9 +102,38 @@ def test_pages_are_json(study: Study, page: Any) -> None:
 def test_a_stage_that_has_not_run_is_named(empty: Study, page: Any, command: str) -> None:
     view = page(empty)
     assert view["available"] is False
-    assert view["missing"]["run"].startswith(command)
-    assert str(empty.path) in view["missing"]["run"]
+    said = view["missing"]
+    assert said["run"] == f"lorascope train {empty.path}"  # all others would fail, and name another one
+    assert (said["own"] or said["run"]).startswith(command)
+    assert str(empty.path) in (said["own"] or said["run"])
     json.dumps(view, allow_nan=False)
+
+
+def test_what_is_missing_is_named_in_the_order_of_the_stages(empty: Study) -> None:
+    def ran(*files: str) -> None:
+        for file in files:
+            (empty.path / file).parent.mkdir(parents=True, exist_ok=True)
+            (empty.path / file).touch()
+
+    def named(command: str) -> str:
+        return missing(empty, "it", command)["missing"]["run"].replace(str(empty.path), "STUDY")
+
+    empty.update_manifest(corpora={"train": {}, "heldout": {}})
+    latents = "lorascope examples STUDY --kinds latent"
+    assert len(to_run(empty)) == 8
+    assert named(latents) == named("lorascope evaluate STUDY --on TASK") == "lorascope train STUDY"
+    ran("adapter/adapter_config.json")
+    assert named(latents) == "lorascope record STUDY"
+    assert named("lorascope ablate STUDY --by type") == "lorascope ablate STUDY --by type"
+    ran("scalars/train/adapter/index.json")
+    assert named(latents) == named("lorascope explain STUDY") == "lorascope record STUDY --corpus heldout"
+    ran("scalars/heldout/adapter/index.json")
+    assert named(latents) == "lorascope sae STUDY"
+    assert named("lorascope explain STUDY") == "lorascope examples STUDY"
+    ran("sae/sae_weights.safetensors", "examples/levels.json", "explanations/direction.jsonl")
+    assert named(latents) == latents
+    assert named("lorascope categorize STUDY") == "lorascope examples STUDY --corpus heldout"
+    assert [command.split()[1] for command in to_run(empty)] == ["ablate", "examples"]
 
 
 def test_an_empty_study_has_an_overview(empty: Study) -> None:
@@ -134,6 +176,31 @@ def test_ablation_ranks_what_is_above_the_floor(study: Study) -> None:
     assert all(target.startswith("L0.") for target in under)
 
 
+def test_scalars_set_to_their_mean_are_shown_only_where_they_are(study: Study, tmp_path: Path) -> None:
+    assert ablation_view(study)["mean"] == {}
+    assert 'class="to-mean"' not in render_html(gather(study, ReportConfig(), 0))
+    copy = Study(shutil.copytree(study.path, tmp_path / "study"))
+    folder = copy.path / "ablation" / "mean"
+    folder.mkdir()
+    for name, kl in (("exact-type", 0.25), ("confirmed-direction", 0.75)):
+        shutil.copy(copy.path / "ablation" / f"exact-{name.split('-')[1]}.parquet", folder / f"{name}.parquet")
+        write_json(folder / f"floor-{name}.json", {"kl": kl, "runs": {"rerun": kl}})
+    for gone in (False, True):  # also where nothing was switched off
+        means = ablation_view(copy)["mean"]
+        assert {way: (table["floor"], len(table["rows"])) for way, table in means.items()} == {
+            "direction": (0.75, 28),
+            "type": (0.25, 7),
+        }
+        html = render_html(gather(copy, ReportConfig(), 0))
+        assert html.count("At its mean") == html.count("At their mean") == 1
+        assert "Noise floors: by direction 0.750, by type 0.250." in html
+        if not gone:
+            for file in (copy.path / "ablation").glob("*-*.parquet"):
+                file.unlink()
+            copy.update_manifest(corpora={})
+    assert not ablation_view(copy)["available"]
+
+
 def test_norm_map_is_the_norm_of_the_weight_change(study: Study) -> None:
     view = direction_map(study)
     grid = view["grids"][0]
@@ -144,7 +211,7 @@ def test_norm_map_is_the_norm_of_the_weight_change(study: Study) -> None:
     assert grid["values"][view["types"].index("up")][2] == pytest.approx(norm, rel=1e-5)
 
 
-def test_effect_and_density_maps_against_the_store(study: Study) -> None:
+def test_effect_and_spread_maps_against_the_store(study: Study) -> None:
     view = direction_map(study)
     store = Store.open(store_folder(study.path, "train", "adapter"))
     z_TN = np.concatenate([z for _, z in store.chunks()])[store.ordinary].astype(np.float64)
@@ -154,7 +221,7 @@ def test_effect_and_density_maps_against_the_store(study: Study) -> None:
     at = view["types"].index("down")
     assert grids["effect"]["values"][at][3] == pytest.approx(float(np.sqrt(np.mean(effect_TN[:, column] ** 2))))
     share = np.abs(effect_TN[:, column]).mean() ** 2 / np.mean(effect_TN[:, column] ** 2)
-    assert grids["density"]["values"][at][3] == pytest.approx(float(share))
+    assert grids["spread"]["values"][at][3] == pytest.approx(float(share))
     # kept, and the same when read again
     assert (study.path / ".views").is_dir()
     assert direction_map(study) == view
@@ -196,6 +263,11 @@ def test_feature_table(study: Study) -> None:
     latents = strongest_latents(view["rows"], 5)
     strengths = [rows[name]["strength"] for name in latents]
     assert strengths == sorted(strengths, reverse=True)
+    assert first_latents(study, "train", 500) == strongest_latents(view["rows"], 500), "columns say what rows say"
+    assert first_latents(study, "nowhere", 5) is None
+    shown = leaders(study)["latent"]["rows"]
+    assert shown == [{key: rows[row["id"]][key] for key in row} for row in shown]
+    assert [row["id"] for row in shown[:5]] == latents
 
 
 def test_ids() -> None:
@@ -298,6 +370,35 @@ def test_dropped(study: Study) -> None:
     assert ("sae", "dead latents") in rows
     assert ("traces of train", "traces dropped") in rows
     assert any(stage == "explain directions" for stage, _ in rows)
+    assert not any(what == "judge's answers not read" for _, what in rows)  # no judge was asked
+
+
+def test_what_was_left_out_is_said_once_and_in_words(study: Study, tmp_path: Path) -> None:
+    copied = Study.open(shutil.copytree(study.path, tmp_path / "s"))
+    stored = copied.path / "scalars" / "train"
+    for source, sinks in (("random", 40), ("base", 39)):
+        index = json.loads((stored / "adapter" / "index.json").read_text())
+        index["counts"]["sinks"] = sinks
+        (stored / source).mkdir()
+        (stored / source / "index.json").write_text(json.dumps(index))
+    lines = [
+        {"feature": f"random.L0.q{i}+", "reason": f"fires on {i} tokens of the training corpus, fewer than 8"}
+        for i in (3, 5)
+    ]
+    rows = [line | {"explainer": "lexical", "corpus": "heldout"} for line in lines]
+    (copied.path / "explanations" / "random.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = {(row["stage"], row["what"]): row for row in dropped(copied)["rows"]}
+    assert said["record train, adapter, random", "attention sinks"]["count"] == 40
+    assert said["record train, base", "attention sinks"]["count"] == 39
+    row = said["explain random controls", "without a score"]
+    assert (row["count"], row["rule"]) == (2, "fires on fewer than 8 tokens of the training corpus")
+
+
+def test_reasons_lose_their_own_numbers() -> None:
+    quiet = "only 2 windows of the scoring corpus are without it, fewer than 5"
+    assert plain_reason(quiet) == "fewer than 5 windows of the scoring corpus are without it"
+    assert plain_reason("no answer after 3 tries of 5") == "no answer after n tries of 5"
+    assert plain_reason("no rule found") == "no rule found"
 
 
 def test_sae_page(study: Study) -> None:

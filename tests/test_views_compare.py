@@ -100,7 +100,7 @@ def test_a_terminal_gets_a_table_and_sentences(study: Study, capsys: pytest.Capt
 
 def test_before_the_stage_the_command_is_named(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study")
-    assert comparison_view(study)["missing"]["run"] == f"lorascope compare {study.path}"
+    assert comparison_view(study)["missing"]["own"] == f"lorascope compare {study.path}"
     add_kind(study, "direction", [explained_row("L0.q+", 0.7), explained_row("L1.q+", 0.8)], extra=["L2.q+"])
     compare(study, CompareConfig(draws=200), Options())
     view = comparison_view(study)

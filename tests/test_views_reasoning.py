@@ -82,6 +82,6 @@ def test_lens_of_a_feature(study: Study) -> None:
 
 def test_what_was_not_run_names_its_command(tmp_path: Path) -> None:
     study = Study.create(tmp_path / "s", model="tiny", system=None)
-    assert "lorascope reasoning" in reasoning_view(study)["missing"]["run"]
-    assert lens_view(study)["missing"]["run"] == f"lorascope lens {study.path}"
+    assert "lorascope reasoning" in reasoning_view(study)["missing"]["own"]
+    assert lens_view(study)["missing"]["own"] == f"lorascope lens {study.path}"
     assert feature_lens(study, "L0.o+") == []

@@ -209,13 +209,15 @@ def run_screening(folder: Path, config: AblateConfig, options: Options, load: Ca
             seed=options.seed,
         )
     rng = np.random.default_rng(options.seed)
-    found = {kind: screened_rows(screened, make_targets(adapter.addresses, kind), rng) for kind in KINDS}
+    targets = {kind: make_targets(adapter.addresses, kind) for kind in KINDS}
+    floor_runs = screened.null_kls(np.stack([target.columns for own in targets.values() for target in own]))
+    floor = max(floor_runs.values())
+    found = {kind: screened_rows(screened, own, floor, rng) for kind, own in targets.items()}
     for kind, rows in found.items():
         write_rows(folder / f"screen-{kind}.parquet", rows)
     interactions = {"kl_NN": screened.interactions_NN().astype(np.float32)}
     metadata = {"addresses": ",".join(adapter.addresses), "unit": "nats per predicted token"}
     atomic_write_bytes(folder / "interactions.safetensors", to_safetensors(interactions, metadata))
-    floor = float(screened.null_kl_G(np.eye(len(adapter.addresses), dtype=bool)).max())
     relative = [row["se"] / row["kl"] for row in found["direction"] if row["kl"] > 0]
     result = {
         "targets": sum(len(rows) for rows in found.values()),
@@ -223,17 +225,19 @@ def run_screening(folder: Path, config: AblateConfig, options: Options, load: Ca
         "precision": float(np.median(relative)) if relative else None,
         "floor": floor,
     } | about
-    write_json(folder / "screen.json", {"kl": floor} | result)
+    write_json(folder / "screen.json", {"kl": floor, "runs": floor_runs} | result)
     return result
 
 
-def screened_rows(screened: Screened, targets: Sequence[Target], rng: np.random.Generator) -> list[dict[str, Any]]:
+def screened_rows(
+    screened: Screened, targets: Sequence[Target], floor: float, rng: np.random.Generator
+) -> list[dict[str, Any]]:
     """Rows like those of the exact tables, with the standard error that the passes leave."""
     members_GN = np.stack([target.columns for target in targets])
-    kl_KSG, null_G = screened.kl_KSG(members_GN), screened.null_kl_G(members_GN)
+    kl_KSG = screened.kl_KSG(members_GN)
     passes, tokens_S = len(kl_KSG), screened.tokens_S.astype(np.float64)
     rows = []
-    for target, kl_KS, null in zip(targets, np.moveaxis(kl_KSG, 2, 0), null_G, strict=True):
+    for target, kl_KS in zip(targets, np.moveaxis(kl_KSG, 2, 0), strict=True):
         kl = bootstrap_ratio(kl_KS.mean(axis=0), tokens_S, rng=rng, draws=2_000)
         spread = float(kl_KS.sum(axis=1).std(ddof=1))
         rows.append(
@@ -246,7 +250,7 @@ def screened_rows(screened: Screened, targets: Sequence[Target], rng: np.random.
                 "high": kl.high,
                 "se": spread / passes**0.5 / float(tokens_S.sum()),
                 "tokens": int(tokens_S.sum()),
-                "under_floor": kl.value <= null,
+                "under_floor": kl.value <= floor,
             }
         )
     return rows
@@ -259,9 +263,13 @@ def leading(path: Path, count: int) -> set[str]:
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """A table as Parquet, whole or not at all."""
+    """A table as Parquet, whole or not at all; bounds that there are none of (NaN) are null."""
+    columns = {}
+    for name, value in (rows[0] if rows else {}).items():
+        type_ = pa.float64() if isinstance(value, float) else None
+        columns[name] = pa.array([row[name] for row in rows], type_, from_pandas=True)
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows), sink)
+    pq.write_table(pa.table(columns), sink)
     atomic_write_bytes(path, sink.getvalue().to_pybytes())
 
 

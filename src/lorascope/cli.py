@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 a run failed or damage was found, 2 bad input or a missing
 """
 
 import contextlib
+import difflib
 import errno
 import json
 import os
@@ -37,6 +38,8 @@ class Command:
     """`study` (an existing one), `path` (a folder), or `optional` (a folder or nothing)."""
     said: str = ""
     """Where its result is put into words, as `module:function` (default: `readable`)."""
+    one_heap: bool = False
+    """It may ask a judge from many threads, which are to share a heap (`heap.share_heap`)."""
 
 
 COMMANDS = {
@@ -50,15 +53,22 @@ COMMANDS = {
     "record": Command("recording", "RecordConfig", "record", "every scalar on every token"),
     "examples": Command("example_search", "ExamplesConfig", "examples", "what each feature responds to most"),
     "sae": Command("sae", "SAEConfig", "decompose", "a sparse autoencoder on the whole state"),
-    "explain": Command("explain", "ExplainConfig", "explain_features", "explain features and score it"),
+    "explain": Command(
+        *("explain", "ExplainConfig", "explain_features", "explain features and score it"), one_heap=True
+    ),
     "compare": Command(
         *("comparison", "CompareConfig", "compare", "kinds of features beside each other, with tests"),
         said="views.compare:comparison_text",
     ),
-    "categorize": Command("explain.categories", "CategorizeConfig", "categorize", "what kinds of things they encode"),
+    "categorize": Command(
+        *("explain.categories", "CategorizeConfig", "categorize", "what kinds of things they encode"), one_heap=True
+    ),
     "reasoning": Command("reasoning", "ReasoningConfig", "find_reasoning", "which features fire at reasoning words"),
     "lens": Command("logit_lens", "LensConfig", "read_lens", "tokens that directions and latents read and write"),
-    "steer": Command("steering", "SteerConfig", "steer_text", "text with features pushed, scaled, clamped or off"),
+    "steer": Command(
+        *("steering", "SteerConfig", "steer_text", "text with features pushed, scaled, clamped or off"),
+        said="steering.words:steering_text",
+    ),
     "studio": Command("studio", "StudioConfig", "serve", "look, ask, steer and note in the browser"),
     "notes": Command("studio.notes", "NotesConfig", "show_notes", "notes of the studio; take in those of another copy"),
     "export": Command("export", "ExportConfig", "export_study", "files for PEFT, SAELens, Neuronpedia, or as CSV"),
@@ -98,7 +108,9 @@ def dispatch(given: list[str]) -> int:
         return 0
     name, rest = given[0], given[1:]
     if name not in COMMANDS:
-        raise BadInput(f"There is no command {name!r}; commands are {', '.join(COMMANDS)}.")
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        known = f"did you mean {near[0]}?" if near else f"commands are {', '.join(COMMANDS)}."
+        raise BadInput(f"There is no command {name!r}; {known}")
     if "--version" in rest:
         print(f"lorascope {__version__}")
         return 0
@@ -112,6 +124,10 @@ def dispatch(given: list[str]) -> int:
     except SystemExit:  # --help was printed
         return 0
     limit_threads(options.threads)
+    if command.one_heap:
+        from lorascope.heap import share_heap
+
+        share_heap()
     # Whatever a library prints belongs to stderr: with --json, stdout holds one document and nothing else.
     with contextlib.redirect_stdout(sys.stderr):
         result = getattr(module, command.function)(subject(command, path), config, options)
@@ -187,7 +203,7 @@ def readable(value: Any, indent: int = 0) -> str:
     pad = "  " * indent
     if is_interval(value):
         number, low, high = (readable(inner) for inner in value.values())
-        return f"{number} ({low} to {high})"
+        return f"{number} (no interval)" if value["low"] is None else f"{number} ({low} to {high})"
     if isinstance(value, dict):
         lines = []
         for key, inner in value.items():

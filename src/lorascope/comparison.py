@@ -35,6 +35,7 @@ from lorascope.differences import (
 from lorascope.errors import BadInput, MissingStage, RunFailed
 from lorascope.explained import LEXICAL, current_rows, inputs_of, plain_reason
 from lorascope.features import DIFFERENCE, cluster_of, source_of
+from lorascope.layers import THIRDS, layer_count, layer_third
 from lorascope.stats import FloatArray, percentile_bounds
 from lorascope.study import Study, read_json, stream_rows, write_json
 
@@ -66,7 +67,6 @@ PROPORTIONS = ("scored_share", "class_0", "class_1", "class_2")
 ALL_SHARES = (*PROPORTIONS, "class_none")
 PAIRED = ("random", "untrained", "base")
 """Kinds that have a feature, or several, at each direction's address."""
-THIRDS = ("early", "middle", "late")
 FAMILIES = ("isotropic", "difference")
 
 
@@ -167,7 +167,7 @@ def comparison_of(study: Study, config: CompareConfig, seed: int) -> Json:
         gone = (missing + stale)[0]
         raise MissingStage(f"No features are explained and scored on {config.corpus}; run: {gone['run']}.")
     groupings: dict[str, Callable[[str, str], Sequence[str]]] = {
-        "third": thirds_of(cells),
+        "third": thirds_of(layer_count(study)),
         "type": types_of,
         "family": families_of,
     }
@@ -302,14 +302,12 @@ def place_of(kind: str, feature: str) -> tuple[int | None, str | None]:
     return direction_layer(address), None if kind == "neuron" else direction_type(address)
 
 
-def thirds_of(cells: Sequence[Cell]) -> Callable[[str, str], Sequence[str]]:
-    """The grouping of features by thirds of the layers that any of them is in."""
-    layers = {place_of(cell.kind, name)[0] for cell in cells for name in cell.ids} - {None}
-    count = 1 + max((layer for layer in layers if layer is not None), default=0)
+def thirds_of(count: int | None) -> Callable[[str, str], Sequence[str]]:
+    """The grouping of features by thirds of the model's layers, where their number is known."""
 
     def third_of(kind: str, feature: str) -> Sequence[str]:
         layer = place_of(kind, feature)[0]
-        return () if layer is None else (THIRDS[3 * layer // count],)
+        return () if layer is None or count is None else (layer_third(layer, count),)
 
     return third_of
 
@@ -475,11 +473,13 @@ def tests_of(
         if measure_name not in TESTED or not n or not other_n:
             continue
         pooled, error = np.nan, found[k].standard_error
-        bounds = percentile_bounds(draws_DM[:, k] - other_DM[:, k])
+        # A single cluster tells nothing of how far another would be from it, on whichever side it stands.
+        enough = all(with_value(cell, k) > 1 for cell in cells)
+        bounds = percentile_bounds(draws_DM[:, k] - other_DM[:, k]) if enough else (np.nan, np.nan)
         if measure_name in PROPORTIONS:
             pooled = proportions_p(hits[0][k], n, hits[1][k], other_n)
             shares = [Share(means(c)[k], d[:, k], with_value(c, k)) for c, d in zip(cells, draws, strict=True)]
-            if any(share.at_end for share in shares):
+            if enough and any(share.at_end for share in shares):
                 bounds, error = difference_of_shares(*shares)
         tests.append(
             {

@@ -45,7 +45,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage and exiting."""
-        raise BadInput(f"{self.prog}: {message[0].upper()}{message[1:]}; see {self.prog} --help.")
+        raise BadInput(f"{message[0].upper()}{message[1:]}; see {self.prog} --help.")
 
 
 def field_docs(cls: type) -> dict[str, str]:

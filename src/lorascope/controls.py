@@ -87,7 +87,7 @@ def adapter_probe(adapter: Adapter, model: nn.Module, addresses: Sequence[str]) 
 
 def read_vectors(x: Tensor, shared: SharedInput, rows: slice) -> Tensor:
     """Scalars [..., R] of one module of a group that shares its input."""
-    return shared.scalars(x.float(), rows)
+    return shared.scalars(x, rows)
 
 
 def read_units(x: Tensor, units: Tensor) -> Tensor:

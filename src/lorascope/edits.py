@@ -56,7 +56,7 @@ def replace(values_BTN: Tensor, patterns: str | Sequence[str] = "*", mask_BT: Te
     """Put other scalars in the place of these, for one forward over a batch [B, T], where `mask_BT` is true."""
 
     def change(z: Tensor, columns: Tensor) -> Tensor:
-        return values_BTN.to(z)[..., columns.to(values_BTN.device)]
+        return values_BTN[..., columns.to(values_BTN.device)].to(z)
 
     return Edit(patterns, change, mask_BT=mask_BT, per_sequence=True)
 

@@ -1,4 +1,5 @@
-"""Which explanations are of the features that a study has now: an adapter or autoencoder trained anew has others."""
+"""What explanations there are, and which of them are of the features that a study has now: an adapter or autoencoder
+trained anew has others."""
 
 from __future__ import annotations
 
@@ -12,6 +13,24 @@ from lorascope.study import Study, digest
 
 LEXICAL = "lexical"
 SAE = "sae/sae_weights.safetensors"
+ASSIGNED, NONE_FITS, NO_ANSWER, WITHOUT = "assigned", "none fits", "no answer", "nothing to go by"
+"""Outcomes of sorting features into categories: a category; words that fit none; a judge that did not say; a feature
+with no explanation and no example."""
+
+
+def explain_records(study: Study, explainer: str = LEXICAL) -> dict[str, dict[str, Any]]:
+    """The record of each kind that an explainer explained; one each, as all its corpora share a file."""
+    stages = study.manifest["stages"]
+    parts = {name: name.split(":", 3) for name in sorted(stages) if name.startswith("explain:")}
+    return {part[2]: stages[name] for name, part in parts.items() if (part[3:] or [LEXICAL]) == [explainer]}
+
+
+def explainers_of(study: Study) -> list[str]:
+    """Labels of the explainers that have a record, the lexical one first."""
+    names = [name.split(":", 3) for name in study.manifest["stages"] if name.startswith("explain:")]
+    return sorted(
+        {part[3] if len(part) > 3 else LEXICAL for part in names}, key=lambda label: (label != LEXICAL, label)
+    )
 
 
 def inputs_of(corpus: str, kind: str) -> list[str]:
@@ -40,6 +59,7 @@ def current_rows(
 def plain_reason(reason: str) -> str:
     """Why a feature has no score without its own numbers, so that equal reasons are counted together.
 
-    The last number stays: `fires on n tokens of the training corpus, fewer than 8`.
+    `fires on 3 tokens of the training corpus, fewer than 8` is `fires on fewer than 8 tokens of the training corpus`.
     """
-    return re.sub(r"\b\d+\b(?!$)", "n", reason)
+    least = re.sub(r"(?:only )?\b\d+ (.*), fewer than (\d+)$", r"fewer than \2 \1", reason)
+    return re.sub(r"\b\d+\b(?!$)", "n", reason) if least == reason else least

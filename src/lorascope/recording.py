@@ -210,6 +210,8 @@ def record_sources(
         raise BadInput(f"No trace of {config.corpus} is left to record; raise --max-tokens or give other traces.")
     adapter = Adapter.load(study.path / "adapter")
     text = text_fingerprint(rendered)
+    layers = len(decoder_layers(model, adapter))
+    study.update_manifest(layers=layers)
     about = {
         "corpus": config.corpus,
         "model": study.model_name,
@@ -219,7 +221,7 @@ def record_sources(
         "length_rule": length_rule,
         "sink_rule": {
             "ratio": SINK_RATIO,
-            "layer": len(decoder_layers(model, adapter)) // 2,
+            "layer": layers // 2,
             "over": "median norm in trace",
         },
     }

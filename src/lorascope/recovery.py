@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorascope.errors import BadInput
-from lorascope.stats import bootstrap_crossed, crossed_draws, percentile_bounds
+from lorascope.stats import Interval, alike_bounds, bootstrap_crossed, crossed_draws, percentile_bounds
 
 FloatArray = NDArray[np.float64]
 Samples = Sequence[Mapping[str, Any]]
@@ -67,14 +67,12 @@ def recovery_row(
     part = {name: values[chosen] for name, values in table.items()}
     row: dict[str, Any] = {"benchmark": benchmark, "n": int(chosen.sum())}
     for name in MAIN:
-        row[name] = bootstrap_crossed(part[name], rng=rng).as_dict("accuracy") if name in part else None
+        row[name] = bounded_mean(part[name], 0.0, rng).as_dict("accuracy") if name in part else None
     row["others"] = {
-        name: bootstrap_crossed(values, rng=rng).as_dict("accuracy")
-        for name, values in part.items()
-        if name not in MAIN
+        name: bounded_mean(values, 0.0, rng).as_dict("accuracy") for name, values in part.items() if name not in MAIN
     }
     row["gains"] = {
-        name: bootstrap_crossed(values - part["base"], rng=rng).as_dict()
+        name: bounded_mean(values - part["base"], -1.0, rng).as_dict()
         for name, values in part.items()
         if "base" in part and name != "base"
     }
@@ -82,19 +80,36 @@ def recovery_row(
     return row | {"recovery": value, "recovery_reason": reason}
 
 
-def recover(part: Mapping[str, FloatArray], rng: np.random.Generator) -> tuple[dict[str, float] | None, str | None]:
+def bounded_mean(values_PS: FloatArray, least: float, rng: np.random.Generator) -> Interval:
+    """Mean of values between `least` and 1 with its interval over problems and seeds.
+
+    One problem, or problems that all came out alike, leave nothing to resample; `alike_bounds` are of some width there.
+    """
+    found = bootstrap_crossed(values_PS, rng=rng)
+    if values_PS.size and (len(values_PS) < 2 or np.isnan(found.low)):
+        return Interval(found.value, *alike_bounds(found.value, len(values_PS), least, 1.0))
+    return found
+
+
+def recover(
+    part: Mapping[str, FloatArray], rng: np.random.Generator
+) -> tuple[dict[str, float | None] | None, str | None]:
     """Recovery with its interval, or the reason why it means nothing here."""
     if missing := [name for name in MAIN if name not in part]:
         return None, f"{missing[0]} was not evaluated"
     base_PS, adapter_PS, full_PS = (part[name] for name in MAIN)
-    gain = bootstrap_crossed(full_PS - base_PS, rng=rng)
+    gain = bounded_mean(full_PS - base_PS, -1.0, rng)
     if not gain.low > 0:
-        return None, "the interval of full - base does not lie above 0, so there is no gain to recover"
+        return None, "the interval of full − base does not lie above 0, so there is no gain to recover"
     draws_D3 = crossed_draws(np.stack([base_PS, adapter_PS, full_PS], axis=2), rng)
     value = ratio(base_PS.mean(), adapter_PS.mean(), full_PS.mean())
     low, high = percentile_bounds(np.array([ratio(*means) for means in draws_D3]))
+    if np.isnan(low):  # every draw gave the same: from the bounds of both gains, which is wider than need be
+        own = bounded_mean(adapter_PS - base_PS, -1.0, rng)
+        ends = [part / whole for part in (own.low, own.high) for whole in (gain.low, gain.high)]
+        low, high = min(ends), max(ends)
     note = "full finetune under-trained at this budget" if value > 1 else None
-    return {"value": value, "low": low, "high": high}, note
+    return Interval(value, low, high).as_dict(), note
 
 
 def ratio(base: float, adapter: float, full: float) -> float:

@@ -48,17 +48,18 @@ class Screened:
     gradients_KSN: NDArray[np.float32]
     tokens_S: NDArray[np.int64]
     """Scored positions of each trace."""
-    null_N: NDArray[np.float64]
-    """What batching alone changes in one trace's gradients, over the root of its scored positions."""
+    nulls: dict[str, NDArray[np.float64]]
+    """What each null run changes in the gradients of some traces [C, N], over the root of their scored positions."""
 
     def kl_KSG(self, members_GN: NDArray[np.bool_]) -> NDArray[np.float64]:
         """Each pass's estimate of each group's KL, summed over a trace's tokens, nats."""
         gradients = self.gradients_KSN.astype(np.float64) @ members_GN.T
         return 0.5 * gradients**2
 
-    def null_kl_G(self, members_GN: NDArray[np.bool_]) -> NDArray[np.float64]:
-        """The noise floor of each group, nats per token."""
-        return 0.5 * np.asarray(members_GN @ self.null_N) ** 2
+    def null_kls(self, members_GN: NDArray[np.bool_]) -> dict[str, float]:
+        """The largest KL of any of the groups in each null run, nats per token, pooled over its traces."""
+        found = {name: 0.5 * ((null_CN @ members_GN.T) ** 2).sum(axis=0) for name, null_CN in self.nulls.items()}
+        return {name: float(kl_G.max()) for name, kl_G in found.items()}
 
     def interactions_NN(self) -> NDArray[np.float64]:
         """½·E[gradient_c · gradient_d], nats per token: a group's KL is the sum over its square block."""
@@ -165,7 +166,7 @@ def screen(
         gradients = np.concatenate([gradients, block])
         wanted = 0 if passes else min(passes_needed(gradients, precision), MOST_PASSES) - len(gradients)
     tokens_S = np.array([len(assistant_positions(t)) for t in traces])
-    return Screened(gradients, tokens_S, null_run(attached, traces, plan[0], seed, gradients[0]))
+    return Screened(gradients, tokens_S, null_runs(attached, traces, plan, seed, gradients[0]))
 
 
 def passes_needed(gradients_KSN: NDArray[np.float32], precision: float) -> int:
@@ -259,13 +260,32 @@ def head_slope(head: Callable[[Tensor], Tensor], hidden_MD: Tensor, labels_M: Te
         return torch.autograd.grad(total, hidden)[0]
 
 
-def null_run(
-    attached: Attached, traces: Sequence[Rendered], rows: Sequence[int], seed: int, gradients_SN: NDArray[np.float32]
-) -> NDArray[np.float64]:
-    """The first pass of a batch's first trace again in another batch (alone, or twice where it was alone).
+def null_runs(
+    attached: Attached,
+    traces: Sequence[Rendered],
+    plan: Sequence[Sequence[int]],
+    seed: int,
+    gradients_SN: NDArray[np.float32],
+) -> dict[str, NDArray[np.float64]]:
+    """The first pass of two traces (of one, where there is no other) again, in runs that should change nothing.
 
-    Returns the difference of its gradients [N], over the root of its scored positions.
+    Both are of the first batch, if it has two. Each is run in a batch of its own (twice in it, where it was alone
+    before): `rebatched`; both share one: `resplit`; and that once more, beside itself: `rerun`.
+
+    Returns:
+        For each run the differences of the traces' gradients [C, N], over the root of their scored positions together.
     """
-    again_N = next(gate_draws(attached, traces, rows[:1] if len(rows) > 1 else [rows[0], rows[0]], seed, 0))[0]
-    difference_N = again_N.astype(np.float64) - gradients_SN[rows[0]]
-    return np.asarray(difference_N / len(assistant_positions(traces[rows[0]])) ** 0.5)
+    chosen = [row for rows in plan[:2] for row in rows][:2]
+    lonely = {rows[0] for rows in plan if len(rows) == 1}
+
+    def again(*rows: int) -> NDArray[np.float64]:
+        return next(gate_draws(attached, traces, rows, seed, 0)).astype(np.float64)
+
+    planned_CN = gradients_SN[chosen].astype(np.float64)
+    together = again(*chosen)
+    alone = [again(row, row)[:1] if row in lonely else again(row) for row in chosen]
+    differences = {"rerun": again(*chosen) - together, "rebatched": np.concatenate(alone) - planned_CN}
+    if len(chosen) > 1:
+        differences["resplit"] = together - planned_CN
+    root = sum(len(assistant_positions(traces[row])) for row in chosen) ** 0.5
+    return {name: difference_CN / root for name, difference_CN in differences.items()}

@@ -13,19 +13,30 @@ from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float64]
 DRAWS = 10_000
+ROUNDING = 1e-12
+"""Relative difference that sums in another order may have; differences of scores near 0 have it of a tenth."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A value with its percentile-bootstrap interval."""
+    """A value with its percentile-bootstrap interval; both bounds are NaN where there is none."""
 
     value: float
     low: float
     high: float
 
-    def as_dict(self, value_name: str = "value") -> dict[str, float]:
-        """`{"value", "low", "high"}`, or with another name for the value (`accuracy`, `mean`)."""
-        return {value_name: self.value, "low": self.low, "high": self.high}
+    def as_dict(self, value_name: str = "value") -> dict[str, float | None]:
+        """`{"value", "low", "high"}`, or with another name for the value (`accuracy`, `mean`); None for NaN."""
+        return {value_name: known(self.value), "low": known(self.low), "high": known(self.high)}
+
+    def rounded(self, digits: int, value_name: str = "value") -> dict[str, float | None]:
+        """`as_dict` with rounded numbers."""
+        return Interval(*(round(number, digits) for number in (self.value, self.low, self.high))).as_dict(value_name)
+
+
+def known(value: float) -> float | None:
+    """A number for JSON: None when it is not finite."""
+    return float(value) if math.isfinite(value) else None
 
 
 def bootstrap_statistic(
@@ -46,12 +57,18 @@ def bootstrap_statistic(
 
 
 def percentile_bounds(samples_D: FloatArray, level: float = 0.95) -> tuple[float, float]:
-    """The central `level` of the draws, ignoring NaN; NaN bounds when nothing is left."""
+    """The central `level` of the draws, ignoring NaN; NaN bounds when nothing is left, or when they have no width.
+
+    Resampling one row (or rows that are all alike) gives one and the same draw: that tells nothing of how far off it
+    may be, so that there is no interval, where one of no width would look like certainty.
+    """
     samples_D = samples_D[np.isfinite(samples_D)]
     if len(samples_D) == 0:
         return float("nan"), float("nan")
     tail = (1 - level) / 2
     low, high = np.quantile(samples_D, [tail, 1 - tail])
+    if high - low <= ROUNDING * max(abs(low), abs(high), 0.1):
+        return float("nan"), float("nan")
     return float(low), float(high)
 
 
@@ -69,6 +86,16 @@ def wilson_bounds(hits: float, n: int, level: float = 0.95) -> tuple[float, floa
     return 0.0 if hits == 0 else low, 1.0 if hits == n else high  # exactly, whatever rounding says
 
 
+def alike_bounds(value: float, n: int, least: float, most: float) -> tuple[float, float]:
+    """Bounds of the mean of n values that are all `value`, where others might have been from `least` to `most`.
+
+    At most the share w of all values is another, w being the upper end of Wilson's interval of 0 of n; at worst these
+    are all `least`, or all `most`. For shares of 0 and 1 this is Wilson's interval.
+    """
+    w = wilson_bounds(0, n)[1]
+    return value - w * (value - least), value + w * (most - value)
+
+
 def bootstrap_mean(
     values_n: Sequence[float] | FloatArray,
     *,
@@ -79,7 +106,8 @@ def bootstrap_mean(
 ) -> Interval:
     """Mean of values with its interval; `clusters` (one label per value) are resampled whole.
 
-    The two polarities of one direction, or the seeds of one problem, are one cluster.
+    The two polarities of one direction, or the seeds of one problem, are one cluster. No bounds of a single cluster, or
+    of clusters that are all alike.
     """
     values = np.asarray(values_n, dtype=np.float64)
     if len(values) == 0:
@@ -100,7 +128,10 @@ def bootstrap_ratio(
     draws: int = DRAWS,
     level: float = 0.95,
 ) -> Interval:
-    """sum(numerator) / sum(denominator) with its interval over rows (traces, clusters): a pooled mean."""
+    """sum(numerator) / sum(denominator) with its interval over rows (traces, clusters): a pooled mean.
+
+    No bounds of a single row that counts, or of rows that are all alike.
+    """
     numerator = np.asarray(numerator_n, dtype=np.float64)
     denominator = np.asarray(denominator_n, dtype=np.float64)
     total = denominator.sum()

@@ -16,6 +16,7 @@ traces were dropped. Shape legend: T tokens, N directions.
 
 import hashlib
 import json
+import mmap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
@@ -94,6 +95,31 @@ def map_tensors(path: Path, only: str | None = None) -> dict[str, Array]:
             else:
                 tensors[name] = np.memmap(path, dtype, "r", start + spec["data_offsets"][0], shape)
     return tensors
+
+
+def fetch_rows(mapped: Array, rows: npt.NDArray[np.int64]) -> None:
+    """Have the system begin to read rows (in rising order) of a memory map, all at once.
+
+    As they are used, one after the other, each would wait for the disk, and for all that the system reads ahead around
+    it. Does nothing where there is no such call.
+    """
+    if (
+        len(rows)
+        and isinstance(mapped, np.memmap)
+        and isinstance(mapped.base, mmap.mmap)
+        and hasattr(mmap, "MADV_WILLNEED")
+    ):
+        begin = mapped.offset % mmap.ALLOCATIONGRANULARITY  # where the array begins in its map
+        for first, stop in page_runs(begin + rows * mapped.strides[0], mapped.strides[0], mmap.PAGESIZE):
+            mapped.base.madvise(mmap.MADV_WILLNEED, first, stop - first)
+
+
+def page_runs(starts: npt.NDArray[np.int64], width: int, page: int) -> list[tuple[int, int]]:
+    """Runs of pages, as (first byte, end), that hold `width` bytes from each of some starts in rising order."""
+    firsts, lasts = starts // page, (starts + width - 1) // page
+    cuts = np.flatnonzero(firsts[1:] > lasts[:-1] + 1)
+    begins, ends = firsts[[0, *(cuts + 1)]] * page, (lasts[[*cuts, -1]] + 1) * page
+    return list(zip(begins.tolist(), ends.tolist(), strict=True))
 
 
 def map_scalars(folder: Path, number: int) -> Array:
@@ -316,19 +342,36 @@ class Store:
         return self.gather(index, self.shard)
 
     def visit(self, index: npt.NDArray[np.integer[Any]]) -> Floats:
-        """`rows` through maps of its own, dropped at once: in a server, pages that were read would pile up."""
-        return self.gather(index, partial(map_scalars, self.folder))
+        """`rows` through maps of its own, dropped at once: in a server, pages that were read would pile up. The disk is
+        asked for all of them before the first is used."""
+        return self.gather(index, partial(map_scalars, self.folder), fetch_rows)
 
-    def gather(self, index: npt.NDArray[np.integer[Any]], open_shard: Callable[[int], Array]) -> Floats:
+    def gather(
+        self,
+        index: npt.NDArray[np.integer[Any]],
+        open_shard: Callable[[int], Array],
+        fetch: Callable[[Array, npt.NDArray[np.int64]], None] = lambda *_: None,
+    ) -> Floats:
         """Scalars of tokens, float32 [len(index), N], from the shards that hold them."""
         index = np.asarray(index, np.int64)
         half = np.empty((len(index), len(self.scale_N)), np.float16)
         order = np.argsort(index, kind="stable")  # neighbours are read together
         bounds = np.searchsorted(index[order], self.starts)
-        for number, (start, first, stop) in enumerate(zip(self.starts, bounds, bounds[1:], strict=False)):
-            if first < stop:
-                half[order[first:stop]] = open_shard(number)[index[order[first:stop]] - start]
+        held = np.flatnonzero(bounds[1:] > bounds[:-1]).tolist()
+        for block in (held[i : i + OPEN_SHARDS] for i in range(0, len(held), OPEN_SHARDS)):
+            places = [order[bounds[number] : bounds[number + 1]] for number in block]
+            rows = [index[part] - self.starts[number] for part, number in zip(places, block, strict=True)]
+            shards = [open_shard(number) for number in block]
+            for shard_TN, part in zip(shards, rows, strict=True):
+                fetch(shard_TN, part)
+            for place, shard_TN, part in zip(places, shards, rows, strict=True):
+                half[place] = shard_TN[part]
         return self.decode(half)
+
+    def expect(self, index: npt.NDArray[np.int64]) -> None:
+        """Have the system begin to read ids, segments and sinks of tokens (in rising order)."""
+        for array in self.side.values():
+            fetch_rows(array, index)
 
     def trace(self, number: int) -> tuple[slice, Floats]:
         """The tokens of a trace as a slice into the corpus, and its scalars [T_trace, N]."""

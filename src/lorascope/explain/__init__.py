@@ -2,18 +2,17 @@
 never seen."""
 
 from lorascope.explain.rules import Rule, describe_rule, execute_rule, make_vocabulary, rule_from_json, rule_to_json
-from lorascope.explain.scoring import Explanation, borrow_explanations, execute_answers, score_answers
+from lorascope.explain.scoring import Explanation, execute_answers, score_answers
 from lorascope.explain.settings import ExplainConfig
 from lorascope.explain.stage import explain_features
-from lorascope.explain.summary import explain_records, explainers_of, pool_kinds, summarise_rows
-from lorascope.explained import LEXICAL
+from lorascope.explain.summary import pool_kinds, summarise_rows
+from lorascope.explained import LEXICAL, explain_records, explainers_of
 
 __all__ = [
     "LEXICAL",
     "ExplainConfig",
     "Explanation",
     "Rule",
-    "borrow_explanations",
     "describe_rule",
     "execute_answers",
     "execute_rule",

@@ -55,8 +55,7 @@ def judge_explainer(study: Study, job: Job, budget: Budget) -> Iterator[Explaine
         def score(quiz: Quiz, explanation: Explanation, rng: np.random.Generator) -> dict[str, Any]:
             answers, failures = ask(explanation, quiz.windows)
             found = score_answers(quiz, answers, rng).as_dict()
-            auroc = {name: round(value, 4) for name, value in rank_answers(quiz, answers, rng).as_dict().items()}
-            return found | {"auroc": auroc, "failures": failures}
+            return found | {"auroc": rank_answers(quiz, answers, rng).rounded(4), "failures": failures}
 
         def agree(quiz: Quiz, explanation: Explanation) -> dict[str, Any]:
             again = windows_asker(judges[second], table, config.asked, job.seed + 1)
@@ -94,7 +93,8 @@ def endpoints(config: ExplainConfig) -> tuple[Endpoint, Endpoint | None, Endpoin
 
     second = endpoint(config.second_judge_model, config.second_judge_url, config.second_judge_key_env)
     of_classes = endpoint(config.class_judge_model, config.class_judge_url, config.class_judge_key_env)
-    return main, second if config.passes == 2 or config.second_judge_model else None, of_classes
+    twice = config.passes == 2 or config.second_judge_model or config.second_judge_url
+    return main, second if twice else None, of_classes
 
 
 def identity(endpoint: Endpoint) -> list[Any]:

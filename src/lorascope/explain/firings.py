@@ -24,15 +24,15 @@ from lorascope.store import Store
 IntArray = NDArray[np.int64]
 FIRING = np.dtype([("at", "<u4"), ("activation", "<f4")])
 HELD = 1 << 18
-"""Firings in memory at most, so about 15 MB while they are sorted; of more, all but the last go to a file."""
+"""Firings in memory at most, so about 15 MB while they are sorted; of more, all go to a file."""
 
 
 class Firings:
     """Ordinary tokens on which each feature fires, whatever their number in bounded memory.
 
-    They come in runs, each of a part of the corpus and sorted by feature: all but the last are in a temporary file, 8
-    bytes a firing, which is gone when this is closed or the process ends. In memory is the last run, and 4 bytes for
-    each feature and run. Safe to read from several threads.
+    They come in runs, each of a part of the corpus and sorted by feature. A single run is in memory; several are in a
+    temporary file, 8 bytes a firing, which is gone when this is closed or the process ends, and in memory are 4 bytes
+    for each feature and run. Safe to read from several threads.
     """
 
     def __init__(self, n_features: int, folder: Path) -> None:
@@ -40,32 +40,37 @@ class Firings:
         self._n_features, self._folder = n_features, folder
         self._starts_RF: list[NDArray[np.uint32]] = []
         self._bytes_R = [0]
-        self._last: NDArray[Any] = np.zeros(0, FIRING)
+        self._only: NDArray[Any] = np.zeros(0, FIRING)
         self._file: IO[bytes] | None = None
         self._lock = threading.Lock()
 
     def add(self, number_M: NDArray[np.int32], at_M: IntArray, activation_M: NDArray[np.float32]) -> None:
         """One run: features, tokens (later ones than before) and activations, in the order of the tokens."""
-        if self._starts_RF:
+        order = np.argsort(number_M, kind="stable")
+        run = np.empty(len(order), FIRING)
+        run["at"], run["activation"] = at_M[order], activation_M[order]
+        if not self._starts_RF:
+            self._only = run
+        else:
             if self._file is None:
                 self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 (open until `close`)
-            self._file.write(self._last.tobytes())
-            self._bytes_R.append(self._bytes_R[-1] + self._last.nbytes)
-        order = np.argsort(number_M, kind="stable")
-        self._last = np.empty(len(order), FIRING)
-        self._last["at"], self._last["activation"] = at_M[order], activation_M[order]
+                self._file.write(self._only.tobytes())
+                self._only = self._only[:0].copy()
+            self._file.write(run.tobytes())
+        self._bytes_R.append(self._bytes_R[-1] + run.nbytes)
         counts = np.bincount(number_M, minlength=self._n_features)
         self._starts_RF.append(np.concatenate([[0], np.cumsum(counts)]).astype(np.uint32))
 
     def of(self, number: int) -> tuple[IntArray, NDArray[np.float32]]:
         """Tokens [n] of one feature in the order of the corpus, and its activations [n] there."""
-        parts = []
-        for place, starts_F in zip(self._bytes_R[:-1], self._starts_RF[:-1], strict=True):
+        parts = [self._only[:0]]
+        for place, starts_F in zip(self._bytes_R[:-1], self._starts_RF, strict=True):
             first, stop = starts_F[number : number + 2].tolist()
-            if first < stop:
+            if self._file is None:
+                parts.append(self._only[first:stop])
+            elif first < stop:
                 parts.append(self._read(place + first * FIRING.itemsize, stop - first))
-        first, stop = self._starts_RF[-1][number : number + 2].tolist()
-        found = np.concatenate([*parts, self._last[first:stop]])
+        found = np.concatenate(parts)
         return found["at"].astype(np.int64), np.ascontiguousarray(found["activation"])
 
     def _read(self, place: int, count: int) -> NDArray[Any]:

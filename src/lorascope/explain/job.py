@@ -8,16 +8,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lorascope.errors import MissingStage
 from lorascope.explain.firings import Firings, Reading, collect_firings, read_corpus, trace_contents
 from lorascope.explain.rows import Row
 from lorascope.explain.scoring import Explanation, Quiz
-from lorascope.explain.settings import ExplainConfig
+from lorascope.explain.settings import TRAIN, ExplainConfig
 from lorascope.explain.windows import Sample, draw_windows
-from lorascope.features import FeatureSet
-from lorascope.study import Study
+from lorascope.features import load_features
+from lorascope.heap import return_freed
+from lorascope.study import Study, read_json
 
+LEVELS = "examples/levels.json"
 LEAST_TRAINING = 8
 """Fewest firings on the training corpus from which an explanation is sought."""
 
@@ -46,8 +49,10 @@ class Job:
     kind: str
     n_features: int
     """Of the kind, before --limit."""
-    numbers: dict[str, int]
-    """By id, in the order in which they are explained."""
+    ids: list[str]
+    """Of the features to explain, in that order."""
+    numbers: NDArray[np.int64]
+    """Of the same among all features of the kind."""
     training: Side
     scoring: Side
 
@@ -88,21 +93,21 @@ def prepare_job(
     config: ExplainConfig,
     seed: int,
     kind: str,
-    training: FeatureSet,
-    scoring: FeatureSet,
-    levels: dict[str, dict[str, float]],
 ) -> Job:
     """Read both corpora and find where every feature fires. Close it when it is done with.
 
+    Nothing else of the two feature sets and of the levels is kept: together they are 0.4 KB a feature.
+
     Raises:
-        MissingStage: the firing levels are of other features.
+        MissingStage: a corpus is not recorded, the SAE is missing, or the firing levels are of other features.
     """
-    known = levels.get(kind, {})
+    training, scoring = (load_features(study, corpus, kind) for corpus in (TRAIN, config.corpus))
+    known = read_json(study.path / LEVELS).get(kind, {})
     if not set(training.ids) <= set(known) or training.ids != scoring.ids:
         raise MissingStage(f"The firing levels are not of these {kind} features; run: lorascope examples {study.path}.")
     levels_F = np.array([known[feature] for feature in training.ids], dtype=np.float32)
     # In an order drawn by seed, so that what a cut-off run has done is a fair sample, as --limit draws one.
-    chosen = np.random.default_rng([seed, 0]).permutation(len(training.ids))[: config.limit].tolist()
+    chosen = np.random.default_rng([seed, 0]).permutation(len(training.ids))[: config.limit]
     # Generators of their own: all kinds are explained and scored on the same traces, whatever --limit says.
     seen = frozenset(trace_contents(training.store))
     readings = [
@@ -113,8 +118,8 @@ def prepare_job(
         Side(reading, collect_firings(features, reading, levels_F, study.path), _identify(reading))
         for features, reading in zip((training, scoring), readings, strict=True)
     ]
-    numbers = {training.ids[k]: int(k) for k in chosen}
-    return Job(config, seed, kind, len(training.ids), numbers, made[0], made[1])
+    return_freed()
+    return Job(config, seed, kind, len(training.ids), [training.ids[k] for k in chosen], chosen, made[0], made[1])
 
 
 def _identify(reading: Reading) -> str:

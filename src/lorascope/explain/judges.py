@@ -8,17 +8,14 @@ out from then on: the prompt asks for the same JSON in words, and it is looked f
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import random
 import re
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -42,7 +39,6 @@ HOPELESS = {
     403: "does not allow this",
     404: "does not know this address or model",
 }
-M_ARENA_MAX = -8  # of glibc's malloc.h
 CONCESSIONS = ("response_format", "temperature", "seed", "max_tokens")
 
 
@@ -119,7 +115,6 @@ class Judge:
 
     def __init__(self, endpoint: Endpoint, log: JudgeLog, budget: Budget, workers: int) -> None:
         """Nothing is opened towards the network until the first question that is not in the file."""
-        share_heap()
         self.endpoint = endpoint
         self.stopped = threading.Event()
         self._log = log
@@ -298,17 +293,6 @@ class Judge:
             f"the variable {self.endpoint.key_env}" if self.endpoint.key_env else "--judge-key-env (no key was sent)"
         )
         return f"{where}; check {named}, the model {self.endpoint.model!r} and the address."
-
-
-def share_heap() -> None:
-    """Have all threads take memory from one heap, where the C library is glibc (elsewhere nothing is done).
-
-    Each of a judge's threads would get one of its own, of which little is given back: 15 MiB and more after some
-    thousand requests. With one heap there are as many requests a second.
-    """
-    if sys.platform == "linux":
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
 
 
 def read_key(endpoint: Endpoint) -> str:

@@ -11,39 +11,41 @@ from __future__ import annotations
 import filecmp
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
+from lorascope.explain.places import Places, key_number
 from lorascope.study import stream_rows
 
 Row = dict[str, Any]
 
 
 class RowFile:
-    """One explainer's rows in such a file, by key. In memory is only where each starts."""
+    """One explainer's rows in such a file, by key. In memory is only where each starts, 16 bytes a row."""
 
-    def __init__(self, path: Path, at: dict[str, int]) -> None:
+    def __init__(self, path: Path, at: Places) -> None:
         """Rows start at these bytes of the file, by key."""
         self._path, self._at = path, at
 
     def __contains__(self, key: str) -> bool:
-        return key in self._at
-
-    def __len__(self) -> int:
-        return len(self._at)
+        return self._at.find(key_number(key)) is not None
 
     def read(self, key: str) -> Row:
-        """The row with a key; any thread may ask."""
+        """The row with a key; any thread may ask. KeyError without one."""
+        place = self._at.find(key_number(key))
+        if place is None:
+            raise KeyError(key)
         with self._path.open("rb") as file:
-            file.seek(self._at[key])
+            file.seek(place)
             row: Row = json.loads(file.readline())
         return row
 
     def append(self, row: Row) -> None:
         """Append one row under its key; one thread at a time."""
-        self._at[row["key"]] = self._path.stat().st_size
+        place = self._path.stat().st_size
         append_row(self._path, row)
+        self._at.put(key_number(row["key"]), place)
 
 
 def append_row(path: Path, row: Row) -> None:
@@ -53,7 +55,7 @@ def append_row(path: Path, row: Row) -> None:
 
 
 def keep_rows(
-    path: Path, wanted: Collection[str], explainer: str, said: Row | None = None, most_tokens: int | None = None
+    path: Path, wanted: Container[str], explainer: str, said: Row | None = None, most_tokens: int | None = None
 ) -> RowFile:
     """Make a file ready for appending; returns this explainer's rows with a wanted key.
 
@@ -64,7 +66,7 @@ def keep_rows(
         most_tokens: of one answer of a judge; None where nothing is cut off.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    at: dict[str, int] = {}
+    at = Places()
     new = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with new.open("wb") as file:
@@ -73,9 +75,9 @@ def keep_rows(
                     if row["key"] not in wanted or row.get("retry") or _cut_short(row, most_tokens):
                         append_row(path.with_name("superseded.jsonl"), {"file": path.name, **row})
                         continue
-                    if row["key"] in at:
+                    if at.find(key_number(row["key"])) is not None:
                         continue
-                    at[row["key"]] = file.tell()
+                    at.put(key_number(row["key"]), file.tell())
                     row |= said or {}
                 file.write(row_line(row).encode("utf-8"))
             file.flush()

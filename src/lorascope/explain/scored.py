@@ -25,14 +25,14 @@ Item = TypeVar("Item")
 Made = TypeVar("Made")
 
 
-def score_feature(job: Job, explainer: Explainer, row: Row, lender: Row | None) -> Row:
-    """`{"scored": ...}` of one explained feature, or `{"reason"}` when there are too few windows.
+def score_feature(job: Job, explainer: Explainer, number: int, row: Row, lender: Row | None) -> Row:
+    """`{"scored": ...}` of one explained feature by its number, or `{"reason"}` when there are too few windows.
 
     `scored` has `detection` and `fuzzing`, each also with `_wrong` (the explanation of `wrong_from`) and `_shuffled`
     (the same explanation on the feature's firings shifted within their traces).
     """
     feature = row["feature"]
-    at_n, activation_n = job.scoring.firings.of(job.numbers[feature])
+    at_n, activation_n = job.scoring.firings.of(number)
     if len(at_n) < LEAST_SCORING:
         return {"reason": f"fires on {len(at_n)} tokens of the scoring corpus, fewer than {LEAST_SCORING}"}
     rng = feature_rng(job.seed, "score", feature)

@@ -145,7 +145,8 @@ def _bounds(
 def rank_answers(
     quiz: Quiz, answers: Sequence[float | None], rng: np.random.Generator, *, draws: int = DRAWS, level: float = 0.95
 ) -> Interval:
-    """AUROC of confidences with its bootstrap interval (positives and negatives resampled apart; Wilson's at 0 and 1).
+    """AUROC of confidences with its bootstrap interval (positives and negatives resampled apart; Wilson's at 0 and 1,
+    none where all confidences are alike).
 
     The share of pairs of a positive and a negative in which the positive has the larger confidence, ties half. An
     answer that could not be read loses against every other one, and two of them lose too.
@@ -219,21 +220,20 @@ def execute_answers(vocabulary: Vocabulary) -> Answer:
     return answer
 
 
-def borrow_explanations(
-    features: Sequence[str], groups: Sequence[str], texts: Sequence[str], seed: int
-) -> dict[str, str | None]:
-    """For each feature another one whose explanation it is given as a control.
+def find_lenders(
+    features: Sequence[str], groups: Sequence[Any] | NDArray[Any], texts: Sequence[Any] | NDArray[Any], seed: int
+) -> NDArray[np.int64]:
+    """For each feature the number of another one whose explanation it is given as a control.
 
     Features stand in a circle in the order of a hash of seed and name, and each borrows from the next one of another
-    group (the two polarities of a direction are a group) that is explained by another text; None where there is none.
+    group (the two polarities of a direction are a group) that is explained by another text; -1 where there is none.
     So a feature that is explained later changes the control of those just before it and of no other, whose scores need
     not be paid again.
     """
-    order = sorted(range(len(features)), key=lambda k: digest([seed, "borrow", features[k]]))
-    out: dict[str, str | None] = {}
+    hashes = (digest([seed, "borrow", feature]).encode() for feature in features)
+    order = np.argsort(np.fromiter(hashes, "S64", len(features)), kind="stable")
+    out = np.full(len(features), -1)
     for place, number in enumerate(order):
         others = (order[(place + step) % len(order)] for step in range(1, len(order)))
-        fits = (k for k in others if groups[k] != groups[number] and texts[k] != texts[number])
-        lender = next(fits, None)
-        out[features[number]] = None if lender is None else features[lender]
+        out[number] = next((k for k in others if groups[k] != groups[number] and texts[k] != texts[number]), -1)
     return out

@@ -73,7 +73,7 @@ class ExplainConfig(JudgeConfig):
     second_judge_model: str | None = None
     """Judge of the second pass (default: the same); naming one makes two passes."""
     second_judge_url: str | None = None
-    """Base URL of the second pass's judge (default: the judge's)."""
+    """Base URL of the second pass's judge (default: the judge's); naming one makes two passes."""
     second_judge_key_env: str | None = None
     """Variable that holds its key (default: the judge's where the URL is the same, else none)."""
     class_judge_model: str | None = None

@@ -8,22 +8,25 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lorascope.config import Options
 from lorascope.errors import RunFailed
 from lorascope.explain.budget import Budget, BudgetSpent, limits_of, say_spent
 from lorascope.explain.explainers import EXPLAINERS
-from lorascope.explain.job import Explainer, Job, prepare_job
+from lorascope.explain.job import LEVELS, Explainer, Job, prepare_job
 from lorascope.explain.judges import file_name
+from lorascope.explain.places import DIGITS, Keys, key_number
 from lorascope.explain.rows import Row, RowFile, keep_rows
 from lorascope.explain.scored import in_order, score_feature
-from lorascope.explain.scoring import borrow_explanations
+from lorascope.explain.scoring import find_lenders
 from lorascope.explain.settings import TRAIN, ExplainConfig, check_config
-from lorascope.explain.summary import explain_records, pool_kinds, record_name, summarise_rows
-from lorascope.explained import LEXICAL, inputs_of, made_from
-from lorascope.features import FeatureSet, cluster_of, load_features
+from lorascope.explain.summary import pool_kinds, record_name, summarise_rows
+from lorascope.explained import LEXICAL, explain_records, inputs_of, made_from
+from lorascope.features import cluster_of, load_features
+from lorascope.heap import return_freed
 from lorascope.progress import progress
-from lorascope.study import Study, digest, read_json, stream_rows
+from lorascope.study import Study, digest, stream_rows
 
 METHOD = 3
 """Goes into the rows' keys: raise it when the search or the scores change."""
@@ -42,16 +45,18 @@ def explain_features(study: Study, config: ExplainConfig, options: Options) -> d
         RunFailed: the budget is spent, or the judge does not answer; what is done is kept.
     """
     kinds = check_config(config)
-    levels = read_json(study.require("examples/levels.json", "lorascope examples STUDY"))
+    study.require(LEVELS, "lorascope examples STUDY")
     study.require("tokenizer/tokenizer.json", "lorascope record STUDY")
-    sides = {kind: (load_features(study, TRAIN, kind), load_features(study, config.corpus, kind)) for kind in kinds}
+    for kind in kinds:  # what is missing of the last is said before the first is paid for
+        for corpus in (TRAIN, config.corpus):
+            load_features(study, corpus, kind)
     label = label_of(config)
     budget = Budget(limits_of(config))
     results: dict[str, Any] = {}
-    for kind, pair in sides.items():
+    for kind in kinds:
 
-        def work(kind: str = kind, pair: tuple[FeatureSet, FeatureSet] = pair) -> dict[str, Any]:
-            with closing(prepare_job(study, config, options.seed, kind, *pair, levels)) as job:
+        def work(kind: str = kind) -> dict[str, Any]:
+            with closing(prepare_job(study, config, options.seed, kind)) as job:
                 return _explain_one(study, job, budget)
 
         rows = f"explanations/{kind}.jsonl"
@@ -112,7 +117,7 @@ def _how_far(study: Study, job: Job, explainer: Explainer) -> str:
     files = (unscored_file(job.kind, label), f"explanations/{job.kind}.jsonl")
     explained, scored = (sum(row["explainer"] == label for row in stream_rows(study.path / file)) for file in files)
     return (
-        f"The budget is spent ({paid}); of {len(job.numbers)} {job.kind} features {explained} are explained and "
+        f"The budget is spent ({paid}); of {len(job.ids)} {job.kind} features {explained} are explained and "
         f"{scored} scored. What was answered is kept, and the same command continues."
     )
 
@@ -141,60 +146,75 @@ def _summarise(study: Study, config: ExplainConfig, label: str, results: dict[st
     return pooled
 
 
-def _explain_kind(study: Study, job: Job, explainer: Explainer) -> tuple[RowFile, dict[str, str]]:
+def _explain_kind(study: Study, job: Job, explainer: Explainer) -> tuple[RowFile, Keys]:
     """The explanation (or the reason why there is none) of each feature, kept in `unscored/`, and its key there."""
     path = study.path / unscored_file(job.kind, explainer.label)
     settings = [METHOD, explainer.settings, job.config.window, job.seed]
-    keys = {
-        feature: digest([feature, explainer.label, settings, job.training.hash_of(number)])[:32]
-        for feature, number in job.numbers.items()
-    }
-    done = keep_rows(path, set(keys.values()), explainer.label, most_tokens=explainer.most_tokens)
+    keys = Keys(len(job.ids))
+    for k, feature in enumerate(job.ids):
+        keys[k] = digest([feature, explainer.label, settings, job.training.hash_of(job.numbers[k])])[:DIGITS]
+    done = keep_rows(path, keys.sort(), explainer.label, most_tokens=explainer.most_tokens)
 
-    def explain(feature: str) -> Row | None:
-        return None if keys[feature] in done else explainer.explain(feature, job.numbers[feature])
+    def explain(k: int) -> Row | None:
+        return None if keys[k] in done else explainer.explain(job.ids[k], int(job.numbers[k]))
 
-    made = in_order(explain, job.numbers, explainer.workers, explainer.stop)
-    for feature, found in progress(made, len(job.numbers), f"explain {job.kind}", "feature"):
+    made = in_order(explain, range(len(job.ids)), explainer.workers, explainer.stop)
+    for k, found in progress(made, len(job.ids), f"explain {job.kind}", "feature"):
         if found is not None:
-            done.append({"feature": feature, "explainer": explainer.label, **found, "key": keys[feature]})
+            done.append({"feature": job.ids[k], "explainer": explainer.label, **found, "key": keys[k]})
     return done, keys
 
 
-def _score_all(
-    study: Study, job: Job, explainer: Explainer, explained: RowFile, explained_as: dict[str, str]
-) -> Iterator[Row]:
+def _score_all(study: Study, job: Job, explainer: Explainer, explained: RowFile, explained_as: Keys) -> Iterator[Row]:
     """Score each explanation beside its controls; rows without scores say why. They are in `KIND.jsonl`."""
     path = study.path / "explanations" / f"{job.kind}.jsonl"
-    texts = {feature: explained.read(key)["text"] for feature, key in explained_as.items()}
-    able = [feature for feature, text in texts.items() if text is not None]
-    lenders = borrow_explanations(
-        able, [cluster_of(feature) for feature in able], [texts[feature] for feature in able], job.seed
-    )
-    settings = [METHOD, explainer.scoring_settings, job.config.corpus, job.config.examples, job.config.window, job.seed]
-    keys: dict[str, str] = {}
-    for feature, number in job.numbers.items():
-        lender = lenders.get(feature)
-        lent = explained.read(explained_as[lender]) if lender else None
-        wrong = [lent["text"], lent["rule"]] if lent else None
-        parts = [explained_as[feature], texts[feature], settings, job.scoring.hash_of(number), lender, wrong]
-        keys[feature] = digest(parts)[:32]
-    said = {"made_from": made_from(study, job.config.corpus, job.kind)}
-    done = keep_rows(path, set(keys.values()), explainer.label, said, explainer.most_tokens)
+    lenders = _find_lenders(job, explained, explained_as)
 
-    def score(feature: str) -> Row | None:
-        if keys[feature] in done:
+    def lender_of(k: int) -> Row | None:
+        return explained.read(explained_as[lenders[k]]) if lenders[k] >= 0 else None
+
+    settings = [METHOD, explainer.scoring_settings, job.config.corpus, job.config.examples, job.config.window, job.seed]
+    keys = Keys(len(job.ids))
+    for k in range(len(job.ids)):
+        lent = lender_of(k)
+        lender, wrong = (lent["feature"], [lent["text"], lent["rule"]]) if lent else (None, None)
+        text = explained.read(explained_as[k])["text"]
+        parts = [explained_as[k], text, settings, job.scoring.hash_of(job.numbers[k]), lender, wrong]
+        keys[k] = digest(parts)[:DIGITS]
+    return_freed()
+    said = {"made_from": made_from(study, job.config.corpus, job.kind)}
+    done = keep_rows(path, keys.sort(), explainer.label, said, explainer.most_tokens)
+
+    def score(k: int) -> Row | None:
+        if keys[k] in done:
             return None
-        row = explained.read(explained_as[feature])
-        lender = lenders.get(feature)
+        row = explained.read(explained_as[k])
         kept = {name: value for name, value in row.items() if name != "key"}
         kept |= {"scored": None, "reason": row["reason"], "corpus": job.config.corpus}
         if row["text"] is not None:
-            kept |= score_feature(job, explainer, row, explained.read(explained_as[lender]) if lender else None)
-        return kept | said | {"key": keys[feature]}
+            kept |= score_feature(job, explainer, int(job.numbers[k]), row, lender_of(k))
+        return kept | said | {"key": keys[k]}
 
-    made = in_order(score, job.numbers, explainer.workers, explainer.stop)
-    for _, row in progress(made, len(job.numbers), f"score {job.kind}", "feature"):
+    made = in_order(score, range(len(job.ids)), explainer.workers, explainer.stop)
+    for _, row in progress(made, len(job.ids), f"score {job.kind}", "feature"):
         if row is not None:
             done.append(row)
-    return (done.read(key) for key in keys.values())
+    return_freed()
+    return (done.read(keys[k]) for k in range(len(keys)))
+
+
+def _find_lenders(job: Job, explained: RowFile, explained_as: Keys) -> NDArray[np.int64]:
+    """For each feature the number of the one whose explanation it borrows, -1 for none; texts are only hashed."""
+    text_F = np.zeros(len(job.ids), np.uint64)
+    able_F = np.zeros(len(job.ids), np.bool_)
+    for k in range(len(job.ids)):
+        text = explained.read(explained_as[k])["text"]
+        if text is not None:
+            able_F[k], text_F[k] = True, key_number(digest(text))
+    able = np.flatnonzero(able_F)
+    features = [job.ids[k] for k in able]
+    groups = np.fromiter((key_number(digest(cluster_of(feature))) for feature in features), np.uint64, len(able))
+    found = find_lenders(features, groups, text_F[able], job.seed)
+    lender_F = np.full(len(job.ids), -1)
+    lender_F[able] = np.where(found < 0, -1, able[found])
+    return lender_F

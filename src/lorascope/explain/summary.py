@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from lorascope.explain.prompts import WORDS
 from lorascope.explain.rows import Row
 from lorascope.explain.scoring import agreement_of, equal_and_kappa
-from lorascope.explained import LEXICAL, current_rows, plain_reason
+from lorascope.explained import LEXICAL, current_rows, explain_records, plain_reason
 from lorascope.features import CONTROLS, cluster_of
 from lorascope.stats import bootstrap_mean, percentile_bounds
 from lorascope.study import Study, stream_rows
@@ -24,21 +24,6 @@ DRAWS = 2_000
 def record_name(corpus: str, kind: str, label: str) -> str:
     """The name of a run's record: `explain:CORPUS:KIND`, and for judges `explain:CORPUS:KIND:judge:MODEL`."""
     return f"explain:{corpus}:{kind}" + ("" if label == LEXICAL else f":{label}")
-
-
-def explain_records(study: Study, explainer: str = LEXICAL) -> dict[str, dict[str, Any]]:
-    """The record of each kind that an explainer explained; one each, as all its corpora share a file."""
-    stages = study.manifest["stages"]
-    parts = {name: name.split(":", 3) for name in sorted(stages) if name.startswith("explain:")}
-    return {part[2]: stages[name] for name, part in parts.items() if (part[3:] or [LEXICAL]) == [explainer]}
-
-
-def explainers_of(study: Study) -> list[str]:
-    """Labels of the explainers that have a record, the lexical one first."""
-    names = [name.split(":", 3) for name in study.manifest["stages"] if name.startswith("explain:")]
-    return sorted(
-        {part[3] if len(part) > 3 else LEXICAL for part in names}, key=lambda label: (label != LEXICAL, label)
-    )
 
 
 def pool_kinds(study: Study, explainer: str = LEXICAL) -> dict[str, Any]:
@@ -58,23 +43,22 @@ def rows_of(study: Study, kind: str, explainer: str = LEXICAL) -> Iterator[Row]:
 
 
 class Numbers:
-    """One number for each of many features, with the feature's cluster; 16 bytes each."""
+    """One number for each of many features, with the feature's cluster; 12 bytes each."""
 
     def __init__(self) -> None:
         """None yet."""
-        self.values, self.clusters = array("d"), array("q")
+        self.values, self.clusters = array("d"), array("i")
 
     def add(self, value: float, cluster: int) -> None:
         """One more feature's."""
         self.values.append(value)
         self.clusters.append(cluster)
 
-    def mean(self, rng: np.random.Generator) -> dict[str, float] | None:
-        """`{"mean", "low", "high"}`, resampling clusters; None of nothing."""
+    def mean(self, rng: np.random.Generator) -> dict[str, float | None] | None:
+        """`{"mean", "low", "high"}`, resampling clusters; None of nothing, and None as bounds of a single cluster."""
         if not self.values:
             return None
-        interval = bootstrap_mean(np.array(self.values), rng=rng, clusters=self.clusters)
-        return {name: round(value, 4) for name, value in interval.as_dict("mean").items()}
+        return bootstrap_mean(np.array(self.values), rng=rng, clusters=self.clusters).rounded(4, "mean")
 
 
 class TaskSummary:

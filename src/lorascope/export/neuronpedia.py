@@ -281,7 +281,8 @@ def explanation_row(source: Source, row: Json) -> Json:
     for name in ("detection", "fuzzing"):
         if own := scored.get(name):
             wrong = scored.get(f"{name}_wrong") or {}
-            notes.append(f"{name} {own['value']:.3g} ({own['low']:.3g} to {own['high']:.3g}) on text it never saw")
+            bounds = "no interval" if own["low"] is None else f"{own['low']:.3g} to {own['high']:.3g}"
+            notes.append(f"{name} {own['value']:.3g} ({bounds}) on text it never saw")
             notes += [f"{wrong['value']:.3g} for a wrong explanation"] if wrong else []
     return {
         "id": row_id(source, row["feature"], "explanation", row["explainer"]),

@@ -28,7 +28,8 @@ HELDOUT = "heldout"
 
 
 def write_tables(study: Study, config: ExportConfig, folder: Path) -> Json:
-    """`features-KIND.csv` and `explanations-KIND.csv` by kind with examples on the corpus, `ablation-WAY.csv` by way.
+    """`features-KIND.csv` and `explanations-KIND.csv` by kind with examples on the corpus, `ablation-WAY.csv` by way,
+    and `ablation-mean-WAY.csv` of scalars set to their mean, where that was measured.
 
     Raises:
         MissingStage: there is neither.
@@ -43,6 +44,9 @@ def write_tables(study: Study, config: ExportConfig, folder: Path) -> Json:
             ways[way] = write_rows(folder / f"ablation-{way}.csv", ablation_rows(table))
         else:
             left_out.append(table["missing"])
+    for way in WAYS:
+        if (table := ablation_table(study, way, "mean"))["available"]:
+            ways[f"mean-{way}"] = write_rows(folder / f"ablation-mean-{way}.csv", ablation_rows(table))
     if not kinds and not ways:
         raise MissingStage(f"There is nothing to put into tables yet; run first: {left_out[0]['run']}.")
     counts = {"features": kinds, "explanations": explained, "ablation": ways}

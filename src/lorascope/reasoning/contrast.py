@@ -20,6 +20,7 @@ from lorascope.config import Options
 from lorascope.errors import BadInput, RunFailed
 from lorascope.features import FeatureSet
 from lorascope.reasoning.auroc import column_aurocs, weighted_auroc
+from lorascope.reasoning.word_scores import require_thinking
 from lorascope.reasoning.words import Ints, Mask, WordMarks, mark_words
 from lorascope.stats import FloatArray, bootstrap_statistic
 from lorascope.store import Floats, Store
@@ -119,7 +120,7 @@ def contrast_word(
         reported half. `above` is the paired difference to each baseline.
 
     Raises:
-        BadInput: the word is too rare in the thinking of this corpus.
+        BadInput: there is no thinking in this corpus, or the word is too rare there.
         RunFailed: kinds were recorded from different texts.
     """
     rng = np.random.default_rng(options.seed)
@@ -128,7 +129,9 @@ def contrast_word(
         raise RunFailed(
             f"The sources of {store.folder.parent} differ in their texts; record them again, or name --kinds."
         )
-    places = find_places(store, mark_words(store, tokenizer, [word]), rng)
+    marks = mark_words(store, tokenizer, [word])
+    require_thinking(store, marks.thinking_T)
+    places = find_places(store, marks, rng)
     chosen, reported = split_traces(places, word, store, rng)
     scored: list[Predictor] = []
     random: dict[str, str] = {}
@@ -276,15 +279,15 @@ def report_rows(
     numbers, trace_P = np.unique(places.trace_P[kept_P], return_inverse=True)
     measures = {p.name: weighted_auroc(p.score_P[kept_P], places.positive_P[kept_P]) for p in scored}
 
-    def interval(statistic: Callable[[FloatArray], float]) -> dict[str, float] | None:
+    def interval(statistic: Callable[[FloatArray], float]) -> dict[str, float | None] | None:
         def of_traces(index: Ints) -> float:
             return statistic(np.bincount(index, minlength=len(numbers)).astype(np.float64)[trace_P])
 
-        found = bootstrap_statistic(len(numbers), of_traces, rng=rng, draws=DRAWS).as_dict()
-        return found if np.isfinite(list(found.values())).all() else None
+        found = bootstrap_statistic(len(numbers), of_traces, rng=rng, draws=DRAWS)
+        return found.as_dict() if np.isfinite(found.value) else None
 
     def above(one: Predictor) -> dict[str, Any]:
-        def gap(baseline: Predictor) -> dict[str, float] | None:
+        def gap(baseline: Predictor) -> dict[str, float | None] | None:
             return interval(lambda w: measures[one.name](w) - measures[baseline.name](w))
 
         return {p.baseline: gap(p) for p in scored if p.baseline and p.kind in (None, one.kind)}

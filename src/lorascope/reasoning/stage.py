@@ -31,7 +31,7 @@ class ReasoningConfig:
     corpus: str = "heldout"
     """Recorded corpus to read."""
     kinds: str = "auto"
-    """Kinds of features, comma-separated: direction, latent, base (auto: all whose stages have been run)."""
+    """Kinds, comma-separated: direction, latent, base, random, untrained, neuron (auto: whose stages have been run)."""
     words: str | None = None
     """File of reasoning words, one per line (default: lorascope's own list)."""
     shifts: int = 2000

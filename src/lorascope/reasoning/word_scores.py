@@ -85,12 +85,22 @@ def near_words(store: Store, marks: WordMarks) -> Mask:
     return near_T & marks.thinking_T
 
 
+def require_thinking(store: Store, thinking_T: Mask) -> None:
+    """Raise BadInput unless some trace of the corpus has thinking: without, no choice of words helps."""
+    if not thinking_T.any():
+        raise BadInput(
+            f"No trace of {store.folder.parent.name} has any thinking, in which alone words are looked for; record a "
+            "corpus of traces that think, or make a study whose --markup is that of its traces."
+        )
+
+
 def make_ring(store: Store, near_T: Mask, thinking_T: Mask) -> Ring:
     """The rings of a corpus.
 
     Raises:
-        BadInput: no token is near a word, or every one is.
+        BadInput: there is no thinking, no token of it is near a word, or every one is.
     """
+    require_thinking(store, thinking_T)
     count = int(near_T.sum())
     if count in (0, int(thinking_T.sum())):
         which = "No token" if count == 0 else "Every token"
@@ -123,7 +133,7 @@ def score_features(
     Memory is that of [shifts, F] sums in float64 and of one chunk, whatever the corpus's length.
 
     Raises:
-        BadInput: no token is near a word, or every one is.
+        BadInput: there is no thinking, no token of it is near a word, or every one is.
     """
     ring = make_ring(features.store, near_T, thinking_T)
     offset_SR = draw_offsets(ring, shifts, rng)

@@ -29,10 +29,13 @@ from lorascope.report.figures_of import (
 )
 from lorascope.report.flows import flow_chart, flow_table
 from lorascope.report.gather import ReportConfig, gather
-from lorascope.report.grids import decoder_map, layer_map, strongest_writes
+from lorascope.report.grids import decoder_map, layer_map, matrix_ticks, strongest_writes
 from lorascope.report.marks import (
     bar_mark,
+    bounds_words,
+    interval_note,
     interval_words,
+    percent_axis,
     scale_top,
     score_floor,
     score_mark,
@@ -54,7 +57,7 @@ from lorascope.report.numbers import (
 )
 from lorascope.report.rings import largest_subcategory, share_rings
 from lorascope.report.scatter import link_target, listed_features, point_map, shape_defs, shape_mark, shown_features
-from lorascope.report.tokens import heat_tokens, plain_tokens, shown_text, token_list
+from lorascope.report.tokens import heat_tokens, lone_text, plain_tokens, shown_text, token_list
 from lorascope.store import INDEX
 from lorascope.study import Study, atomic_write_bytes
 
@@ -63,11 +66,11 @@ LIMIT = 20 * 10**6
 MADE = ("train", "eval", "ablation", "examples", "explanations", "compare", "categories", "sae", "reasoning", "lens")
 INPUTS = ("adapter", *MADE, "tokenizer")
 CHARTS = (accuracy_bars, card_names, class_meaning, kl_bars, layer_chart, loss_chart, patched_bars, sae_chart)
-MAPS = (histogram, layer_map)
-MARKS = (decoder_map, strongest_writes, bar_mark, interval_words, scale_top, score_pair, score_words, share_bar)
-SCORES = (score_floor, score_mark)
+MAPS = (histogram, layer_map, matrix_ticks)
+MARKS = (decoder_map, strongest_writes, bar_mark, interval_words, percent_axis, scale_top, share_bar)
+SCORES = (bounds_words, interval_note, score_floor, score_mark, score_pair, score_words)
 NUMBERS = (duration, figures, tick, memory, minus, moment, percent, points, whole, whole_percent)
-TOKENS = (heat_tokens, plain_tokens, shown_text, token_list)
+TOKENS = (heat_tokens, lone_text, plain_tokens, shown_text, token_list)
 KINDS = (flow_chart, flow_table, largest_subcategory, share_rings)
 POINTS = (link_target, listed_features, point_map, shape_defs, shape_mark, shown_features)
 HELPERS: tuple[Callable[..., Any], ...] = (*CHARTS, *MAPS, *MARKS, *SCORES, *NUMBERS, *TOKENS, *KINDS, *POINTS)

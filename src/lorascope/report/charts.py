@@ -134,7 +134,7 @@ def column_chart(
         x, width, middle = 100 * (i + 0.14) / n, 72 / n, 100 * (i + 0.5) / n
         top = y_of(column.value)
         tip = f"{column.label}: {figures(column.value)}"
-        tip += f" ({figures(column.low)} to {figures(column.high)})" if column.low is not None else ""
+        tip += " (no interval)" if column.low is None else f" ({figures(column.low)} to {figures(column.high)})"
         shape = f'x="{x:.2f}%" y="{top:.1f}" width="{width:.2f}%" height="{max(0.5, base - top):.1f}"'
         plot += f'<g data-column="{escape(column.label)}"><title>{escape(tip)}</title>'
         plot += f'<rect class="bar{" muted" if column.muted else ""}" {shape}/>'

@@ -5,6 +5,7 @@ The ribbons are drawn in a nested drawing that stretches with the page; names ke
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 from markupsafe import Markup, escape
 
@@ -92,13 +93,21 @@ def place_nodes(paths: Sequence[Path]) -> tuple[dict[Node, tuple[float, float]],
     return placed, scale
 
 
-def flow_chart(flow: Json, kind: str = "latent") -> Markup:
-    """The whole chart; groups and categories link to their features, types and thirds to the map."""
+def flow_chart(flow: Json, kind: str = "latent", *, types: str = "#map", thirds: str = "#map") -> Markup:
+    """The whole chart; groups and categories link to their features, types and thirds to the map.
+
+    Args:
+        types: where a matrix type leads, `{}` being its name.
+        thirds: where a third of the layers leads.
+    """
     paths = flow_paths(flow["rows"])
     placed, scale = place_nodes(paths)
     total = sum(path.weight for path in paths)
     ribbons = "".join(ribbons_after(paths, placed, scale, column) for column in range(len(COLUMNS) - 1))
-    bars = "".join(node_mark(node, top, height, height / scale / total, kind) for node, (top, height) in placed.items())
+    bars = "".join(
+        node_mark(node, top, height, height / scale / total, node_target(node, kind, types, thirds))
+        for node, (top, height) in placed.items()
+    )
     label = "Where the weight of latents' decoder rows goes: matrix types, layer thirds, groups of latents, categories"
     heads = "".join(f"<span>{name}</span>" for name in HEADS)
     return Markup(
@@ -109,16 +118,21 @@ def flow_chart(flow: Json, kind: str = "latent") -> Markup:
     )
 
 
-def node_mark(node: Node, top: float, height: float, share: float, kind: str) -> str:
+def node_target(node: Node, kind: str, types: str, thirds: str) -> str:
+    """Where a node leads."""
+    if node.number is not None:
+        return f"#cat-{kind}-{anchor_of(node)}"
+    return types.format(quote(node.name, safe="")) if node.column == 0 else thirds
+
+
+def node_mark(node: Node, top: float, height: float, share: float, target: str) -> str:
     """A node's bar as a link, and its name beside it where there is room: in the last column to its left."""
-    target, colour = (
-        ("map", "node") if node.number is None else (f"cat-{kind}-{anchor_of(node)}", colour_class(node.number))
-    )
+    colour = "node" if node.number is None else colour_class(node.number)
     said = escape(f"{node.name}: {percent(share)} of what latents write")
     x = COLUMNS[node.column]
     size = f'width="{WIDTH / 10}%" height="{max(height, 0.5):.1f}"'
     bar = f'<rect class="{colour}" x="{x / 10}%" y="{top:.1f}" {size}/>'
-    mark = f'<a href="#{target}" aria-label="{said}"><title>{said}</title>{bar}</a>'
+    mark = f'<a href="{escape(target)}" aria-label="{said}"><title>{said}</title>{bar}</a>'
     if height < NAMED:
         return mark
     at, anchor = (x - 8, "end") if node.column == len(COLUMNS) - 1 else (x + WIDTH + 8, "start")

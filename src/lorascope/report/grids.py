@@ -7,7 +7,8 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from lorascope.report.numbers import figures
+from lorascope.addresses import direction_layer
+from lorascope.report.numbers import figures, tick
 
 STEPS = 12
 """Shades of the sequential ramp: classes r0 to r11."""
@@ -35,7 +36,8 @@ class Ramp:
 
 
 def ramp_of(grid: Mapping[str, Any]) -> Ramp | None:
-    """The scale of a grid from its values (those under the floor do not count); None when it is empty."""
+    """The scale of a grid from its values (those under the floor do not count); None when it is empty. A linear one
+    begins at the grid's `start`, 0 without one."""
     values = [v for row in grid["values"] for v in row if v is not None]
     if not values:
         return None
@@ -46,7 +48,8 @@ def ramp_of(grid: Mapping[str, Any]) -> Ramp | None:
         floor = grid.get("floor")
         low = max(min(positive), floor) if floor and floor < max(positive) else min(positive)
         return Ramp(max(low, max(positive) * 1e-4), max(positive), True)
-    return Ramp(0.0, max(values), False)
+    start = float(grid.get("start", 0.0))
+    return Ramp(start, max(values) if max(values) > start else start + 0.5, False)
 
 
 def layer_map(grid: Mapping[str, Any], layers: Sequence[Any], types: Sequence[str], cards: set[str]) -> Markup:
@@ -104,8 +107,9 @@ def says(grid: Mapping[str, Any], address: str, value: float, under: bool) -> st
         return f"class {note}"
     text = f"{figures(value)} {grid['unit']}"
     bounds = (grid.get("intervals") or {}).get(address)
-    if bounds and bounds[0] is not None:
-        text += f", 95% interval {figures(bounds[0])} to {figures(bounds[1])}"
+    if bounds:
+        known = bounds[0] is not None
+        text += f", 95% interval {figures(bounds[0])} to {figures(bounds[1])}" if known else ", no interval"
     return text + (f", {note}" if note else "") + (", under the noise floor" if under else "")
 
 
@@ -131,7 +135,7 @@ def frame_map(cells: str, layers: Sequence[Any], types: Sequence[str], attribute
         f'<text x="42" y="{size * (i + 0.5) + 4:.0f}" text-anchor="end">{escape(name)}</text>'
         for i, name in enumerate(types)
     )
-    every = 1 if len(layers) <= 12 else 5 if len(layers) <= 60 else 10
+    every = tick_step(len(layers))
     ticks = "".join(
         f'<text x="{100 * (i + 0.5) / len(layers):.2f}%" y="{height + 15}" text-anchor="middle">{escape(layer)}</text>'
         for i, layer in enumerate(layers)
@@ -146,6 +150,23 @@ def frame_map(cells: str, layers: Sequence[Any], types: Sequence[str], attribute
     )
 
 
+def tick_step(layers: int) -> int:
+    """Every how many layers one is named."""
+    return 1 if layers <= 12 else 5 if layers <= 60 else 10
+
+
+def matrix_ticks(addresses: Sequence[str]) -> list[tuple[str, int]]:
+    """(place in percent, number) of layers along an axis of directions in the adapter's order, each at its first."""
+    first: dict[int, int] = {}
+    for place, address in enumerate(addresses):
+        if (layer := direction_layer(address)) is not None:
+            first.setdefault(layer, place)
+    every = tick_step(len(first))
+    return [
+        (f"{100 * (place + 0.5) / len(addresses):.2f}%", layer) for layer, place in first.items() if layer % every == 0
+    ]
+
+
 def colour_key(grid: Mapping[str, Any], ramp: Ramp) -> Markup:
     """The ramp with its ends and unit."""
     swatches = "".join(f'<rect class="r{i}" x="{i * 14}" width="14" y="0" height="10"/>' for i in range(STEPS))
@@ -157,8 +178,9 @@ def colour_key(grid: Mapping[str, Any], ramp: Ramp) -> Markup:
         else ""
     )
     scale = "logarithmic" if ramp.log else "linear"
+    low = f"{tick(ramp.low)} {escape(grid['start_name'])}" if "start_name" in grid else figures(ramp.low)
     return Markup(
-        f'<ul class="legend"><li>{figures(ramp.low)}'
+        f'<ul class="legend"><li>{low}'
         f'<svg width="{14 * STEPS}" height="10" aria-hidden="true">{swatches}</svg>'
         f"{figures(ramp.high)} {escape(grid['unit'])} ({scale})</li>{note}</ul>"
     )

@@ -1,7 +1,7 @@
 """Small marks that go into tables and cards: bars with intervals, shares per segment, pairs of scores."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,8 @@ from markupsafe import Markup, escape
 from lorascope.report.numbers import figures, minus, percent
 
 SEGMENTS = ("prompt", "think", "answer")
+NO_INTERVAL = "no interval"
+"""In the place of bounds that are None."""
 ROW = 22
 """Height of a bar's row in pixels."""
 
@@ -34,7 +36,7 @@ def bar_mark(bar: Bar, high: float, floor: float | None, dot: bool) -> Markup:
     def at(value: float) -> str:
         return f"{100 * min(1.0, max(0.0, value / high)):.2f}%"
 
-    parts = [f'<line class="grid" x1="0" x2="100%" y1="{middle}" y2="{middle}"/>'] if dot else []
+    parts = [f'<line class="grid" x1="0" x2="100%" y1="{middle}" y2="{middle}"/>', quarter_ticks(middle)] if dot else []
     if not dot:
         shape = f'x="0" y="4" width="{at(bar.value)}" height="{ROW - 8}"'
         parts.append(f'<rect class="bar {bar.kind}{" muted" if bar.muted else ""}" {shape}/>')
@@ -48,6 +50,19 @@ def bar_mark(bar: Bar, high: float, floor: float | None, dot: bool) -> Markup:
     if floor is not None:
         parts.append(f'<line class="floor" x1="{at(floor)}" x2="{at(floor)}" y1="0" y2="{ROW}"/>')
     return Markup(f'<svg class="mark" width="100%" height="{ROW}" aria-hidden="true">{"".join(parts)}</svg>')
+
+
+def quarter_ticks(middle: float) -> str:
+    """Short lines at the quarters of a scale."""
+    places = (f"{part}%" for part in (0, 25, 50, 75, 100))
+    return "".join(f'<line class="axis" x1="{x}" x2="{x}" y1="{middle - 4:g}" y2="{middle + 4:g}"/>' for x in places)
+
+
+def percent_axis() -> Markup:
+    """What the ticks of a scale from 0 to 100% stand at, for the head of its column."""
+    ends = ((0, "start"), (50, "middle"), (100, "end"))
+    marks = "".join(f'<text x="{part}%" y="12" text-anchor="{anchor}">{part}%</text>' for part, anchor in ends)
+    return Markup(f'<svg class="mark" width="100%" height="15" role="img" aria-label="0 to 100%">{marks}</svg>')
 
 
 def scale_top(bars: Sequence[Bar], floor: float | None = None) -> float:
@@ -112,17 +127,22 @@ def score_dots(own: Mapping[str, Any], wrong: Mapping[str, Any] | None, low: flo
     return parts
 
 
+def two_decimals(value: float) -> str:
+    """`0.74`."""
+    return f"{value:.2f}"
+
+
 def score_pair(name: str, pair: Mapping[str, Any] | None) -> Markup:
     """An explanation's own score, from 0 to 1 with chance marked, beside its controls: that of a wrong explanation, and
     its own on the feature's firings shifted within their traces (shuffled)."""
     own = (pair or {}).get("own")
     if not own:
         return Markup("")
-    said = f"{name}: own {own['value']:.2f} ({own['low']:.2f} to {own['high']:.2f}, n = {own['n']})"
+    said = f"{name}: own {own['value']:.2f} ({bounds_words(own, two_decimals)}, n = {own['n']})"
     words = []
     for control, meaning in (("wrong", "wrong explanation"), ("shuffled", "on shuffled firings")):
         if score := (pair or {}).get(control):
-            said += f", {meaning} {score['value']:.2f} ({score['low']:.2f} to {score['high']:.2f})"
+            said += f", {meaning} {score['value']:.2f} ({bounds_words(score, two_decimals)})"
             words.append(f"{control} {score['value']:.2f}")
     against = f'<span class="muted">{", ".join(words) or "no control"}</span>'
     wrong = (pair or {}).get("wrong")
@@ -134,19 +154,29 @@ def score_pair(name: str, pair: Mapping[str, Any] | None) -> Markup:
 
 
 def interval_words(value: Mapping[str, Any] | None, as_percent: bool = False) -> str:
-    """`0.012 (0.010 to 0.015)`."""
+    """`0.012 (0.010 to 0.015)`, or `0.012 (no interval)` where there was nothing to resample."""
     if not value or value.get("value") is None:
         return "–"
     shown = percent if as_percent else figures
-    text = shown(value["value"])
-    return f"{text} ({shown(value['low'])} to {shown(value['high'])})" if value.get("low") is not None else text
+    return f"{shown(value['value'])} ({bounds_words(value, shown)})"
+
+
+def bounds_words(value: Mapping[str, Any], shown: Callable[[float], str] = figures) -> str:
+    """`0.010 to 0.015`, or `no interval`."""
+    return NO_INTERVAL if value.get("low") is None else f"{shown(value['low'])} to {shown(value['high'])}"
+
+
+def interval_note(values: Iterable[Mapping[str, Any] | None], rows: str = "trace") -> str:
+    """Why some of these intervals have no bounds, in a sentence; empty where all have."""
+    bare = any(value and value.get("value") is not None and value.get("low") is None for value in values)
+    return f" No interval: one {rows}, or {rows}s that are all alike, leave nothing to resample." if bare else ""
 
 
 def score_words(value: Mapping[str, Any] | None, signed: bool = False) -> str:
-    """`0.74 (0.72 to 0.76)`, or `+0.21 (+0.19 to +0.23)`."""
+    """`0.74 (0.72 to 0.76)`, or `+0.21 (+0.19 to +0.23)`, or `0.74 (no interval)`."""
     if not value or value.get("value") is None:
         return "–"
     style = "+.2f" if signed else ".2f"
     if value["low"] is None:
-        return minus(f"{value['value']:{style}}")
+        return minus(f"{value['value']:{style}} ({NO_INTERVAL})")
     return minus(f"{value['value']:{style}} ({value['low']:{style}} to {value['high']:{style}})")

@@ -119,18 +119,19 @@ if (featureSelect && data.features.length) {
     const codes = [...bytes[t].subarray(f * tokens.length, (f + 1) * tokens.length)];
     firings = [];
     place = -1;
+    const kept = tokens.map((token) => ["sp", "sk"].find((name) => token.classList.contains(name)) || "");
     tokens.forEach((token, i) => {
       const value = feature.typical + (codes[i] / 255) * (feature.max - feature.typical);
-      const uncounted = ["sp", "sk"].find((name) => token.classList.contains(name)) || "";
+      const uncounted = kept[i];
       const fires = codes[i] > 0 && value > feature.level && !uncounted;
-      token.className = [uncounted, codes[i] ? `h${Math.min(9, 1 + Math.floor((9 * codes[i]) / 256))}` : "", fires ? "f" : ""].join(" ").trim();
+      token.className = [uncounted, codes[i] ? (uncounted ? "un" : `h${Math.min(9, 1 + Math.floor((9 * codes[i]) / 256))}`) : "", fires ? "f" : ""].join(" ").trim();
       if (codes[i]) token.dataset.v = value.toPrecision(3); else delete token.dataset.v;
       if (fires) firings.push(token);
     });
     one("#counted").textContent = `fires on ${firings.length} of ${tokens.length} tokens`;
     one("#next").disabled = firings.length === 0;
     one("#strip").setAttribute("class", `strip ${feature.kind}`);
-    drawStrip(one("#strip"), codes, 0, 255);
+    drawStrip(one("#strip"), codes, 0, 255, (t) => !kept[t]);
   };
   featureSelect.addEventListener("change", colour);
   traceSelect.addEventListener("change", colour);

@@ -120,19 +120,23 @@ export function tokenTips() {
 
 const STRIP_HEIGHT = 42;
 const MOST_BARS = 600;
+const UNCOUNTED_HEIGHT = 8;
 
-/** Draw values (from `low` on, up to `high`) over the course of a trace into an SVG; neighbours share a bar when there are many. */
-export function drawStrip(svg, values, low, high) {
+/** Draw values (from `low` on, up to `high`) over the course of a trace into an SVG; neighbours share a bar when there are
+ * many. Where `counts(t)` says no (template, attention sinks), a low hatched bar stands for any value above `low`. */
+export function drawStrip(svg, values, low, high, counts = () => true) {
   const per = Math.max(1, Math.ceil(values.length / MOST_BARS));
   const count = Math.ceil(values.length / per);
   const bars = [];
   for (let i = 0; i < count; i++) {
-    const value = Math.max(...values.slice(i * per, (i + 1) * per));
-    if (!(value > low)) continue;
-    const height = Math.max(1.5, STRIP_HEIGHT * Math.min(1, (value - low) / (high - low || 1)));
+    const here = values.slice(i * per, (i + 1) * per);
+    const value = Math.max(...here.filter((_, t) => counts(i * per + t)));
+    if (!here.some((other) => other > low)) continue;
+    const height = value > low ? Math.max(1.5, STRIP_HEIGHT * Math.min(1, (value - low) / (high - low || 1))) : UNCOUNTED_HEIGHT;
     const bar = document.createElementNS("http://www.w3.org/2000/svg", "rect");
     const width = 100 / count;
     for (const [name, number] of [["x", `${i * width}%`], ["width", `${Math.max(width * 0.9, 0.12)}%`], ["y", STRIP_HEIGHT + 1 - height], ["height", height]]) bar.setAttribute(name, number);
+    if (!(value > low)) bar.setAttribute("class", "un");
     bars.push(bar);
   }
   svg.replaceChildren(...bars);

@@ -39,7 +39,7 @@ CLIP_NORM = 1.0
 """Largest norm of a step's gradient: else the first steps' set Adam's pace for a thousand more (docs/log.md)."""
 TRACKING = 0.1
 """How fast a tracked threshold follows: this power of selected / wanted multiplies it at every step."""
-REVIVE_EVERY, REVIVE_UNTIL = 100, 0.8
+REVIVE_EVERY, REVIVE_UNTIL = 200, 0.7
 """Steps between revivals of dead latents, and the share of training at which they end."""
 
 

@@ -50,8 +50,9 @@ class SteerConfig:
     """0 is greedy; else both responses draw the same noise at every step."""
     watch: tuple[str, ...] = ()
     """Further feature whose activations to report. May be given several times."""
-    compare: bool = False
-    """Also answer with the same moves along random vectors of the same length, and from the base model."""
+    compare: bool = True
+    """Also answer with the same moves along random vectors of the same length, and from the base model; --no-compare
+    leaves both out."""
     corpus: str = "train"
     """Corpus whose examples give the 99th percentiles."""
 
@@ -62,7 +63,7 @@ def steer_text(study: Study, config: SteerConfig, options: Options) -> dict[str,
     Returns:
         `{"file", "steers": [{"feature", "mode", "amount", "p99", "change", "unit"}], "settings", "prompts": [{"prompt",
         "runs", "first_difference"}]}`. `change` is the amount in the feature's own unit. Runs are `plain`, `steered`
-        and, to compare, `control` and `base`, each `{"text", "finished", "token_ids", "tokens", "activations":
+        and, where to compare, `control` and `base`, each `{"text", "finished", "token_ids", "tokens", "activations":
         {feature: one number per token}}`; without --json only their text and `finished`. `first_difference` is the
         first token at which a run is not the plain one's, None when there is none.
 

@@ -14,6 +14,7 @@ from lorascope import __version__
 from lorascope.config import Options
 from lorascope.errors import BadInput, RunFailed
 from lorascope.report.build import make_environment
+from lorascope.report.flows import flow_chart
 from lorascope.report.scatter import point_map
 from lorascope.studio.answers import Endpoint, in_json, posted
 from lorascope.studio.live import Live
@@ -28,8 +29,9 @@ from lorascope.views.one_feature import vocabulary_of
 from lorascope.views.reading import warm_rows
 
 KINDS_OF_FILE = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
-OWN_FILES = "studio.css icon.svg theme.js studio.js painting.js features.js feature.js map.js trace.js live.js notes.js"
-STATIC = dict.fromkeys(("report.css", "shared.js"), "report") | dict.fromkeys(OWN_FILES.split(), "studio/static")
+SCRIPTS = "theme studio choosing painting features feature map trace live notes"
+OWN_FILES = ["studio.css", "icon.svg", *(f"{name}.js" for name in SCRIPTS.split())]
+STATIC = dict.fromkeys(("report.css", "shared.js"), "report") | dict.fromkeys(OWN_FILES, "studio/static")
 """The files that are served, and the package folder of each; nothing else can be asked for."""
 NAVIGATION = (
     ("/", "Overview"),
@@ -64,6 +66,7 @@ def environment() -> jinja2.Environment:
     made = make_environment(jinja2.ChoiceLoader(loaders))
     made.globals["feature_url"] = feature_url
     made.globals["point_map"] = partial(point_map, traces="/trace/{corpus}")
+    made.globals["flow_chart"] = partial(flow_chart, types="/features?kind=direction&type={}", thirds="/map")
     return made
 
 
@@ -104,8 +107,7 @@ def first_pages(study: Study) -> None:
     with contextlib.suppress(BadInput, RunFailed, OSError):
         environment().get_template("feature_page.html.j2")
         vocabulary_of(study)
-        for relative in ("examples/train/latent-examples.parquet", "explanations/latent.jsonl"):
-            warm_rows(study, relative)
+        warm_rows(study, "explanations/latent.jsonl")
 
 
 def state_of(study: Study) -> str:
@@ -196,7 +198,8 @@ def note_routes(study: Study) -> list[tuple[str, str, Endpoint]]:
             return in_json({"error": f"The notes were not saved: {error.strerror or error}."}, 507)
 
     def write(event: dict[str, Any]) -> Any:
-        return saved(lambda: add_note(study, event.get("place", ""), event.get("field", ""), event.get("value")))
+        place, field, value, before = (event.get(key) for key in ("place", "field", "value", "before"))
+        return saved(lambda: add_note(study, place or "", field or "", value, before))
 
     async def merge(request: Request) -> Response:
         text = (await request.body()).decode("utf-8", "surrogateescape")

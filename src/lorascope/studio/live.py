@@ -18,7 +18,7 @@ from typing import Any
 
 from lorascope.config import Options
 from lorascope.errors import BadInput, RunFailed
-from lorascope.report.tokens import shown_text
+from lorascope.report.tokens import running_text
 from lorascope.studio.notes import whole_text
 from lorascope.study import Study
 from lorascope.views.feature_list import feature_kind
@@ -313,7 +313,7 @@ def job_events(study: Study, bench: Any, job: Job) -> Iterator[Event]:
                     del streams[run]
                 else:
                     count += 1
-                    yield {"event": "token", "run": run, "shown": shown_text(token["text"])} | token
+                    yield {"event": "token", "run": run, "shown": running_text(token["text"])} | token
         rate = count / max(time.monotonic() - began, 1e-9)
     except Exception as error:
         yield failed(error)

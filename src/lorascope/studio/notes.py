@@ -91,8 +91,9 @@ def as_shown(study: Study, note: Note) -> dict[str, Any]:
     return vars(note) | {"moved": moved_to(study, note.place, note.abouts)}
 
 
-def add_note(study: Study, place: str, field: str, value: Any) -> Event:
-    """Append one event to the file and return it.
+def add_note(study: Study, place: str, field: str, value: Any, before: Any = None) -> Event:
+    """Append one event to the file and return it, with `"replaced": True` where it took the place of something else
+    than its writer knew of (`before`), which the file keeps.
 
     Raises:
         BadInput: an unknown place or field, or a value that does not fit it.
@@ -104,9 +105,11 @@ def add_note(study: Study, place: str, field: str, value: Any) -> Event:
         event["about"] = about
     with notes_lock(study):
         events, _ = read_events(study.path / FILE)
-        event["time"] = time_after(e["time"] for e in events if e["place"] == place and e["field"] == field)
+        earlier = [e for e in events if e["place"] == place and e["field"] == field]
+        event["time"] = time_after(e["time"] for e in earlier)
         append_events(study.path / FILE, [event])
-    return event
+    standing = earlier[-1]["value"] if earlier else type(value)()
+    return event | ({"replaced": True} if before is not None and standing not in (before, value) else {})
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 A page and its JSON twin are made from the same dict. None of them reads a whole store.
 """
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 
 from lorascope.errors import BadInput, MissingStage
 from lorascope.studio.live import LONGEST_PROMPT, MOST_FEATURES, RUNS, WEIGHTS, sample_prompts
-from lorascope.studio.measuring import known_effects, measure
+from lorascope.studio.measuring import is_recorded, known_effects, measure
 from lorascope.studio.notes import FILE, Note, as_shown, current_notes, read_events, searchable
 from lorascope.studio.queries import BadQuery, asked, check_names, choice, chosen_corpus, listed_features, whole_number
 from lorascope.study import Study, digest
@@ -31,6 +30,7 @@ from lorascope.views import (
     training_curves,
 )
 from lorascope.views.control_scores import control_means
+from lorascope.views.directions import open_directions
 from lorascope.views.feature_list import feature_kind, feature_place
 from lorascope.views.feature_search import SORTS, FeatureQuery, feature_index, find_features
 from lorascope.views.firing import check_corpus, coloured_trace, fires_here, known_column, trace_list
@@ -46,6 +46,8 @@ Parts = Mapping[str, str]
 FEW, FEW_PER_QUANTILE = 10, 2
 """Examples shown until all are asked for."""
 MOST_COMPARED = 4
+FEW_LATENTS = 4
+"""Latents whose pages the map leads to."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def categories_page(study: Study, path: Parts, query: Parts) -> Json:
 
 
 def map_page(study: Study, path: Parts, query: Parts) -> Json:
-    """The layer × type maps and the ablation tables; what maps need of a whole recording is measured meanwhile."""
+    """The layer × type maps, ablation, the first latents; what maps need of a whole recording is measured meanwhile."""
     corpus = chosen_corpus(study, query)
     waiting = measure(study, corpus)  # first: what ends after it is known to the next line
     known = known_effects(study, corpus) is not None
@@ -128,6 +130,7 @@ def map_page(study: Study, path: Parts, query: Parts) -> Json:
         "measuring": measuring,
         "ablation": kept_view(study, ablation_view),
         "interactions": {name: value for name, value in pairs.items() if name != "cosines"},
+        "latents": [row["id"] for row in kept_view(study, leaders)["latent"].get("rows", [])[:FEW_LATENTS]],
     }
 
 
@@ -245,35 +248,46 @@ def compared(study: Study, feature: str, corpus: str) -> Json:
 
 
 def traces_page(study: Study, path: Parts, query: Parts) -> Json:
-    """The traces of a corpus."""
+    """The traces of a corpus: by default of the held-out one, if it is recorded, or else of the first that is."""
     corpora = study.corpora()
-    corpus = query.get("corpus") or ("heldout" if "heldout" in corpora else next(iter(corpora), "train"))
     if not corpora:
         return direction_absent(study)
+    first = sorted(corpora, key=lambda name: (not is_recorded(study, name), name != "heldout"))[0]
     with asked():
-        return trace_list(study, corpus, whole_number(query.get("page") or "1", "Page"))
+        number = whole_number(query.get("page") or "1", "Page")
+        return trace_list(study, query.get("corpus") or first, number, query.get("q", ""))
 
 
 def direction_absent(study: Study) -> Json:
     """A study without any corpus."""
     command = f"lorascope record {study.path} --corpus NAME --traces FILE"
-    return {"available": False, "corpora": [], "missing": {"what": "traces", "run": command}}
+    return {"available": False, "corpus": "", "corpora": [], "missing": {"what": "traces", "run": command}}
 
 
 def trace_view(study: Study, path: Parts, query: Parts) -> Json:
-    """One trace, coloured by the features that the query lists."""
+    """One trace, coloured by those of the features that the query lists that there are."""
     index = whole_number(path["index"], "The trace")
     names = listed_features(query, MOST_COMPARED)
     check_corpus(study, path["corpus"])
-    with asked(), contextlib.suppress(MissingStage):  # what is missing, the page says
-        for name in names:
-            known_column(study, path["corpus"], name)
-    page = coloured_trace(study, path["corpus"], index, names)
+    unknown = unknown_features(study, path["corpus"], names)
+    page = coloured_trace(study, path["corpus"], index, [name for name in names if name not in unknown])
     if page["available"]:
+        page["unknown"] = unknown
         place = f"{path['corpus']}:{index}"
         page["notes"] = notes_at(study, [f"trace:{place}"])
         page["noted"] = noted_tokens(study, place)
     return page
+
+
+def unknown_features(study: Study, corpus: str, names: list[str]) -> dict[str, str]:
+    """Those of some features that a corpus has no activations of, each with a sentence that says why."""
+    unknown = {}
+    for name in names:
+        try:
+            known_column(study, corpus, name)
+        except BadInput as error:
+            unknown[name] = str(error)
+    return unknown
 
 
 def noted_tokens(study: Study, place: str) -> list[int]:
@@ -300,7 +314,8 @@ def notes_page(study: Study, path: Parts, query: Parts) -> Json:
     tags = sorted({name for note in notes for name in note["tags"]})
     shown = [note for note in notes if not tag or tag in note["tags"]]
     shown.sort(key=lambda note: note["time"], reverse=True)
-    return {"notes": shown, "tags": tags, "tag": tag, "events": len(events), "unread": unread, "file": FILE}
+    about = {"total": len(notes), "events": len(events), "unread": unread, "file": FILE}
+    return {"notes": shown, "tags": tags, "tag": tag} | about
 
 
 def live_page(study: Study, path: Parts, query: Parts) -> Json:
@@ -308,11 +323,32 @@ def live_page(study: Study, path: Parts, query: Parts) -> Json:
     if not (study.path / WEIGHTS).is_file():
         command = f"lorascope train {study.path}"
         return {"available": False, "missing": {"what": "the adapter", "run": command}}
-    features = listed_features(query, MOST_FEATURES)
+    names = listed_features(query, MOST_FEATURES)
     check_live(query)
+    unknown = unwatchable(study, names)
     corpus, prompts = sample_prompts(study)
-    about = {"features": features, "prompts": prompts, "prompts_from": corpus, "runs": RUNS}
+    about = {"features": [name for name in names if name not in unknown], "unknown": unknown}
+    about |= {"prompts": prompts, "prompts_from": corpus, "runs": RUNS}
     return {"available": True, "longest": LONGEST_PROMPT} | about
+
+
+def unwatchable(study: Study, names: list[str]) -> dict[str, str]:
+    """Those of some features that Live cannot watch, each with a sentence; where only a recording or an autoencoder
+    could tell, its engine will."""
+    adapter = open_directions(study) if names else None
+    directions = {f"{address}{sign}" for address in adapter.addresses for sign in "+-"} if adapter else set()
+
+    def known(name: str) -> bool:
+        if feature_kind(name) != "latent":
+            return name in directions
+        try:
+            return known_column(study, "train", name) >= 0
+        except MissingStage:
+            return True
+        except BadInput:
+            return False
+
+    return {name: f"There is no direction or latent {name!r} to watch." for name in names if not known(name)}
 
 
 def check_live(query: Parts) -> None:
@@ -338,7 +374,7 @@ PAGES = (
     Page("/features", "features_page.html.j2", features_page, (*FILTERS, "corpus", "only", "tag")),
     Page("/feature/{feature}", "feature_page.html.j2", feature_view, ("corpus", "all")),
     Page("/compare", "compare_page.html.j2", compare_page, ("features", "corpus")),
-    Page("/traces", "traces_page.html.j2", traces_page, ("corpus", "page")),
+    Page("/traces", "traces_page.html.j2", traces_page, ("corpus", "page", "q")),
     Page("/trace/{corpus}/{index}", "trace_page.html.j2", trace_view, ("features",)),
     Page("/live", "live_page.html.j2", live_page, LIVE),
     Page("/notes", "notes_page.html.j2", notes_page, ("tag",)),

@@ -56,7 +56,7 @@ def whole_number(text: str, what: str) -> int:
         BadInput: it is none.
     """
     if not text.isascii() or not text.isdigit() or len(text) > 9:
-        raise BadInput(f"{what} must be a number, not {text[:40]!r}.")
+        raise BadInput(f"{what} must be a whole number, 0 or more, not {text[:40]!r}.")
     return int(text)
 
 

@@ -45,13 +45,14 @@ def serve(study: Study, config: StudioConfig, options: Options) -> dict[str, Any
     import uvicorn
 
     from lorascope.studio.app import environment, first_pages, make_app
-    from lorascope.studio.warming import SWITCH, Visits, warm_up
+    from lorascope.studio.warming import SWITCH, Visits, read_examples, warm_up
 
     bound = bind(config.host, config.port)
     port = bound.getsockname()[1]
     rules = rules_for(config.host, token=config.token)
     query = f"?token={rules.token}" if rules.token else ""
     url = address_of(config.host, port)
+    threading.Thread(target=read_examples, args=(study,), daemon=True).start()
     with without_collection():
         first_pages(study)
     print(f"The studio of {study.path} is at {url}{query} (stop with Ctrl-C).", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What a studio reads in the background after its start, so that the pages a reader comes to are ready.
+"""What a studio reads in the background during and after its start, so that the pages a reader comes to are ready.
 
 It yields to readers: between its steps, each of which is short, it waits until nobody has asked for a moment.
 """
@@ -68,6 +68,14 @@ class Visits:
                 self.none.set()
 
         return sent
+
+
+def read_examples(study: Study) -> None:
+    """Read the examples of the features that readers go to first: Arrow does that without Python's lock."""
+    for corpus in study.corpora():
+        for kind in FIRST:
+            with contextlib.suppress(BadInput, RunFailed, OSError):  # the page itself says what is wrong
+                warm_rows(study, f"examples/{corpus}/{kind}-examples.parquet")
 
 
 def warm_up(study: Study, load_template: Callable[[str], object], wait: Callable[[], object]) -> None:

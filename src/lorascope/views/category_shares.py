@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from lorascope.explain.categories.assign import NO_ANSWER, NONE_FITS, WITHOUT
+from lorascope.explained import NO_ANSWER, NONE_FITS, WITHOUT
 from lorascope.study import Study
 from lorascope.views.feature_list import kind_rows
 from lorascope.views.reading import Json, feature_lines, json_file, json_lines, missing, ready, table_rows

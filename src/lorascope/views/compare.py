@@ -115,8 +115,10 @@ def spread(interval: Json | None, *, bounds: bool = True) -> str:
     if interval is None:
         return "-"
     value = f"{interval['value']:.3f}"
-    if not bounds or interval["low"] is None:
+    if not bounds:
         return value
+    if interval["low"] is None:
+        return f"{value} (no interval)"
     return f"{value} ({interval['low']:.3f} to {interval['high']:.3f})"
 
 
@@ -149,15 +151,18 @@ def verdict(test: Json) -> str:
     """What a test says, no more: a difference with its direction, or that none was found and what would have been."""
     first, second = NAMES[test["first"]], NAMES[test["second"]]
     gap = test["difference"]
-    if test["p"] is None or gap["low"] is None:
+    if test["p"] is None:
         return f"{sentence(first)} and {second}: too few to test (n = {test['n'][0]} and {test['n'][1]})."
-    size = f"{gap['value']:+.3f}, {gap['low']:+.3f} to {gap['high']:+.3f}; {p_words(test['p_holm'])}"
+    size = f"{gap_words(gap)}; {p_words(test['p_holm'])}"
     if test["p_holm"] < SURE:
         text = f"{sentence(first)} {'above' if gap['value'] > 0 else 'below'} {second} ({size})."
     else:
-        found = "no difference found" + (" after correction" if gap["low"] > 0 or gap["high"] < 0 else "")
-        text = f"{sentence(first)} and {second}: {found} ({size}); a single test of this size finds one of "
-        text += f"{test['detectable']:.3f} or more four times in five."
+        apart = gap["low"] is not None and (gap["low"] > 0 or gap["high"] < 0)
+        found = "no difference found" + (" after correction" if apart else "")
+        text = f"{sentence(first)} and {second}: {found} ({size})"
+        if test["detectable"]:  # scores without any spread say nothing of what would have been found
+            text += f"; a single test of this size finds one of {test['detectable']:.3f} or more four times in five"
+        text += "."
     return (text + paired_words(test)).replace("-", "−")
 
 
@@ -169,11 +174,16 @@ def sentence(words: str) -> str:
 def paired_words(test: Json) -> str:
     """The same difference between what stands at the same addresses; nothing for kinds without them."""
     paired = test.get("paired")
-    if not paired or paired["p_uncorrected"] is None or paired["difference"]["low"] is None:
+    if not paired or paired["p_uncorrected"] is None:
         return ""
-    gap = paired["difference"]
-    size = f"{gap['value']:+.3f}, {gap['low']:+.3f} to {gap['high']:+.3f}"
-    return f" Paired at {paired['addresses']} addresses: {size}; {p_words(paired['p_uncorrected'], 'uncorrected')}."
+    size = f"{gap_words(paired['difference'])}; {p_words(paired['p_uncorrected'], 'uncorrected')}"
+    return f" Paired at {paired['addresses']} addresses: {size}."
+
+
+def gap_words(gap: Json) -> str:
+    """A difference with its interval."""
+    bounds = "no interval" if gap["low"] is None else f"{gap['low']:+.3f} to {gap['high']:+.3f}"
+    return f"{gap['value']:+.3f}, {bounds}"
 
 
 def p_words(p: float, kind: str = "corrected") -> str:

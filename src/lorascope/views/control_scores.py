@@ -1,6 +1,6 @@
 """How well the explanations of controls do: what a single feature's score stands beside."""
 
-from lorascope.explain import explainers_of
+from lorascope.explained import explainers_of
 from lorascope.features import CONTROLS
 from lorascope.study import Study
 from lorascope.views.reading import Json

@@ -6,6 +6,7 @@ Shape legend: N directions, R of one matrix, I input width, O output width.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import numpy.typing as npt
 from lorascope.addresses import ModulePlace, in_columns, rank_addresses
 from lorascope.peft_files import Vectors, read_config, read_vectors
 from lorascope.study import Study
+from lorascope.views.kept import kept_once, stamp
 
 Array = npt.NDArray[np.float32]
 
@@ -50,14 +52,21 @@ class Directions:
 
 
 def open_directions(study: Study) -> Directions | None:
-    """The directions of the study's adapter, read from its files each time; None before there is one.
+    """The directions of the study's adapter; None before there is one.
 
     Raises:
         BadInput: its files are damaged.
     """
     folder = study.path / "adapter"
-    if not (folder / "adapter_config.json").is_file():
+    files = [folder / name for name in ("adapter_config.json", "adapter_model.safetensors")]
+    if not files[0].is_file():
         return None
+    return read_directions(folder, *(stamp(path) if path.is_file() else (0, 0) for path in files))
+
+
+@kept_once(maxsize=2)
+def read_directions(folder: Path, *state: tuple[int, int]) -> Directions:
+    """`open_directions` of one state of its files."""
     config = read_config(folder)
     vectors = read_vectors(folder, config)
     modules = in_columns({path: len(a_RI) for path, (a_RI, _, _) in vectors.items()})

@@ -42,6 +42,8 @@ def direction_effects(study: Study, corpus: str, source: str = "adapter") -> dic
 def kept_effects(study: Study, corpus: str, source: str = "adapter") -> dict[str, list[Any]] | None:
     """What `direction_effects` measured before, if the store is still the same; None otherwise."""
     cache = cache_file(study, corpus, source)
+    if not (store_folder(study.path, corpus, source) / INDEX).is_file():
+        return None  # its files were removed: what was measured is of nothing
     kept = read_json(cache) if cache.is_file() else {}
     same = kept and kept.get("of") == store_stamp(store_folder(study.path, corpus, source))
     return dict(kept["columns"]) if same else None

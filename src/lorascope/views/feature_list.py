@@ -1,22 +1,33 @@
 """One table for every kind of feature: directions' polarities, latents, controls."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors.numpy import load_file
 
 from lorascope.addresses import direction_layer, direction_type
 from lorascope.errors import RunFailed
-from lorascope.explain import LEXICAL
-from lorascope.features import KINDS
+from lorascope.explained import LEXICAL
+from lorascope.features import KINDS, latent_weights
 from lorascope.study import Study, read_json
 from lorascope.views.ablation_tables import direction_kl
 from lorascope.views.directions import open_directions
 from lorascope.views.kept import kept_once, stamp
-from lorascope.views.reading import Json, explanations, json_lines, missing, ready, table_rows
+from lorascope.views.reading import (
+    Json,
+    coded,
+    explanations,
+    feature_rows,
+    json_lines,
+    missing,
+    path_of,
+    plain,
+    read_table,
+    table_rows,
+)
 
 SHOWN_STATS = (
     "feature",
@@ -53,12 +64,17 @@ def feature_table(study: Study, corpus: str = "train") -> Json:
     if not rows:
         return missing(study, f"the features of {corpus}", f"lorascope examples STUDY --corpus {corpus}")
     counts = {kind: sum(row["kind"] == kind for row in rows) for kind in KINDS}
-    return {"available": True, "corpus": corpus, "kinds": counts, "rows": ready(rows)}
+    return {"available": True, "corpus": corpus, "kinds": counts, "rows": rows}
 
 
-def kind_rows(study: Study, corpus: str, kind: str) -> list[Json]:
-    """The rows of one kind; none when its examples were not searched for."""
-    stats = table_rows(study, f"examples/{corpus}/{kind}-stats.parquet", SHOWN_STATS)
+def kind_rows(study: Study, corpus: str, kind: str, only: Sequence[str] | None = None) -> list[Json]:
+    """The rows of one kind, or `only` those of some features; none when its examples were not searched for."""
+    file = f"examples/{corpus}/{kind}-stats.parquet"
+    if only is None:
+        stats = table_rows(study, file, SHOWN_STATS) or []
+    else:
+        found = [row for name in only for row in feature_rows(study, file, name) or []]
+        stats = [{key: row[key] for key in SHOWN_STATS} for row in found]
     if not stats:
         return []
     kls = direction_kl(study) if kind == "direction" else {}
@@ -80,8 +96,13 @@ def kind_rows(study: Study, corpus: str, kind: str) -> list[Json]:
         row["kl_method"] = kl["method"] if kl and kl["kl"] else None
         row["strength"] = stat["mean"] * weight
         row |= {"explained": feature in any_text, "class": classes.get(feature), "category": categories.get(feature)}
-        rows.append(row | short_scores(explained.get(feature)))
+        rows.append(finite(row | short_scores(explained.get(feature))))
     return rows
+
+
+def finite(row: Json) -> Json:
+    """`ready` of a row of plain values, of which there are many."""
+    return {key: None if type(value) is float and not isfinite(value) else value for key, value in row.items()}
 
 
 def shown_explanations(rows: Iterable[Json]) -> dict[str, Json]:
@@ -143,12 +164,20 @@ def decoder_norms(study: Study) -> dict[str, float]:
     decoder = decoder_effects(study)
     if decoder is None:
         return {}
-    lengths = np.linalg.norm(decoder[1], axis=1)
-    return {f"sae.{i}": float(length) for i, length in enumerate(lengths)}
+    return {f"sae.{i}": length for i, length in enumerate(decoder.norms_F.tolist())}
 
 
-def decoder_effects(study: Study) -> tuple[list[str], npt.NDArray[np.float32]] | None:
-    """Addresses [N] and the SAE's decoder [F, N] in effect units (W_dec · s·‖b‖); None without SAE or adapter."""
+@dataclass(frozen=True)
+class Decoder:
+    """The SAE's decoder in effect units (W_dec · s·‖b‖), and the length of each latent's row."""
+
+    addresses: list[str]
+    weights_FN: npt.NDArray[np.float32]
+    norms_F: npt.NDArray[np.float32]
+
+
+def decoder_effects(study: Study) -> Decoder | None:
+    """The study's decoder; None without SAE or adapter."""
     weights = study.path / "sae" / "sae_weights.safetensors"
     adapter = study.path / "adapter" / "adapter_config.json"
     if not weights.is_file() or not adapter.is_file():
@@ -157,13 +186,13 @@ def decoder_effects(study: Study) -> tuple[list[str], npt.NDArray[np.float32]] |
 
 
 @kept_once(maxsize=2)
-def read_decoder(study: Study, weights: Path, *state: tuple[int, int]) -> tuple[list[str], npt.NDArray[np.float32]]:
+def read_decoder(study: Study, weights: Path, *state: tuple[int, int]) -> Decoder:
     """`decoder_effects` of one state of the SAE's and the adapter's files."""
     adapter = open_directions(study)
     if adapter is None:
         raise RunFailed("The adapter is being made anew; reload the page.")
-    decoder: npt.NDArray[Any] = load_file(weights)["W_dec"]
-    return adapter.addresses, (decoder * adapter.effect_per_scalar).astype(np.float32)
+    weights_FN = latent_weights(study).W_dec_FN * adapter.effect_per_scalar
+    return Decoder(adapter.addresses, weights_FN, np.linalg.norm(weights_FN, axis=1))
 
 
 def sae_config(study: Study) -> Json:
@@ -180,6 +209,23 @@ def strongest_directions(rows: list[Json], count: int) -> list[str]:
             kl = row["kl"] if row["kl"] is not None and not row["kl_under_floor"] else -1.0
             best[row["address"]] = max(best.get(row["address"], (-1.0, 0.0)), (kl, row["strength"] or 0.0))
     return sorted(best, key=lambda address: best[address], reverse=True)[:count]
+
+
+def first_latents(study: Study, corpus: str, count: int) -> list[str] | None:
+    """`strongest_latents` of a corpus, None before their examples were searched for.
+
+    From columns: making the rows of all would take most of a first page's time.
+    """
+    path = path_of(study, f"examples/{corpus}/latent-stats.parquet")
+    table = read_table(path, *stamp(path)) if path else None
+    if not table:
+        return None
+    codes, names = coded(table, "feature")
+    mean, density, firings = (plain(table, key) for key in ("mean", "density", "n_firing"))
+    norms = decoder_norms(study)
+    weight = np.array([norms.get(name, 1.0) for name in names])[codes] * (density if norms else 1.0)
+    order = np.argsort(-(mean * weight), kind="stable")
+    return [names[code] for code in codes[order[firings[order] >= TOO_FEW][:count]].tolist()]
 
 
 def strongest_latents(rows: list[Json], count: int) -> list[str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cache, partial
 
 import numpy as np
 
@@ -151,9 +152,10 @@ def matches(row: Json, query: FeatureQuery) -> bool:
 
 
 def ordered(rows: list[Json], query: FeatureQuery) -> list[Json]:
-    """Rows in the wanted order: by default that of the study's columns. A KL under the noise floor is not ranked."""
+    """Rows in the wanted order: by default that of the study's columns (or, rising, the reverse of it). A KL under the
+    noise floor is not ranked."""
     if not query.sort:
-        return rows
+        return rows if query.order == "falling" else rows[::-1]
     if query.sort == "id":  # the index is in that order
         return rows if query.order == "rising" else rows[::-1]
     key = SHARES.get(query.sort, query.sort)
@@ -203,11 +205,13 @@ def top_tokens(study: Study, corpus: str, kind: str) -> dict[str, list[str]]:
     trace, position = (plain(table, key)[top] for key in ("trace", "position"))
     ids = np.asarray(store.tokens[store.offsets[trace] + position], np.int64)
     pairs, counts = np.unique(codes[top].astype(np.int64) << 32 | ids, return_counts=True)
+    pairs = pairs[np.lexsort((-counts, pairs >> 32))]
+    of = pairs >> 32
+    place = np.arange(len(of))
+    first = np.maximum.accumulate(np.where(np.diff(of, prepend=-1) != 0, place, 0))  # of the feature's pairs
+    shown = place - first < TOP_TOKENS
+    texts = cache(partial(vocabulary_text, vocabulary_of(study)))
     found: dict[str, list[str]] = {}
-    vocabulary = vocabulary_of(study)
-    for place in np.lexsort((-counts, pairs >> 32)):
-        feature, token = features[pairs[place] >> 32], int(pairs[place] & 0xFFFFFFFF)
-        listed = found.setdefault(feature, [])
-        if len(listed) < TOP_TOKENS:
-            listed.append(vocabulary_text(vocabulary, token))
+    for code, token in zip(of[shown].tolist(), (pairs[shown] & 0xFFFFFFFF).tolist(), strict=True):
+        found.setdefault(features[code], []).append(texts(token))
     return found

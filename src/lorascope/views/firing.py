@@ -3,12 +3,15 @@
 Shape legend: T tokens of a trace, F features.
 """
 
+from itertools import dropwhile
 from typing import Any
 
 import numpy as np
 
 from lorascope.errors import BadInput, MissingStage
+from lorascope.features import FeatureSet
 from lorascope.study import Study
+from lorascope.traces import SEGMENT_NAMES
 from lorascope.views.feature_list import decoder_norms, feature_kind
 from lorascope.views.kept import kept_view
 from lorascope.views.nearby import thresholds
@@ -26,7 +29,10 @@ from lorascope.views.reading import Json, feature_rows, known_levels, missing, m
 MOST_FEATURES = 4
 """Most features that a trace is coloured by at once."""
 SHOWN = 15
-CORPUS_PAGE = 200
+CORPUS_PAGE = 50
+BEGINNING, QUESTION = 30, 48
+"""Tokens shown of a response and of a question."""
+PROMPT = SEGMENT_NAMES.index("prompt")
 
 
 def coloured_trace(study: Study, corpus: str, index: int, features: list[str]) -> Json:
@@ -147,27 +153,60 @@ def firing_of(study: Study, corpus: str, kind: str, place: int) -> Json:
     return {"firing": len(firing), "rows": rows, "missing": None}
 
 
-def trace_list(study: Study, corpus: str, page: int = 1) -> Json:
-    """The traces of a corpus, `CORPUS_PAGE` at a time.
+def trace_list(study: Study, corpus: str, page: int = 1, search: str = "") -> Json:
+    """The traces of a corpus whose question or name has all words of a search, `CORPUS_PAGE` at a time.
 
     Returns:
-        `{"available", "corpus", "corpora", "total", "page", "pages", "rows": [{"index", "id", "length", "text"}]}`;
-        `text` is how the trace's response begins.
+        `{"available", "corpus", "corpora", "total", "found", "search", "page", "pages", "rows": [{"index", "id",
+        "length", "question", "text"}]}`; `text` is how the trace's response begins, without the mark of its thinking.
     """
     check_corpus(study, corpus)
     corpora = study.corpora()
     try:
         features = open_features(study, corpus, "direction")
     except MissingStage as error:
-        return missing(study, f"the traces of {corpus}", command_in(error, corpus)) | {"corpora": corpora}
+        gone = missing(study, f"the traces of {corpus}", command_in(error, corpus))
+        return gone | {"corpus": corpus, "corpora": corpora}
     store = features.store
-    pages = max(1, -(-store.n_traces // CORPUS_PAGE))
+    found = list(range(store.n_traces))
+    if words := search.lower().split():
+        texts = kept_view(study, question_texts, corpus)
+        found = [i for i in found if all(word in texts[i] for word in words)]
+    pages = max(1, -(-len(found) // CORPUS_PAGE))
     page = min(max(1, page), pages)
     rows = []
-    for i in range((page - 1) * CORPUS_PAGE, min(page * CORPUS_PAGE, store.n_traces)):
+    for i in found[(page - 1) * CORPUS_PAGE : page * CORPUS_PAGE]:
         length = int(store.offsets[i + 1] - store.offsets[i])
         start = min(int(store.response_start[i]), length - 1)
-        part = token_part(study, features, i, start, min(length, start + 30))
-        rows.append({"index": i, "id": store.trace_ids[i], "length": length, "text": "".join(part["tokens"])})
-    about = {"corpus": corpus, "corpora": corpora, "total": store.n_traces, "page": page, "pages": pages}
-    return {"available": True, "rows": rows} | about
+        part = token_part(study, features, i, start, min(length, start + BEGINNING))
+        said = "".join(dropwhile(str.isspace, after_markup(part))).rstrip()
+        about = {"index": i, "id": store.trace_ids[i], "length": length}
+        rows.append(about | {"question": question_of(study, features, i, QUESTION), "text": said})
+    shown = {"total": store.n_traces, "found": len(found), "search": search, "page": page, "pages": pages}
+    return {"available": True, "rows": rows, "corpus": corpus, "corpora": corpora} | shown
+
+
+def after_markup(part: Json) -> list[str]:
+    """The tokens of a part of a trace from the first on that is no template or markup."""
+    pairs = dropwhile(lambda pair: pair[1] == 0, zip(part["tokens"], part["segments"], strict=True))
+    return [text for text, _ in pairs]
+
+
+def question_of(study: Study, features: FeatureSet, trace: int, most: int | None = None) -> str:
+    """The text of a trace's prompt, of so many tokens at most; "…" where there are more."""
+    store = features.store
+    first = int(store.offsets[trace])
+    asked = np.flatnonzero(store.segments[first : int(store.offsets[trace + 1])] == PROMPT)
+    if not len(asked):
+        return ""
+    start, stop = int(asked[0]), int(asked[-1]) + 1
+    shown = stop if most is None else min(stop, start + most)
+    text = "".join(token_part(study, features, trace, start, shown)["tokens"]).strip()
+    return text + ("…" if shown < stop else "")
+
+
+def question_texts(study: Study, corpus: str) -> list[str]:
+    """What a search looks through for each trace of a recorded corpus: its question and its name, in small letters."""
+    features = open_features(study, corpus, "direction")
+    names = features.store.trace_ids
+    return [f"{question_of(study, features, i)} {name}".lower() for i, name in enumerate(names)]

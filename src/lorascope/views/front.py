@@ -7,6 +7,7 @@ from lorascope.views.ablation_tables import ablation_table
 from lorascope.views.directions import open_directions
 from lorascope.views.gains import recovery_view
 from lorascope.views.reading import Json, json_file, missing, ready
+from lorascope.views.unfinished import to_run
 
 
 def overview(study: Study) -> Json:
@@ -16,7 +17,8 @@ def overview(study: Study) -> Json:
         `{"available": True, "study", "model", "system", "markup", "adapter": {directions, rank, layers, types,
         parameters, basis_dependent} or missing, "corpora": [{"name", "traces", "tokens", "ordinary", "sinks",
         "recorded": [source, ..]}], "summary": summary.json, "recovery": that of `recovery_view`, "stand_out":
-        [{"text", "feature" or None}]}`.
+        [{"text", "feature" or None, "among": {"type" or "layer": value} or None}]}`; `among` says which directions a
+        fact is about, `"to_run"` are the commands of stages that have not run, in order.
     """
     manifest = study.manifest
     shown = {
@@ -30,6 +32,7 @@ def overview(study: Study) -> Json:
         "summary": study.summary,
         "recovery": recovery_view(study),
         "stand_out": stand_out(study),
+        "to_run": to_run(study),
     }
     return dict(ready(shown))
 
@@ -75,19 +78,31 @@ def stand_out(study: Study) -> list[Json]:
             text = f"{words} whose absence changes the model most: {rows[0]['target']}"
             text += f", KL {kl['value']:.3g} nats per token"
             text += " (screened)" if rows[0]["method"] == "screen" else ""
-            found.append({"text": text, "feature": f"{rows[0]['target']}+" if way == "direction" else None})
+            found.append(fact(text, way, rows[0]["target"]))
         elif table["available"]:
-            found.append({"text": f"No {way} has a KL above the noise floor", "feature": None})
+            found.append(fact(f"No {way} has a KL above the noise floor"))
     found += offset_share(study)
     return found
 
 
+def fact(text: str, way: str = "", target: str = "") -> Json:
+    """A fact with what it is about: one direction, or those of a type or a layer."""
+    among = {way: target.removeprefix("L") if way == "layer" else target} if way in ("type", "layer") else None
+    return {"text": text, "feature": f"{target}+" if way == "direction" else None, "among": among}
+
+
 def offset_share(study: Study) -> list[Json]:
     """How much of the adapter's effect its constant part has: patching in each direction's mean scalar."""
-    variants = (json_file(study, "sae/patched_kl.json") or {}).get("variants") or {}
+    patched = json_file(study, "sae/patched_kl.json") or {}
+    variants = patched.get("variants") or {}
     off, mean = (variants.get(name, {}).get("value") for name in ("off", "mean"))
     if not off or mean is None:
         return []
     text = f"Holding every scalar at its mean costs {mean:.3g} nats per token, switching the adapter off {off:.3g}: "
     text += f"{100 * mean / off:.0f}% as much, for losing all that varies from token to token"
-    return [{"text": text, "feature": None}]
+    groups = {row["target"]: row for row in ablation_table(study, "group").get("rows", [])}
+    tokens = patched.get("predicted_tokens")
+    if tokens and (everything := groups.get("all")) and everything["kl"]:
+        text += f" (measured on {tokens:,} tokens; the map's {everything['kl']['value']:.3g} for all directions is of"
+        text += f" {everything['tokens']:,} others)"
+    return [fact(text)]

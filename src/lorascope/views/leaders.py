@@ -2,20 +2,21 @@
 
 from lorascope.study import Study
 from lorascope.views.ablation_tables import COMMAND
-from lorascope.views.feature_list import kind_rows, strongest_directions, strongest_latents
+from lorascope.views.feature_list import first_latents, kind_rows, strongest_directions
 from lorascope.views.reading import Json, missing, ready
 
 SHOWN = 8
-KEPT = ("id", "text", "kl", "kl_method", "detection")
+KEPT = ("id", "text", "kl", "kl_method", "detection", "strength")
 
 
 def leaders(study: Study) -> Json:
     """The first features of the training corpus by kind.
 
     Returns:
-        `{"direction": {"available", "rows": [{"id", "text", "kl", "kl_method", "detection"}]}, "latent": the same}`, or
-        what to run in place of rows. Directions stand by KL, those under the noise floor left out, each with its
-        explained polarity; latents by the length of what they write.
+        `{"direction": {"available", "rows": [{"id", "text", "kl", "kl_method", "detection", "strength"}]}, "latent":
+        the same}`, or what to run in place of rows; `strength` is that of `feature_table`. Directions stand by KL,
+        those under the noise floor left out, each with its explained polarity; latents by the length of what they
+        write.
     """
     return dict(ready({"direction": leading_directions(study), "latent": leading_latents(study)}))
 
@@ -37,11 +38,10 @@ def leading_directions(study: Study) -> Json:
 
 def leading_latents(study: Study) -> Json:
     """The latents that write most per token."""
-    rows = kind_rows(study, "train", "latent")
-    if not rows:
+    names = first_latents(study, "train", SHOWN)
+    if names is None:
         return missing(study, "examples of latents", "lorascope examples STUDY --kinds latent")
-    by_id = {row["id"]: row for row in rows}
-    return shown([by_id[name] for name in strongest_latents(rows, SHOWN)])
+    return shown(kind_rows(study, "train", "latent", names))
 
 
 def shown(rows: list[Json]) -> Json:

@@ -1,12 +1,23 @@
 """Everything that was cut, filtered, not read, dead or too rare: nothing is lost in silence."""
 
+import itertools
 from typing import Any
 
-from lorascope.explain import LEXICAL
+from lorascope.explained import LEXICAL, plain_reason
 from lorascope.study import Study
 from lorascope.views.ablation_tables import WAYS, ablation_table
 from lorascope.views.gains import label_of
 from lorascope.views.reading import Json, explanations, json_file, ready, stage_records
+
+KINDS = {
+    "direction": "directions",
+    "latent": "latents",
+    "neuron": "MLP neurons",
+    "base": "the base model's directions",
+    "random": "random controls",
+    "untrained": "untrained controls",
+}
+"""Kinds of features as a stage's row names them."""
 
 
 def dropped(study: Study) -> Json:
@@ -48,21 +59,28 @@ def corpus_losses(study: Study) -> list[Json]:
 
 
 def recording_losses(study: Study) -> list[Json]:
-    """Tokens that are stored but not ordinary, and numbers that did not fit."""
-    rows: list[Json] = []
+    """Tokens that are stored but not ordinary, and numbers that did not fit; sources of equal counts share a row."""
+    found: dict[tuple[Any, ...], list[str]] = {}
     for index in sorted((study.path / "scalars").glob("*/[!.]*/index.json")):
         stored = json_file(study, str(index.relative_to(study.path)))
         counts, about = stored.get("counts") or {}, stored.get("about") or {}
-        stage = f"record {index.parent.parent.name}, {index.parent.name}"
+        corpus, source = index.parent.parent.name, index.parent.name
         tokens, sinks = counts.get("tokens"), counts.get("sinks")
         sink = about.get("sink_rule") or {}
         rule = f"hidden state entering layer {sink.get('layer')} over {sink.get('ratio')} times the trace's median norm"
+        said: list[tuple[Any, ...]] = []
         if tokens is not None and counts.get("ordinary") is not None and sinks is not None:
             special = tokens - counts["ordinary"] - sinks
-            rows.append(entry(stage, "template and markup tokens", special, tokens, "special; never an example"))
-        rows.append(entry(stage, "attention sinks", sinks, tokens, rule if sink else ""))
-        rows.append(entry(stage, "scalars clipped", counts.get("clipped"), None, "beyond half precision after scaling"))
-    return [row for row in rows if row["count"] is not None]
+            said.append(("template and markup tokens", special, tokens, "special; never an example"))
+        said.append(("attention sinks", sinks, tokens, rule if sink else ""))
+        said.append(("scalars clipped", counts.get("clipped"), None, "beyond half precision after scaling"))
+        for counted in said:
+            found.setdefault((corpus, *counted), []).append(source)
+    return [
+        entry(f"record {corpus}, {', '.join(sources)}", what, count, of, rule)
+        for (corpus, what, count, of, rule), sources in found.items()
+        if count is not None
+    ]
 
 
 def evaluation_losses(study: Study) -> list[Json]:
@@ -87,11 +105,12 @@ def ablation_losses(study: Study) -> list[Json]:
     results = [record.get("result") or {} for record in stage_records(study, "ablate").values()]
     for cut, tokens in dict.fromkeys((r["cut_tokens"], r.get("tokens", 0)) for r in results if "cut_tokens" in r):
         rows.append(entry("ablate", "tokens cut", cut, tokens + cut, "beyond --max-tokens of a trace"))
-    for way in WAYS:
-        table = ablation_table(study, way)
+    for to, way in itertools.product(("zero", "mean"), WAYS):
+        table = ablation_table(study, way, to)
         if table["available"]:
             under = sum(row["under_floor"] for row in table["rows"])
-            rows.append(entry(f"ablate by {way}", "under the noise floor", under, len(table["rows"]), "not ranked"))
+            stage = f"ablate by {way}" + (" to the mean" if to == "mean" else "")
+            rows.append(entry(stage, "under the noise floor", under, len(table["rows"]), "not ranked"))
     return rows
 
 
@@ -111,8 +130,9 @@ def example_losses(study: Study) -> list[Json]:
         result, config = record.get("result") or {}, record.get("config") or {}
         if "features" not in result:
             continue
-        stage = " ".join(name.split(":"))
-        rule = f"fires on fewer than {config.get('enough', 20)} ordinary tokens, those that never fire included"
+        _, corpus, kind = name.split(":")
+        stage = f"examples {corpus}, {KINDS.get(kind, kind)}"
+        rule = f"fires on fewer than {config.get('enough', 20)} ordinary tokens, or on none"
         rows.append(entry(stage, "features that never fire", result.get("never_fire"), result["features"]))
         rows.append(entry(stage, "features with too few examples", result.get("too_few"), result["features"], rule))
     return rows
@@ -129,24 +149,27 @@ def explanation_losses(study: Study) -> list[Json]:
             by_explainer.setdefault(row["explainer"], []).append(row)
         for explainer, explained in by_explainer.items():
             by_whom = "" if explainer == LEXICAL else f", {explainer}"
-            rows += explainer_losses(f"explain {path.stem}s{by_whom}", explained)
+            stage = f"explain {KINDS.get(path.stem, path.stem)}{by_whom}"
+            rows += explainer_losses(stage, explained, judged=explainer != LEXICAL)
     return rows
 
 
-def explainer_losses(stage: str, explained: list[Json]) -> list[Json]:
+def explainer_losses(stage: str, explained: list[Json], *, judged: bool) -> list[Json]:
     """What one explainer could not do about one kind of features."""
     reasons: dict[str, int] = {}
     for row in explained:
         if row.get("reason"):
-            plain = " ".join("n" if word.isdigit() else word for word in str(row["reason"]).split())
+            plain = plain_reason(str(row["reason"]))
             reasons[plain] = reasons.get(plain, 0) + 1
-    unread = sum(unparsed(row) for row in explained)
-    rows = [entry(stage, "judge's answers not read", unread, None, "counted as wrong")]
+    rows: list[Json] = []
+    if judged:
+        unread = sum(unparsed(row) for row in explained)
+        rows.append(entry(stage, "judge's answers not read", unread, None, "counted as wrong"))
     classes = [row["class"] for row in explained if row.get("class")]
     if classes:
         failed = sum(found["class"] is None for found in classes)
         rows.append(entry(stage, "without a class", failed, len(classes), "the judge's answer failed"))
-    for reason, count in sorted(reasons.items(), key=lambda item: -item[1]):
+    for reason, count in sorted(reasons.items(), key=lambda item: -item[1]) or [("", 0)]:
         rows.append(entry(stage, "without a score", count, len(explained), reason))
     return rows
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lorascope.addresses import TYPE_ORDER, direction_layer, direction_type
-from lorascope.store import store_folder
+from lorascope.store import INDEX, store_folder
 from lorascope.study import Study
 from lorascope.views.ablation_tables import COMMAND, ablation_table, direction_kl
 from lorascope.views.directions import open_directions
@@ -22,7 +22,7 @@ from lorascope.views.reading import Json, json_file, missing, ready
 OUTSIDE = "-"
 """The column of modules that are in no numbered layer."""
 RECORD = "lorascope record STUDY --corpus {}"
-ABOUT = {
+ABOUT: dict[str, Json] = {
     "norm": {
         "label": "Weight change",
         "unit": "Frobenius norm ‖s·b·aᵀ‖",
@@ -51,8 +51,8 @@ ABOUT = {
         "caption": "KL(adapted ‖ that one direction off), exact, pooled over the assistant tokens of held-out traces. "
         "Hatched cells lie under the noise floor: they cannot be told from a re-run and are not ranked.",
     },
-    "density": {
-        "label": "Density",
+    "spread": {
+        "label": "Spread",
         "unit": "participation (E|e|)² / E[e²]",
         "scale": "linear",
         "caption": "How evenly the effect e is spread over ordinary tokens: 1 if |e| is the same on every token, 0.64 "
@@ -63,8 +63,10 @@ ABOUT = {
         "label": "Detection score",
         "unit": "balanced accuracy",
         "scale": "linear",
+        "start": 0.5,
+        "start_name": "chance",
         "caption": "How well the explanation of the direction's better explained polarity tells, on traces it never "
-        "saw, where it fires. 0.5 is chance.",
+        "saw, where it fires. The scale begins at chance, 0.5, and what lies below has its first shade.",
     },
     "class": {
         "label": "Class",
@@ -107,15 +109,15 @@ def direction_map(
         for _ in range(module.rank)
     ]
     grids = [place.grid("norm", per_direction)]
-    recorded = store_folder(study.path, corpus, "adapter").is_dir()
+    recorded = (store_folder(study.path, corpus, "adapter") / INDEX).is_file()
     effects = effects_of(study, corpus) if recorded else None
     if effects is not None:
         grids += [place.grid("effect", effects["rms"]), relative_grid(study, place, corpus, effects["rms"])]
-        grids += [kl_grid(study, place), place.grid("density", effects["participation"])]
+        grids += [kl_grid(study, place), place.grid("spread", effects["participation"])]
     else:
         command = RECORD.format(corpus)
         grids += [absent(study, "effect", command), absent(study, "relative", command), kl_grid(study, place)]
-        grids += [absent(study, "density", command)]
+        grids += [absent(study, "spread", command)]
     about = {"available": True, "rank": adapter.rank, "corpus": corpus}
     return dict(ready(about | {"layers": layers, "types": types, "grids": grids}))
 

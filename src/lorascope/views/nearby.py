@@ -27,8 +27,9 @@ def nearby(study: Study, corpus: str, feature: str) -> Json:
     Returns:
         `{"cosine": [{"id", "cosine", "of": "read" or "write"}], "together": [{"id", "share", "density"}], "sampled"}`.
         Cosines are those of directions' vectors in the residual stream, with directions of the same side (latents'
-        decoders are in the feature's page). `together` are features of the same kind that fire on the largest
-        share of this one's sampled firings, relative to their own density; `sampled` is how many firings that is.
+        decoders are in the feature's page). `together` are features of the same kind, by the share of this one's
+        sampled firings on which they fire: those with most of share · log(share / density). `sampled` is how many
+        firings that is.
     """
     kind = feature_kind(feature)
     found: Json = {"cosine": [], "together": [], "sampled": 0}
@@ -56,7 +57,8 @@ def co_active(study: Study, corpus: str, features: FeatureSet, column: int, samp
     if not features.latent:
         share_F[column ^ 1] = 0.0  # the other polarity can never fire with this one
     gain_F = np.where(share_F >= LEAST_SHARE, share_F * np.log(np.maximum(share_F, 1e-9) / density_F), 0.0)
-    order = [int(i) for i in np.argsort(-gain_F)[:NEAR] if gain_F[i] > 0]
+    chosen = [int(i) for i in np.argsort(-gain_F)[:NEAR] if gain_F[i] > 0]
+    order = sorted(chosen, key=lambda i: -share_F[i])
     together = [{"id": features.ids[i], "share": float(share_F[i]), "density": float(density_F[i])} for i in order]
     return {"together": together, "sampled": len(sample)}
 

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lorascope.errors import BadInput, MissingStage
-from lorascope.explain import LEXICAL
+from lorascope.explained import LEXICAL
 from lorascope.features import FeatureSet, load_features, source_of
 from lorascope.store import INDEX, store_folder
 from lorascope.study import Study
@@ -71,6 +71,7 @@ def feature_page(
     if stats is None or rows is None:
         command = f"lorascope examples STUDY --corpus {corpus} --kinds {kind}"
         gone.append(missing(study, f"examples of {kind}s on {corpus}", command)["missing"])
+    expect_windows(features, rows or [], window)
     page |= statistics(stats[0] if stats else None)
     page["densities"] = segment_densities(features, stats[0]) if stats else None
     page["around"] = tokens_around(features, vocabulary_of(study), rows) if rows else NOTHING_AROUND
@@ -84,6 +85,14 @@ def feature_page(
     if kind == "latent":
         page |= decoder_of(study, column)
     return dict(ready(page | {"missing_stages": gone}))
+
+
+def expect_windows(features: FeatureSet, rows: list[Json], window: int) -> None:
+    """Have the system begin to read the tokens around examples."""
+    store = features.store
+    places = np.array([store.offsets[row["trace"]] + row["position"] for row in rows], np.int64)
+    around = np.unique(places[:, None] + np.arange(-window - MARGIN, window + 1))
+    store.expect(around[(around >= 0) & (around < store.n_tokens)])
 
 
 def command_in(error: MissingStage, corpus: str) -> str:
@@ -260,12 +269,11 @@ def decoder_of(study: Study, latent: int) -> Json:
     decoder = decoder_effects(study)
     if decoder is None:
         return {}
-    addresses, weights_FN = decoder
-    norms_F = np.linalg.norm(weights_FN, axis=1)
+    weights_FN, norms_F = decoder.weights_FN, decoder.norms_F
     cosine_F = weights_FN @ weights_FN[latent] / np.maximum(norms_F * norms_F[latent], 1e-12)
     cosine_F[latent] = -np.inf
     near = np.argsort(-cosine_F)[:NEIGHBOURS]
     return {
-        "decoder": signed_map(addresses, weights_FN[latent].tolist()),
+        "decoder": signed_map(decoder.addresses, weights_FN[latent].tolist()),
         "neighbours": [{"id": f"sae.{i}", "cosine": float(cosine_F[i])} for i in near if np.isfinite(cosine_F[i])],
     }

@@ -1,8 +1,8 @@
 """What every view needs: files of a study read gently, and numbers that are ready for JSON.
 
 A view never fails because a stage has not run: it carries `"available": False` and a `"missing"` entry
-`{"what", "run"}` that names the command. What was found of features that the study no longer has is read as missing:
-another autoencoder has latents of the same names. Numbers that are not finite become None.
+`{"what", "run", "own"}` that names the command. What was found of features that the study no longer has is read as
+missing: another autoencoder has latents of the same names. Numbers that are not finite become None.
 """
 
 import contextlib
@@ -22,8 +22,11 @@ from lorascope.errors import RunFailed
 from lorascope.explained import current_rows, made_from
 from lorascope.study import Study, read_json
 from lorascope.views.kept import kept_once, kept_view, of_other_features, stamp
+from lorascope.views.unfinished import first_needed
 
 Json = dict[str, Any]
+PLAIN = frozenset((str, int, bool, type(None)))
+"""Types whose values JSON holds as they are."""
 CODED = ("feature", "where")
 """Columns of tables that say the same few texts in many rows."""
 FEATURE_FIRST = re.compile(rb'\{"feature": ?("(?:[^"\\]|\\.)*")')
@@ -32,6 +35,11 @@ FEATURE_FIRST = re.compile(rb'\{"feature": ?("(?:[^"\\]|\\.)*")')
 
 def ready(value: Any) -> Any:
     """A copy that JSON can hold: NumPy values as Python's, paths as text, NaN and infinities as None."""
+    kind = type(value)
+    if kind in PLAIN:  # nearly all of a page
+        return value
+    if kind is float:
+        return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
         return {str(key): ready(item) for key, item in value.items()}
     if isinstance(value, np.ndarray):
@@ -46,8 +54,13 @@ def ready(value: Any) -> Any:
 
 
 def missing(study: Study, what: str, command: str) -> Json:
-    """A view of something that has not been made: what it would show and the command that makes it."""
-    return {"available": False, "missing": {"what": what, "run": command.replace("STUDY", str(study.path))}}
+    """A view of something that has not been made: what it would show, and what to run.
+
+    `run` is the command that makes it or, where that would only fail, the first stage that it needs; `own` is then the
+    command that makes it, else None.
+    """
+    run, own = (text.replace("STUDY", str(study.path)) for text in (first_needed(study, command), command))
+    return {"available": False, "missing": {"what": what, "run": run, "own": None if own == run else own}}
 
 
 def path_of(study: Study, relative: str) -> Path | None:
@@ -207,7 +220,7 @@ def read_table(path: Path, size: int, modified: int) -> pa.Table:
     try:
         names = pq.read_schema(path).names
         with pq.ParquetFile(path, read_dictionary=[name for name in CODED if name in names]) as file:
-            return file.read()
+            return file.read(use_threads=False)  # more of them take longer, for a table that one reads in 30 ms
     except (OSError, pa.ArrowException) as error:
         raise RunFailed(f"{path} is damaged ({error}); remove it and run its stage again.") from error
 
@@ -220,8 +233,9 @@ def grouped_table(path: Path, size: int, modified: int) -> tuple[pa.Table, dict[
     if np.any(codes[1:] < codes[:-1]):
         order = np.argsort(codes, kind="stable")
         table, codes = table.take(pa.array(order)), codes[order]
-    bounds = np.searchsorted(codes, np.arange(len(names) + 1)).tolist()
-    return table, {name: (bounds[i], bounds[i + 1] - bounds[i]) for i, name in enumerate(names)}
+    counts = np.bincount(codes, minlength=len(names))
+    firsts = np.cumsum(counts) - counts
+    return table, dict(zip(names, zip(firsts.tolist(), counts.tolist(), strict=True), strict=True))
 
 
 def coded(table: pa.Table, column: str) -> tuple[npt.NDArray[Any], list[Any]]:

@@ -73,7 +73,7 @@ def contrast_view(file: Path) -> Json:
 
 def contrast_sentence(row: Json) -> str:
     """Which baselines the best feature of a kind stands above, beyond the interval of the paired difference."""
-    standing = {name: bool(gap and gap["low"] > 0) for name, gap in row["above"].items()}
+    standing = {name: bool(gap and gap["low"] is not None and gap["low"] > 0) for name, gap in row["above"].items()}
     over = " and ".join(BASELINES[name] for name, above in standing.items() if above)
     under = " or ".join(BASELINES[name] for name, above in standing.items() if not above)
     name = row["feature"].replace("-", "−")

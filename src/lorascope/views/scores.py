@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lorascope.explain import LEXICAL, explain_records, explainers_of, pool_kinds
+from lorascope.explained import LEXICAL, explain_records, explainers_of
 from lorascope.features import CONTROLS
 from lorascope.study import Study
 from lorascope.views.reading import Json, missing, ready
@@ -49,6 +49,8 @@ def current_records(study: Study, explainer: str) -> dict[str, Json]:
 
 def explainer_rows(study: Study, explainer: str) -> list[Json]:
     """The rows of one explainer: all kinds, then each."""
+    from lorascope.explain import pool_kinds  # here alone: what the stage needs takes longer to load than a page
+
     found = {kind: record["result"] for kind, record in current_records(study, explainer).items()}
     features = sum(result["features"] for kind, result in found.items() if kind not in CONTROLS)
     found["all"] = pool_kinds(study, explainer) | {"features": features}
@@ -61,17 +63,25 @@ def agreement_rows(study: Study, explainer: str) -> list[Json]:
     lines = []
     for kind, record in current_records(study, explainer).items():
         found, config = record["result"], record["config"]
-        second = config.get("second_judge_model")
+        second = second_judge(config)
         for what in (*TASKS, "classes"):
             agreement = found.get(f"{what}_agreement")
             if not agreement or not agreement["n"]:
                 continue
             lines.append(
                 {"explainer": explainer, "kind": kind, "label": NAMES.get(kind, kind)}
-                | {"with": f"judge:{second}" if second else "its own second pass", "what": what, "n": agreement["n"]}
+                | {"with": second or "its own second pass", "what": what, "n": agreement["n"]}
                 | {name: with_bounds(agreement, name) for name in ("equal", "kappa")}
             )
     return lines
+
+
+def second_judge(config: Json) -> str | None:
+    """The judge of a run's second pass, where it is another: by its name, or by its address under the same name."""
+    model, url = config.get("second_judge_model"), config.get("second_judge_url")
+    if model:
+        return f"judge:{model}"
+    return f"judge:{config['judge_model']} at {url}" if url else None
 
 
 def with_bounds(agreement: Json, name: str) -> Json | None:

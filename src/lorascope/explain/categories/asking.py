@@ -9,10 +9,11 @@ from typing import Any
 from lorascope.errors import RunFailed
 from lorascope.explain.asking import open_judges
 from lorascope.explain.budget import Budget, BudgetSpent, account, say_spent
-from lorascope.explain.categories.assign import NONE_FITS, AskAll
+from lorascope.explain.categories.assign import AskAll
 from lorascope.explain.categories.taxonomy import Taxonomy
 from lorascope.explain.judges import Question, Reply, endpoint_of
 from lorascope.explain.settings import JudgeConfig
+from lorascope.explained import NONE_FITS
 from lorascope.study import Study
 
 TOLD = """\

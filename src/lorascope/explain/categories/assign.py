@@ -22,6 +22,7 @@ from lorascope.explain.categories.taxonomy import FloatArray, Taxonomy, membersh
 from lorascope.explain.categories.words import Bags
 from lorascope.explain.judges import Reply
 from lorascope.explain.rows import Row
+from lorascope.explained import ASSIGNED, NO_ANSWER, NONE_FITS, WITHOUT
 from lorascope.token_text import readable
 
 Ask = Callable[[str], str | None]
@@ -29,8 +30,6 @@ Ask = Callable[[str], str | None]
 where it gave no answer."""
 AskAll = Callable[[list[str]], list[Reply]]
 """The same for many texts at once, in their order; a reply without a value says why."""
-ASSIGNED, NONE_FITS, NO_ANSWER, WITHOUT = "assigned", "none fits", "no answer", "nothing to go by"
-"""Outcomes: a category; words that fit none; a judge that did not say; a feature with no explanation and no example."""
 CHANCE = 0.05
 DRAWS = 2_000
 REASON_SILENT = "no answer from the judge"

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lorascope.explain.categories.assign import NO_ANSWER, NONE_FITS, WITHOUT, Assignment
+from lorascope.explain.categories.assign import Assignment
 from lorascope.explain.categories.taxonomy import Taxonomy
+from lorascope.explained import NO_ANSWER, NONE_FITS, WITHOUT
 from lorascope.features import FeatureSet, cluster_of
-from lorascope.stats import percentile_bounds
+from lorascope.stats import Interval, percentile_bounds, wilson_bounds
 
 FloatArray = NDArray[np.float64]
 DRAWS = 2_000
@@ -78,11 +79,14 @@ def count_clusters(ids: Sequence[str], group_F: NDArray[np.int64], n: int) -> Fl
 
 
 def bootstrap_shares(
-    values_RG: FloatArray, columns_GK: FloatArray, rng: np.random.Generator
-) -> list[dict[str, float] | None]:
+    values_RG: FloatArray, columns_GK: FloatArray, rng: np.random.Generator, *, counts: bool = False
+) -> list[dict[str, float | None] | None]:
     """Each column's share of the total over groups, as `{"value", "low", "high"}`, resampling rows; None without any.
 
+    Bounds are None where resampling changes nothing: of a single row, and of a share that is the same in all rows.
+
     Args:
+        counts: rows are clusters of features that are counted, so that a share of 0 or 1 has Wilson's interval.
         values_RG: amounts per trace (or cluster) and group.
         columns_GK: which groups a column is the sum of, 0 or 1.
     """
@@ -100,11 +104,13 @@ def bootstrap_shares(
             draws.append(drawn_DG @ columns_GK / drawn_DG.sum(axis=1, keepdims=True))
     share_DK = np.concatenate(draws)
     value_K = total_G @ columns_GK / total
-    shares: list[dict[str, float] | None] = []
-    for value, draw_D in zip(value_K, share_DK.T, strict=True):
-        low, high = percentile_bounds(draw_D)
-        shares.append({"value": float(value), "low": low, "high": high})
-    return shares
+    return [
+        Interval(
+            float(value),
+            *(wilson_bounds(value * rows, rows) if counts and value in (0.0, 1.0) else percentile_bounds(draw_D)),
+        ).as_dict()
+        for value, draw_D in zip(value_K, share_DK.T, strict=True)
+    ]
 
 
 def share_rows(
@@ -128,7 +134,7 @@ def share_rows(
     columns_GK = np.array([[float(g == key or (key[1] is None and g[0] == key[0])) for key in keys] for g in groups])
     n_K = np.bincount(group_F, minlength=len(groups)) @ columns_GK
     shares = {
-        "count": bootstrap_shares(count_clusters(ids, group_F, len(groups)), columns_GK, rng),
+        "count": bootstrap_shares(count_clusters(ids, group_F, len(groups)), columns_GK, rng, counts=True),
         "rate": bootstrap_shares(fires_RG, columns_GK, rng),
         "mass": bootstrap_shares(mass_RG, columns_GK, rng),
     }

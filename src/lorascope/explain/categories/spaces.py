@@ -22,13 +22,13 @@ from lorascope.explain.categories.clusters import (
     weigh_words,
 )
 from lorascope.features import FeatureSet
+from lorascope.layers import layer_third
 from lorascope.store import Store
 
 TOKENS = 4_096
 """Most tokens from which co-activation is measured."""
 STATES = 1_500
 """Most tokens on the map of raw states."""
-THIRDS = ("early third", "middle third", "late third")
 OUTSIDE = "outside the layers"
 Place = Callable[[FloatArray], FloatArray]
 """From coordinates [P, X] to a map [P, 2]."""
@@ -99,23 +99,25 @@ def spaced_tokens(store: Store, most: int) -> IntArray:
     return at_T[:: max(1, -(-len(at_T) // most))]
 
 
-def layer_thirds(addresses: Sequence[str]) -> list[str]:
-    """The third of the adapted layers that each direction is in; a module outside the layers is called so."""
-    layers = sorted({layer for a in addresses if (layer := direction_layer(a)) is not None})
-    third = {layer: THIRDS[3 * i // len(layers)] for i, layer in enumerate(layers)}
-    return [OUTSIDE if (layer := direction_layer(a)) is None else third[layer] for a in addresses]
+def layer_thirds(addresses: Sequence[str], count: int) -> list[str]:
+    """The third of the model's layers that each direction is in; a module outside the layers is called so."""
+    layers = [direction_layer(a) for a in addresses]
+    return [OUTSIDE if layer is None else f"{layer_third(layer, count)} third" for layer in layers]
 
 
 def flow_rows(
-    addresses: Sequence[str], decoder_FN: NDArray[np.float32], group_F: Sequence[tuple[str, str | None]]
+    addresses: Sequence[str], count: int, decoder_FN: NDArray[np.float32], group_F: Sequence[tuple[str, str | None]]
 ) -> list[dict[str, Any]]:
     """From matrix types and layer thirds through groups of latents to categories, a row each.
+
+    Args:
+        count: the model's layers.
 
     Returns:
         `{"type", "third", "category", "subcategory", "latents", "weight"}`: the weight is the sum of |decoder| in
         effect units over the latents of the group and the directions of that type and third.
     """
-    thirds = layer_thirds(addresses)
+    thirds = layer_thirds(addresses, count)
     places = [(direction_type(a), third) for a, third in zip(addresses, thirds, strict=True)]
     order = list(dict.fromkeys(places))
     into_NP = np.eye(len(order))[[order.index(place) for place in places]]

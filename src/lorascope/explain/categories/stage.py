@@ -24,11 +24,7 @@ from lorascope.errors import BadInput, MissingStage
 from lorascope.explain.budget import Budget, account, limits_of
 from lorascope.explain.categories.asking import judge_asker
 from lorascope.explain.categories.assign import (
-    ASSIGNED,
-    NO_ANSWER,
-    NONE_FITS,
     REASON_SILENT,
-    WITHOUT,
     Ask,
     AskAll,
     Assignment,
@@ -66,8 +62,9 @@ from lorascope.explain.categories.words import (
 from lorascope.explain.judge_log import is_passing
 from lorascope.explain.judges import Reply
 from lorascope.explain.settings import JudgeConfig, check_judge
-from lorascope.explained import current_rows, inputs_of
+from lorascope.explained import ASSIGNED, NO_ANSWER, NONE_FITS, WITHOUT, current_rows, inputs_of
 from lorascope.features import FeatureSet, load_features
+from lorascope.layers import layer_count
 from lorascope.progress import progress
 from lorascope.study import Study, atomic_write_text, stream_rows, whole_folder, write_json
 from lorascope.token_text import open_tokenizer, vocabulary_texts
@@ -85,7 +82,7 @@ class CategorizeConfig(JudgeConfig):
     by: str = "lexical"
     """What assigns: lexical (words of explanation and examples, no model) or judge (a language model behind a URL)."""
     kinds: str = "latent,direction"
-    """Kinds of features, separated by commas: latent, direction, base."""
+    """Kinds of features, separated by commas: direction, latent, base, random, untrained, neuron."""
     corpus: str = "heldout"
     """Corpus whose examples and firings are used."""
     map: str = "pca"
@@ -234,7 +231,7 @@ def fill_folder(
         agreement += compare_spaces(spaces, assigned, draws("agreement"))
         tables += [feature_table(space, kind, assigned) for space in spaces]
         if kind.decoder_FN is not None:
-            write_json(folder / "flow.json", make_flow(kind, assigned))
+            write_json(folder / "flow.json", make_flow(kind, assigned, layer_count(study) or 1))
     states = load_features(study, config.corpus, "direction").store
     at_T = spaced_tokens(states, STATES)
     space = make_space("token", "states", at_T, state_vectors(states, at_T), place, generator(options.seed, "states"))
@@ -311,10 +308,10 @@ def of_categories(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: row[name] for name in kept} for row in rows if row["subcategory"] is None and row["n"]]
 
 
-def make_flow(kind: Kind, assigned: Sequence[Assignment]) -> dict[str, Any]:
+def make_flow(kind: Kind, assigned: Sequence[Assignment], layers: int) -> dict[str, Any]:
     """`flow.json`: the latents that have words, by category and subcategory (see `flow_rows`)."""
     assert kind.decoder_FN is not None
     kept = [f for f, one in enumerate(assigned) if one.outcome != WITHOUT]
     groups = [(assigned[f].category or assigned[f].outcome, assigned[f].subcategory) for f in kept]
-    rows = flow_rows(kind.features.store.addresses, kind.decoder_FN[kept], groups)
+    rows = flow_rows(kind.features.store.addresses, layers, kind.decoder_FN[kept], groups)
     return {"unit": "effect per unit of activation", "latents": len(kept), "rows": rows}

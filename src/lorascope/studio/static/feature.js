@@ -8,7 +8,7 @@ const addressOf = ({ corpus, trace, feature }, twin = "") => `/trace/${encodeURI
 async function course(figure) {
   const page = await ask(addressOf(figure.dataset, ".json"));
   const { values, typical, max } = page.features[0];
-  drawStrip(one("svg", figure), values, typical, max);
+  drawStrip(one("svg", figure), values, typical, max, (t) => page.segments[t] !== 0 && !page.sinks.includes(t));
 }
 const seen = new IntersectionObserver((entries) => {
   for (const entry of entries) {

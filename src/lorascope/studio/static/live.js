@@ -1,8 +1,10 @@
 // The model live: prompts in, tokens out by server-sent events, features watched and steered.
 import { all, drawStrip, one } from "./shared.js";
-import { ask, featureAddress, figures, make, send, toast } from "./studio.js";
+import { ask, featureAddress, figures, make, named, send, toast } from "./studio.js";
+import { featureBox, foundBy } from "./choosing.js";
 
 const STEPS = 9;
+const HUES = 4;
 const MOST = 8;
 const MODES = {
   watch: { name: "watch only" },
@@ -25,6 +27,7 @@ if (form) {
   let scales = {};
   let levels = {};
   let tops = {}; // largest activation of each feature so far, the scale of one whose usual strength is not known
+  let picked = false; // the feature to shade by was chosen by hand
   let moved = false; // a scale has moved since the tokens were shaded
   const runs = new Map(); // name of a run -> {tokens, box, strips}
 
@@ -72,29 +75,18 @@ if (form) {
     });
     slider.addEventListener("input", () => { move.amount = Number(slider.value); show(); keep(); });
     remove.addEventListener("click", () => { moves.splice(moves.indexOf(move), 1); move.element.remove(); one("#none").hidden = moves.length > 0; keep(); });
-    move.element = make("li", {}, make("a", { href: featureAddress(id), textContent: id.replace(/-$/, "−") }), mode, slider, shown, remove);
+    move.element = make("li", {}, make("a", { href: featureAddress(id), textContent: named(id) }), mode, slider, shown, remove);
     moves.push(move);
     one("#moves").append(move.element);
     one("#none").hidden = true;
     if (Object.hasOwn(MODES, wanted)) choose(wanted, given !== "" && Number.isFinite(Number(given)) ? Number(given) : undefined);
   }
   const input = one("#add");
-  let known = [];
-  let timer = 0;
-  const take = () => { clearTimeout(timer); addFeature(input.value.trim()); input.value = ""; keep(); };
-  input.addEventListener("input", (event) => {
-    clearTimeout(timer);
-    // one of the list was chosen; what is typed waits for Enter, since "sae.1" may become "sae.17"
-    const picked = event.inputType === undefined || event.inputType === "insertReplacementText";
-    if (picked && known.includes(input.value)) { take(); return; }
-    timer = setTimeout(async () => {
-      const found = await ask(`/features.json?size=12&q=${encodeURIComponent(input.value)}`).catch(() => ({}));
-      const rows = (found.rows || []).filter((row) => row.kind === "direction" || row.kind === "latent");
-      known = rows.map((row) => row.id);
-      one("#suggested").replaceChildren(...rows.map((row) => make("option", { value: row.id, label: row.text ? `${row.id} · ${row.text.slice(0, 70)}` : row.id })));
-    }, 150);
+  featureBox(input, {
+    search: async (words) => (await foundBy(words)).filter((row) => row.kind === "direction" || row.kind === "latent"),
+    exact: async (name) => !name.includes(",") && (await ask(`/live.json?features=${encodeURIComponent(name)}`)).features.includes(name),
+    take: (id) => { addFeature(id); keep(); },
   });
-  input.addEventListener("keydown", (event) => { if (event.key === "Enter") { event.preventDefault(); take(); } });
   const samples = one("#samples");
   if (samples) samples.addEventListener("change", () => { one("#prompt").value = samples.value; });
 
@@ -118,7 +110,8 @@ if (form) {
   function readAddress() {
     const given = new URLSearchParams(location.search);
     const steps = (given.get("moves") ?? "").split(",");
-    form.dataset.features.split(",").forEach((id, i) => addFeature(id, ...(steps[i] || "watch").split(":")));
+    const there = form.dataset.features.split(","); // of those in the address, to which the moves belong
+    (given.get("features") ?? "").split(",").forEach((id, i) => { if (there.includes(id)) addFeature(id, ...(steps[i] || "watch").split(":")); });
     if (given.has("runs")) for (const tick of all('[name="run"]', form)) tick.checked = given.get("runs").split(",").includes(tick.value);
     for (const name of [...NUMBERS, "prompt"]) if (given.has(name)) one(`#${name}`).value = given.get(name);
     if (given.get("where") === "all") one("#where").value = "all";
@@ -132,34 +125,44 @@ if (form) {
     runs.clear();
     tops = Object.fromEntries(watched.map((id) => [id, 0]));
     const colour = one("#colour");
-    const chosen = colour.value;
-    colour.replaceChildren(...watched.map((id) => make("option", { value: id, textContent: id })));
-    if (watched.includes(chosen)) colour.value = chosen;
+    const steered = moves.find(({ id, mode }) => mode !== "watch" && watched.includes(id));
+    const chosen = picked && watched.includes(colour.value) ? colour.value : (steered?.id ?? watched[0]);
+    colour.replaceChildren(...watched.map((id) => make("option", { value: id, textContent: named(id), selected: id === chosen })));
     one("#colour-by").hidden = watched.length === 0;
     one("#panels").replaceChildren(...Object.entries(names).map(([run, name]) => {
       const box = make("div", { className: "whole tokens output", tabIndex: 0, role: "region", "aria-label": name });
-      const strips = watched.map((id) => {
+      const strips = watched.map((id, k) => {
         const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
-        for (const [key, value] of [["class", "strip"], ["width", "100%"], ["height", "44"], ["role", "img"], ["aria-label", `Activation of ${id} over the response`]]) svg.setAttribute(key, value);
-        return { id, svg, row: make("div", { className: "live-strip" }, make("span", { textContent: id.replace(/-$/, "−") }), svg) };
+        for (const [key, value] of [["class", `strip hue${k % HUES}`], ["width", "100%"], ["height", "44"], ["role", "img"], ["aria-label", `Activation of ${id} over the response`]]) svg.setAttribute(key, value);
+        const scale = make("span", { className: "scale" });
+        return { id, svg, scale, row: make("div", { className: "live-strip" }, make("span", { textContent: named(id) }), svg, scale) };
       });
       const note = make("p", { className: "facts" });
       runs.set(run, { tokens: [], box, strips, note });
       return make("section", { className: `panel-run run-${run}` }, make("h2", { className: "small", textContent: name }), box, ...strips.map((strip) => strip.row), note);
     }));
+    shadeAll();
   }
   const scaleOf = (id) => scales[id] || tops[id] || 1e-9;
+  const firesHere = (id, value) => (levels[id] ?? null) !== null && value > levels[id];
   function shade({ element, activations }) {
     const id = one("#colour").value;
     if (!id) return;
     const value = activations[id];
     const step = value > 0 ? Math.min(STEPS, 1 + Math.floor(STEPS * Math.min(1, value / scaleOf(id)) * 0.9999)) : 0;
     for (let i = 1; i <= STEPS; i++) element.classList.toggle(`h${i}`, i === step);
-    element.classList.toggle("f", levels[id] !== null && value > levels[id]);
-    element.dataset.v = `${id}: ${figures(value)}`;
+    element.classList.toggle("f", firesHere(id, value));
+    element.dataset.v = `${named(id)}: ${figures(value)}`;
   }
-  const shadeAll = () => { moved = false; for (const { tokens } of runs.values()) tokens.forEach(shade); };
-  one("#colour").addEventListener("change", shadeAll);
+  function shadeAll() {
+    moved = false;
+    const hue = one("#colour").selectedIndex % HUES; // that of its strips
+    for (const { tokens, box } of runs.values()) {
+      for (let k = 0; k < HUES; k++) box.classList.toggle(`hue${k}`, k === hue);
+      tokens.forEach(shade);
+    }
+  }
+  one("#colour").addEventListener("change", () => { picked = true; shadeAll(); });
   function addToken(name, token) {
     const { tokens, box } = runs.get(name);
     for (const [id, value] of Object.entries(token.activations)) {
@@ -170,6 +173,7 @@ if (form) {
     token.element = make("span", { textContent: token.shown });
     tokens.push(token);
     shade(token);
+    if (/^[ \u00a0]/.test(token.text) || tokens.at(-2)?.text.endsWith("\n")) box.append(make("wbr"));
     box.append(token.element, ...Array.from(token.text.matchAll(/\n/g), () => make("br")).slice(0, 2));
     box.scrollTop = box.scrollHeight;
     for (const other of name === "plain" ? runs.keys() : [name]) compare(other, tokens.length - 1);
@@ -205,7 +209,13 @@ if (form) {
   function redraw() {
     if (moved) shadeAll();
     for (const { tokens, strips } of runs.values()) {
-      for (const { id, svg } of strips) drawStrip(svg, tokens.map((token) => token.activations[id]), 0, Math.max(scaleOf(id), ...tokens.map((token) => token.activations[id])));
+      for (const { id, svg, scale } of strips) {
+        const values = tokens.map((token) => token.activations[id]);
+        const [most, top] = [Math.max(0, ...values), Math.max(scaleOf(id), tops[id])];
+        drawStrip(svg, values, 0, top);
+        const silent = most === 0 || ((levels[id] ?? null) !== null && !firesHere(id, most));
+        scale.textContent = [silent ? "does not fire" : "", most > 0 ? `largest ${figures(most)}, scale to ${figures(top)}` : ""].filter(Boolean).join("; ");
+      }
     }
   }
 

@@ -1,5 +1,5 @@
 // The tokens of a whole trace, shaded by features.
-import { figures } from "./studio.js";
+import { figures, named } from "./studio.js";
 
 const STEPS = 9;
 
@@ -22,13 +22,16 @@ export function paint(tokens, uncounted, features) {
       if (fires(feature, t, uncounted)) firing.push(k + 1);
     });
     const classes = uncounted[t] ? [uncounted[t]] : [];
-    if (best >= 0) classes.push(`hue${best}`, `h${Math.min(STEPS, 1 + Math.floor(STEPS * part * 0.9999))}`);
+    if (best >= 0) classes.push(`hue${best}`, uncounted[t] ? "un" : `h${Math.min(STEPS, 1 + Math.floor(STEPS * part * 0.9999))}`);
     if (firing.length) classes.push("f");
     token.className = classes.join(" ");
-    if (best >= 0) token.dataset.v = features.map((f) => (features.length > 1 ? `${f.id}: ` : "") + figures(f.values[t])).join(" · ");
+    const several = features.length > 1;
+    if (best >= 0) token.dataset.v = (several ? `shaded by ${best + 1}: ` : "") + features.map((f, k) => (several ? `${k + 1} ${named(f.id)} ` : "") + figures(f.values[t])).join(" · ");
     else delete token.dataset.v;
-    if (features.length > 1 && firing.length) token.dataset.n = firing.join(",");
+    if (several && firing.length) token.dataset.n = firing.join(",");
     else delete token.dataset.n;
+    if (several && best >= 0 && !firing.includes(best + 1) && !uncounted[t]) token.dataset.s = best + 1;
+    else delete token.dataset.s;
     if (firing.length) firings.push(t);
   });
   return firings;

@@ -34,6 +34,9 @@ export async function send(address, options = {}) {
 
 export const featureAddress = (id, corpus = "train") => `/feature/${encodeURIComponent(id)}${corpus === "train" ? "" : `?corpus=${encodeURIComponent(corpus)}`}`;
 
+/** A feature's id as pages show it. */
+export const named = (id) => id.replace(/-$/, "−");
+
 /** A number to three figures, as on the pages. */
 export function figures(value) {
   if (value === null || value === undefined) return "–";
@@ -115,18 +118,22 @@ tokenTips();
 // --- notes: every change is one event, saved at once, one after the other; what could not be saved is tried again ---
 const AGAIN = 4000; // milliseconds until it is
 const PAUSE = 800; // and in typing, after which what is there is saved
+const REPLACED = "Saved, in place of a newer note: it was changed elsewhere after this page was made. Reload to see both.";
 
 /** Saves the fields of one place, of which `saved` holds what the server has. `collect(want)` says what the page holds
  * by now, `say(text)` tells the reader, `settle()` is called when all is saved or refused. */
 export function keepSaved(place, saved, { collect, say, settle = () => {} }) {
   const wanted = new Map(); // field -> its newest value that is not saved yet, in the order of the changes
   let sending = false;
+  let newer = false; // something was changed elsewhere after this page was made
   let timer = 0;
   const stands = (field) => (wanted.has(field) ? wanted.get(field) : saved.get(field) ?? false);
   const want = (field, value) => { if (stands(field) !== value) { wanted.delete(field); wanted.set(field, value); } };
   const fields = () => new Set([...saved.keys(), ...wanted.keys()]);
   async function post(field, value) {
-    await ask("/notes", { method: "POST", keepalive: true, body: JSON.stringify({ place, field, value }) });
+    const before = saved.get(field) ?? false;
+    const { replaced } = await ask("/notes", { method: "POST", keepalive: true, body: JSON.stringify({ place, field, value, before }) });
+    newer ||= replaced;
     saved.set(field, value);
     if (wanted.get(field) === value) wanted.delete(field);
   }
@@ -135,6 +142,7 @@ export function keepSaved(place, saved, { collect, say, settle = () => {} }) {
     collect(want);
     if (sending || !wanted.size) return;
     sending = true;
+    newer = false;
     const refused = [];
     say("Saving…");
     try {
@@ -149,7 +157,7 @@ export function keepSaved(place, saved, { collect, say, settle = () => {} }) {
         }
       }
       settle();
-      say(refused.length ? `Not saved: ${[...new Set(refused)].join(" ")}` : "Saved.");
+      say(refused.length ? `Not saved: ${[...new Set(refused)].join(" ")}` : newer ? REPLACED : "Saved.");
     } catch (error) {
       say(`Not saved: ${[...new Set([...refused, error.message])].join(" ")} Trying again…`);
       timer = setTimeout(flush, AGAIN);

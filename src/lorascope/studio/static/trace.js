@@ -1,6 +1,7 @@
 // A whole trace: coloured by one or several features, jumps between firings, what fires on a token.
 import { all, drawStrip, one } from "./shared.js";
-import { ask, featureAddress, figures, keepSaved, make, toast } from "./studio.js";
+import { ask, featureAddress, figures, keepSaved, make, named, toast } from "./studio.js";
+import { featureBox, foundBy } from "./choosing.js";
 import { fires, paint, uncountedOf } from "./painting.js";
 
 const MOST = 4;
@@ -17,6 +18,8 @@ if (box) {
   let features = [];
   let firings = [];
   let at = -1;
+  let telling = 0;
+  let asked = 0; // counts what was asked of tokens: an answer that comes after the next question is of no use
 
   const address = (names) => `/trace/${encodeURIComponent(corpus)}/${index}${names.length ? `?features=${encodeURIComponent(names.join(","))}` : ""}`;
 
@@ -35,7 +38,7 @@ if (box) {
       remove.addEventListener("click", () => choose(features.map((f) => f.id).filter((id) => id !== feature.id)));
       const count = feature.level === null ? "no firing level yet" : `fires on ${feature.values.filter((_, t) => fires(feature, t, uncounted)).length}`;
       return make("li", { className: `hue${k}` }, make("span", { className: "swatch" }), `${features.length > 1 ? `${k + 1} ` : ""}`,
-        make("a", { href: featureAddress(feature.id, corpus), textContent: feature.id.replace(/-$/, "−") }), make("span", { className: "count", textContent: count }), remove);
+        make("a", { href: featureAddress(feature.id, corpus), textContent: named(feature.id) }), make("span", { className: "count", textContent: count }), remove);
     }));
     one("#strips").replaceChildren(...features.map((feature, k) => {
       const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
@@ -44,9 +47,10 @@ if (box) {
       svg.setAttribute("height", "44");
       svg.setAttribute("role", "img");
       svg.setAttribute("aria-label", `Activation of ${feature.id} over the trace`);
-      drawStrip(svg, feature.values, feature.typical, feature.max);
-      svg.addEventListener("click", (event) => { const area = svg.getBoundingClientRect(); move(Math.floor((tokens.length * (event.clientX - area.left)) / area.width)); });
-      return make("div", { className: "striprow" }, svg);
+      drawStrip(svg, feature.values, feature.typical, feature.max, (t) => !uncounted[t]);
+      svg.addEventListener("click", (event) => { const area = svg.getBoundingClientRect(); tell(Math.min(tokens.length - 1, Math.floor((tokens.length * (event.clientX - area.left)) / area.width))); });
+      const name = `${features.length > 1 ? `${k + 1} ` : ""}${named(feature.id)}`;
+      return make("div", { className: "striprow" }, make("span", { textContent: `${name}, ${figures(feature.typical)} to ${figures(feature.max)}` }), svg);
     }));
   }
 
@@ -58,22 +62,28 @@ if (box) {
     for (const link of all(".steps a")) link.search = names.length ? `?features=${encodeURIComponent(names.join(","))}` : "";
   }
 
+  const shown = (names) => ask(address(names).replace(/(\?|$)/, ".json$1"));
   async function choose(names) {
     if (names.length > MOST) { toast(`At most ${MOST} features at once.`); return; }
     try {
-      const page = names.length ? await ask(address(names).replace(/(\?|$)/, ".json$1")) : { features: [] };
-      history.replaceState(null, "", address(names) + location.hash);
+      const page = names.length ? await shown(names) : { features: [] };
+      history.replaceState(null, "", address(page.features.map((feature) => feature.id)) + location.hash);
       colour(page.features);
     } catch (error) {
       toast(error.message);
     }
   }
 
+  const titleOf = (t) => make("h2", { className: "small" }, `Token ${t}: `, make("code", { textContent: tokens[t].textContent.replace(/^\u00a0+/, (spaces) => "·".repeat(spaces.length)) }));
   function move(t) {
-    if (t < 0 || t >= tokens.length) return;
+    if (t < 0 || t >= tokens.length || t === at) return;
     if (at >= 0) tokens[at].classList.remove("cursor");
     at = t;
     tokens[at].classList.add("cursor");
+    clearTimeout(telling);
+    asked += 1; // what is on its way is of another token
+    const values = features.length ? [make("p", { className: "facts", textContent: features.map((feature) => `${named(feature.id)} ${figures(feature.values[t])}`).join(" · ") })] : [];
+    here.replaceChildren(titleOf(t), ...values, make("p", { className: "empty", textContent: "Press Enter to see what fires here." }));
     const top = tokens[at].offsetTop;
     if (top < box.scrollTop + 20 || top > box.scrollTop + box.clientHeight - 40) box.scrollTo({ top: top - box.clientHeight / 3 });
   }
@@ -81,6 +91,7 @@ if (box) {
     if (!firings.length) return;
     const next = by > 0 ? firings.find((t) => t > at) ?? firings[0] : firings.findLast((t) => t < at) ?? firings.at(-1);
     move(next);
+    telling = setTimeout(() => tell(next), 150); // a key that is held down asks once
     one("#counted").textContent = `firing ${firings.indexOf(next) + 1} of ${firings.length}, token ${next}`;
   }
 
@@ -103,41 +114,43 @@ if (box) {
     return box;
   }
 
-  let asked = 0;
   async function tell(t) {
     move(t);
     history.replaceState(null, "", `${location.pathname}${location.search}#t${t}`);
     const turn = ++asked;
-    const title = make("h2", { className: "small", textContent: `Token ${t}` });
+    const title = titleOf(t);
     here.replaceChildren(title, make("p", { className: "empty", textContent: "Loading…" }));
     try {
       const found = await ask(`/fires/${encodeURIComponent(corpus)}/${index}/${t}.json`);
       if (turn !== asked) return;
-      title.append(": ", make("code", { textContent: tokens[t].textContent }));
       const parts = Object.entries(found.kinds).map(([kind, { firing, rows, missing }]) => {
         const items = rows.map((row) => {
           const add = make("button", { type: "button", textContent: "colour", "aria-label": `Colour by ${row.id}` });
           add.addEventListener("click", () => choose([...new Set([...features.map((f) => f.id), row.id])]));
           const value = row.ratio === null ? figures(row.activation) : `${figures(row.ratio)} × level`;
-          return make("li", {}, make("a", { href: featureAddress(row.id, corpus), textContent: row.id.replace(/-$/, "−") }), make("span", { textContent: value }), add, ...(row.text ? [make("p", { textContent: row.text, title: row.text })] : []));
+          return make("li", {}, make("a", { href: featureAddress(row.id, corpus), textContent: named(row.id) }), make("span", { textContent: value }), add, ...(row.text ? [make("p", { textContent: row.text, title: row.text })] : []));
         });
         if (missing) return make("div", {}, make("h3", { textContent: `${kind}s` }), make("p", { className: "absent", textContent: `Not computed yet: ${missing.what}. Run ` }, make("code", { textContent: missing.run })));
         const shown = rows.length < firing ? `, the strongest ${rows.length}` : "";
-        return make("div", {}, make("h3", { textContent: `${firing} ${firing === 1 ? `${kind} fires` : `${kind}s fire`}${shown}` }),
+        const does = found.ordinary ? (firing === 1 ? " fires" : "s fire") : `${firing === 1 ? "" : "s"} above the firing level, uncounted`;
+        return make("div", {}, make("h3", { textContent: `${firing} ${kind}${does}${shown}` }),
           ...(rows.length ? [make("p", { className: "caption", textContent: ORDER[kind] })] : []), make("ol", {}, ...items));
       });
-      if (!found.ordinary) parts.unshift(make("p", { className: "caption", textContent: "Template, markup or an attention sink: it counts for no feature." }));
+      if (!found.ordinary) parts.unshift(make("p", { className: "caption", textContent: "Template, markup or an attention sink: nothing fires here, whatever its activation; it is left out of firings, examples and scales." }));
       here.replaceChildren(title, noteOn(t, found.note.text), ...parts);
     } catch (error) {
+      if (turn !== asked) return;
       here.replaceChildren(title, make("p", { className: "absent", textContent: error.message }));
     }
   }
 
-  box.addEventListener("click", (event) => { const t = tokens.indexOf(event.target.closest(".whole > span")); if (t >= 0) tell(t); });
+  // below the trace, on a narrow screen, it would go unseen
+  const showPanel = () => { if (here.getBoundingClientRect().top > innerHeight - 120) here.scrollIntoView({ block: "nearest" }); };
+  box.addEventListener("click", (event) => { const t = tokens.indexOf(event.target.closest(".whole > span")); if (t >= 0) tell(t).then(showPanel); });
   box.addEventListener("keydown", (event) => {
     const by = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
     if (by) { event.preventDefault(); move(at < 0 ? 0 : at + by); }
-    if (event.key === "Enter" && at >= 0) tell(at);
+    if (event.key === "Enter" && at >= 0) tell(at).then(showPanel);
   });
   one("#next-firing").addEventListener("click", () => jump(1));
   one("#prev-firing").addEventListener("click", () => jump(-1));
@@ -147,28 +160,14 @@ if (box) {
     if (event.key === "p") jump(-1);
   });
 
-  // --- another feature by name or by words of its explanation ---
-  const input = one("#add");
-  const suggested = one("#suggested");
-  let known = [];
-  let timer = 0;
-  const addNamed = (id) => { input.value = ""; choose([...new Set([...features.map((f) => f.id), id])]); };
-  const search = (where) => ask(`/features.json?size=12&q=${encodeURIComponent(input.value)}${where === "train" ? "" : `&corpus=${encodeURIComponent(where)}`}`).catch(() => ({ available: false }));
-  async function suggest() {
-    let found = await search(corpus);
-    if (!found.available && corpus !== "train") found = await search("train"); // examples of this corpus were not searched for
-    const rows = found.rows || [];
-    known = rows.map((row) => row.id);
-    suggested.replaceChildren(...rows.map((row) => make("option", { value: row.id, label: row.text ? `${row.id} · ${row.text.slice(0, 70)}` : row.id })));
-  }
-  // an entry of the list is taken at once; what is typed only on Enter: sae.1 may become sae.17
-  const chosen = (event) => event.inputType === undefined || event.inputType === "insertReplacementText";
-  input.addEventListener("input", (event) => {
-    clearTimeout(timer);
-    if (chosen(event) && known.includes(input.value)) { addNamed(input.value); return; }
-    timer = setTimeout(suggest, 150);
+  featureBox(one("#add"), {
+    search: async (words) => {
+      const rows = await foundBy(words, corpus);
+      return rows.length || corpus === "train" ? rows : foundBy(words); // examples of this corpus were not searched for
+    },
+    exact: async (name) => !name.includes(",") && (await shown([name])).features.length === 1,
+    take: (id) => choose([...new Set([...features.map((f) => f.id), id])]),
   });
-  input.addEventListener("keydown", (event) => { if (event.key === "Enter" && input.value.trim()) { event.preventDefault(); addNamed(input.value.trim()); } });
 
   colour(JSON.parse(box.dataset.features)); // they came with the page
   const start = /^#t(\d+)$/.exec(location.hash);
