@@ -153,6 +153,21 @@ def test_generation_in_batches_equals_whole_passes(name: str) -> None:
 
 
 @torch.no_grad()
+def test_an_adapted_head_sees_the_last_token_of_a_prompt() -> None:
+    tokenizer = byte_tokenizer()
+    model = build_model("llama", vocab_size=len(tokenizer), **LONG)
+    inner = random_adapter(model, patterns="L0.q").modules[0]
+    weights = {"lm_head": (torch.ones(1, 32), torch.randn(len(tokenizer), 1), 1.0)}
+    adapter = build_adapter(weights | {inner.path: (inner.a_RI, inner.b_OR, inner.scale)}, {})
+    renderer = Renderer(tokenizer, system=None)
+    prompt = renderer.prompt_ids("3+4?")
+    for edit in (edits.off("L0.q"), edits.off("lm_head")):
+        with attach(model, adapter) as attached, attached.edit(edit):
+            (found,) = generate_batch(attached, renderer, [prompt], Sampling(max_new_tokens=1, min_new_tokens=1))
+            assert found.ids == [int(attached.run([prompt]).logits[0, -1].argmax())]
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("name", ["gpt2", "phi3", "opt", "llama4", "gemma3_multimodal"])
 def test_peft_loads_it_and_gives_the_same_logits(tmp_path: Path, name: str) -> None:
     model = build_model(name)

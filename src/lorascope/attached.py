@@ -193,29 +193,31 @@ class Attached:
     def by_token(self, index: int, x: Tensor) -> Tensor:
         """What one module sees, [..., K], as [B, T, K]: some decoders lay the tokens of a batch end to end.
 
+        A module outside the layers is not held to it: of a prompt, an LM head sees the last token.
+
         Raises:
             BadInput: the module sees some of the tokens only, as a routed expert does.
         """
-        if self.shape_BT is None or x.shape[:-1] == self.shape_BT:
+        part = self.adapter.modules[index]
+        if self.shape_BT is None or x.shape[:-1] == self.shape_BT or part.layer is None:
             return x
         (rows, tokens), seen = self.shape_BT, x.shape[:-1].numel()
         if seen != rows * tokens:
-            path = self.adapter.modules[index].path
             raise BadInput(
-                f"{path} sees {seen} of {rows * tokens} tokens, as a routed expert does, so it has no scalar on the "
-                "others; use an adapter without it."
+                f"{part.path} sees {seen} of {rows * tokens} tokens, as a routed expert does, so it has no scalar on "
+                "the others; use an adapter without it."
             )
         return x.reshape(rows, tokens, -1)
 
     def _pass_scalars(self, index: int, z: Tensor) -> Tensor:
         """What happens to one module's scalars on their way: edits; readings see the result; it has effect, or none."""
-        if not self.edits and not self.readings:
+        acting = [active for active in self.edits if not (active.edit.where == "generated" and self.in_prompt)]
+        chosen = [(active, local) for active in acting if (local := active.local[index]) is not None]
+        if not chosen and not self.readings:
             return torch.zeros_like(z) if self.base_run else z
         z_BTR = self.by_token(index, z)
-        for active in self.edits:
-            local = active.local[index]
-            if local is not None and not (active.edit.where == "generated" and self.in_prompt):
-                z_BTR = apply_edit(active.edit, z_BTR, local.to(z_BTR.device), active.columns[index].to(z_BTR.device))
+        for active, local in chosen:
+            z_BTR = apply_edit(active.edit, z_BTR, local.to(z_BTR.device), active.columns[index].to(z_BTR.device))
         for reading in self.readings:
             reading.parts[index].append(z_BTR)
         return torch.zeros_like(z) if self.base_run else z_BTR.reshape(z.shape)

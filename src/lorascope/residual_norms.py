@@ -78,7 +78,7 @@ def find_norms(model: Any, adapter: Adapter) -> Norms:
 
     def measured(path: str) -> Norm:
         if path not in known:
-            known[path] = measure_norm(model, norms[path], width, embedding_VD.device)
+            known[path] = measure_norm(model, norms[path], width)
         return known[path]
 
     outer = [path for path in norms if path in passed and not LAYER_PATTERN.search(path)]
@@ -145,7 +145,7 @@ def is_residual(x: Tensor, entering: Tensor, added: Sequence[Tensor]) -> bool:
     return any(torch.allclose(x.view_as(entering).float(), one.float(), rtol=1e-3, atol=1e-4) for one in sums)
 
 
-def measure_norm(model: Any, norm: nn.Module, width: int, device: torch.device) -> Norm:
+def measure_norm(model: Any, norm: nn.Module, width: int) -> Norm:
     """γ, whatever the norm calls or adds to it, and whether it subtracts the mean: read off what it does to vectors.
 
     Raises:
@@ -154,8 +154,9 @@ def measure_norm(model: Any, norm: nn.Module, width: int, device: torch.device) 
     generator = torch.Generator().manual_seed(0)
     sign_D = torch.ones(width)
     sign_D[torch.randperm(width, generator=generator)[: width // 2]] = -1  # mean 0
+    weight = next(norm.parameters(), model.get_input_embeddings().weight)  # OLMo's norms have none
+    device, dtype = weight.device, weight.dtype
     sign_D = sign_D.to(device)
-    dtype = next((p.dtype for p in norm.parameters()), torch.float32)
     size = 256.0  # so large that the norm's epsilon vanishes, and exact in any precision
     other_D = (size * (torch.randn(width, generator=generator) + 0.5)).to(device, dtype).float()
     plus_D, minus_D, given_D = norm(torch.stack([size * sign_D, -size * sign_D, other_D]).to(dtype)).float()
