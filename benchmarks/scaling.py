@@ -36,18 +36,22 @@ def recording(study_path: Path, size: int) -> Callable[[], Any]:
     from lorascope.attached import attach
     from lorascope.fused import fused_reading
     from lorascope.models import load_model
+    from lorascope.packing import prepare_packing
     from lorascope.study import Study
 
     recording.SHARD_TOKENS = 2048
     study = Study.open(study_path)
     model, tokenizer = load_model(MODEL, device=DEVICE)
     rendered, _ = study.renderer(tokenizer).render_all((study.traces("train") * 2)[: 16 * (size + 1)])
+    pack = DEVICE == "cpu" and prepare_packing(model, max(len(r.ids) for r in rendered))
     adapter = Adapter.load(study.path / "adapter")
 
     def record(traces: list[Any]) -> None:
         plan = recording.plan_recording(adapter, traces, 512, {})
         with tempfile.TemporaryDirectory() as folder, attach(model, adapter) as attached, fused_reading(attached):
-            recording.fill_stores([(Path(folder), plan)], traces, attached, recording.adapter_scalars, "bench")
+            recording.fill_stores(
+                [(Path(folder), plan)], traces, attached, recording.adapter_scalars, "bench", pack=pack
+            )
 
     record(rendered[-16:])
     return lambda: record(rendered[: 16 * size])

@@ -16,9 +16,11 @@ from lorascope.adapter import Adapter
 from lorascope.attached import attach
 from lorascope.config import Options
 from lorascope.errors import BadInput, MissingStage
+from lorascope.fused import fused_reading
 from lorascope.layers import layer_count
 from lorascope.memory import FEWEST, MOST_ON_CPU
 from lorascope.models import load_model
+from lorascope.packing import prepare_packing
 from lorascope.recording import RecordConfig, record
 from lorascope.sinks import is_sink
 from lorascope.store import Store, store_folder
@@ -369,6 +371,40 @@ def test_sinks_are_tokens_far_above_their_traces_median() -> None:
     norms = np.float32([1600, 10, 11, 9, 12, 99, 10, 101])
     np.testing.assert_array_equal(np.flatnonzero(is_sink(norms)), [0])  # the median is 11: 101 is below 110
     np.testing.assert_array_equal(is_sink(np.float32([5.0])), [False])
+
+
+@pytest.mark.parametrize("read", [recording.adapter_scalars, recording.base_scalars])
+def test_traces_laid_end_to_end_give_what_each_gives_alone(study: Study, base: Path, read: recording.Read) -> None:
+    model, tokenizer = load_model(str(base))
+    rendered, _ = study.renderer(tokenizer).render_all(TRACES)
+    with attach(model, Adapter.load(study.path / "adapter")) as attached, fused_reading(attached):
+        alone = [recording.read_batch(attached, [item], read)[0] for item in rendered]
+        assert prepare_packing(model, max(len(item.ids) for item in rendered))
+        together = recording.read_batch(attached, rendered, read, pack=True)
+    assert len({len(z_TN) for z_TN, _ in together}) > 1
+    for (wanted, sinks), (found, found_sinks) in zip(alone, together, strict=True):
+        assert np.abs(found - wanted).max() <= 1e-5 * np.abs(wanted).max()
+        np.testing.assert_array_equal(found_sinks, sinks)
+
+
+@pytest.mark.parametrize("kind", ["mistral", "llama"])
+def test_a_recording_packs_where_the_model_allows_it(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mistral's window is shorter than the traces here; then it pads."""
+    folder = save_tiny(tmp_path / "model", kind, **({"sliding_window": 8} if kind == "mistral" else {}))
+    study = Study.create(tmp_path / "study", model=str(folder), system=None)
+    write_traces(study.corpus_file("train"), TRACES)
+    random_adapter(load_model(str(folder))[0]).save(study.path / "adapter")
+    real, packed = recording.read_batch, []
+
+    def read(*args: Any) -> Any:
+        packed.append(args[3])
+        return real(*args)
+
+    monkeypatch.setattr(recording, "read_batch", read)
+    record(study, RecordConfig(), OPTIONS)
+    assert packed == [kind == "llama"]
 
 
 def test_sinks_are_found_in_padded_batches_by_trace(study: Study, base: Path) -> None:

@@ -1,6 +1,7 @@
 """A tiny random model with a byte-level tokenizer and a chat template, saved as a folder that loads by path."""
 
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -28,9 +29,9 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def save_tiny(folder: Path, kind: str = "llama") -> Path:
+def save_tiny(folder: Path, kind: str = "llama", **changes: Any) -> Path:
     """A folder that `load_model` takes."""
     tokenizer = byte_tokenizer()
-    tiny_model(kind, vocab_size=len(tokenizer), max_position_embeddings=512).save_pretrained(folder)
+    tiny_model(kind, vocab_size=len(tokenizer), max_position_embeddings=512, **changes).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

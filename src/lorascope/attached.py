@@ -112,11 +112,18 @@ class Attached:
             logits = self.model(input_ids=ids_BT, use_cache=False).logits
         return Run(logits, reading.scalars())
 
-    def trunk(self, tokens: Tensor | Sequence[Sequence[int]]) -> Trunk:
-        """A forward pass up to the final norm, without the LM head; arguments as for `run`."""
+    def trunk(self, tokens: Tensor | Sequence[Sequence[int]], places_1T: Tensor | None = None) -> Trunk:
+        """A forward pass up to the final norm, without the LM head.
+
+        Args:
+            tokens: as for `run`.
+            places_1T: position ids, where `tokens` are one row of sequences laid end to end in a model that
+                `prepare_packing` prepared.
+        """
         ids_BT = self._ids(tokens)
+        packed = {} if places_1T is None else {"position_ids": places_1T.to(self.device)}
         with self.tap() as reading:
-            hidden = text_decoder(self.model)(input_ids=ids_BT, use_cache=False).last_hidden_state
+            hidden = text_decoder(self.model)(input_ids=ids_BT, use_cache=False, **packed).last_hidden_state
         return Trunk(hidden, reading.scalars())
 
     def head(self, hidden: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Recording: every direction's scalar on every token of a corpus, into the scalar store.
 
-One forward pass of the trunk (no LM head) over right-padded batches planned by length; sources that are read while
-the adapted model runs share it. Shape legend: B traces of a batch, T tokens, N columns (directions; neurons).
+One forward pass of the trunk (no LM head) over batches planned by length, which a CPU lays end to end instead of
+padding them where the model allows it; sources that are read while the adapted model runs share it. Shape legend: B
+traces of a batch, T tokens, N columns (directions; neurons).
 """
 
 import hashlib
@@ -35,6 +36,7 @@ from lorascope.errors import BadInput, RunFailed
 from lorascope.fused import fused_reading
 from lorascope.memory import choose_budget
 from lorascope.models import load_model, load_tokenizer
+from lorascope.packing import prepare_packing
 from lorascope.progress import progress
 from lorascope.sinks import SINK_RATIO, is_sink, middle_norms
 from lorascope.store import INDEX, PLAN, Store, read_json, store_folder
@@ -231,6 +233,8 @@ def record_sources(
         for source, folder in folders.items()
     }
     fallback = next(filter(None, begun.values()), None) or choose()
+    # On a GPU many short sequences one after the other would keep it waiting.
+    pack = model.device.type == "cpu" and prepare_packing(model, max(len(item.ids) for item in rendered))
     with attach(model, adapter) as attached, fused_reading(attached):
         columns = [source_columns(study, source, attached, seed) for source in sources]
         budgets = [begun[source] or fallback for source in sources]
@@ -242,7 +246,7 @@ def record_sources(
         beside = partial(scalars_beside, columns=[columns[i] for i in shared])
         read = base_scalars if sources[0] == "base" else beside
         stores = [(folders[sources[i]], plans[i]) for i in shared]
-        counts = fill_stores(stores, rendered, attached, read, config.corpus)[0]
+        counts = fill_stores(stores, rendered, attached, read, config.corpus, pack=pack)[0]
         if sources[0] == "adapter":
             folder = folders["adapter"]
             write_json(folder / OUTPUT_RMS, output_rms(attached, rendered, Store.open(folder)))
@@ -350,17 +354,24 @@ def output_rms(attached: Attached, rendered: list[Rendered], store: Store) -> di
     return {"address": attached.addresses, "rms": per_direction, "tokens": tokens}
 
 
-Read = Callable[[Attached, Tensor], Tensor]
-"""Scalars [B, T, N] fp32 of a batch of ids [B, T]; the columns of several stores side by side."""
+Read = Callable[[Attached, Tensor, Tensor | None], Tensor]
+"""Scalars [B, T, N] fp32 of a batch of ids [B, T] and, where it is packed, its position ids [1, T]; the columns of
+several stores side by side."""
 
 
 def fill_stores(
-    stores: list[tuple[Path, StorePlan]], rendered: list[Rendered], attached: Attached, read: Read, name: str
+    stores: list[tuple[Path, StorePlan]],
+    rendered: list[Rendered],
+    attached: Attached,
+    read: Read,
+    name: str,
+    *,
+    pack: bool,
 ) -> list[dict[str, Any]]:
     """Run the model over all shards that are not on disk yet and finish the stores; returns each one's counts.
 
-    The stores have the same shards and batches. Full shards are written while the model runs on, so at most two of
-    each store are in memory.
+    The stores have the same shards and batches, whose traces are laid end to end (`pack`) or padded. Full shards are
+    written while the model runs on, so at most two of each store are in memory.
     """
     writers = [StoreWriter(folder, plan) for folder, plan in stores]
     stops = np.cumsum([0, *(len(plan.addresses) for _, plan in stores)])
@@ -378,7 +389,7 @@ def fill_stores(
                 begun = [(writer, writer.begin(number), part) for writer, part, lacks in due if number in lacks]
             if written.done():
                 written.result()  # a full disk is told at once, not after the next shard
-            put = read_batch(attached, [rendered[i] for i in batch], read)
+            put = read_batch(attached, [rendered[i] for i in batch], read, pack)
             for writer, shard, part in begun:
                 if writer.scale_N is None:
                     writer.calibrate(np.max([np.abs(z_TN[:, part]).max(axis=0) for z_TN, _ in put], axis=0))
@@ -398,31 +409,46 @@ def commit_all(begun: list[tuple[StoreWriter, Shard, slice]]) -> None:
 
 
 @torch.inference_mode()
-def read_batch(attached: Attached, batch: list[Rendered], read: Read) -> list[tuple[Any, Any]]:
-    """Scalars [T, N] float32 and sink flags [T] of each trace of a batch, as on its own."""
-    ids_BT, lengths_B = pad_ids([item.ids for item in batch], 0)
+def read_batch(attached: Attached, batch: list[Rendered], read: Read, pack: bool = False) -> list[tuple[Any, Any]]:
+    """Scalars [T, N] float32 and sink flags [T] of each trace of a batch, as on its own.
+
+    Args:
+        pack: lay the traces end to end, in a model that `prepare_packing` prepared, instead of padding them.
+    """
+    lengths, places_1T = [len(item.ids) for item in batch], None
+    if pack:
+        ids_BT = torch.from_numpy(np.concatenate([item.ids for item in batch]).astype(np.int64))[None]
+        places_1T = torch.cat([torch.arange(n) for n in lengths])[None]
+    else:
+        ids_BT, _ = pad_ids([item.ids for item in batch], 0)
     with middle_norms(decoder_layers(attached.model, attached.adapter)) as norms:
-        z_BTN = read(attached, ids_BT).float().cpu().numpy()
+        z_BTN = read(attached, ids_BT, places_1T).float().cpu().numpy()
     norms_BT = norms[0].cpu().numpy()
-    lengths = lengths_B.tolist()
-    return [(z_BTN[i, :n], is_sink(norms_BT[i, :n])) for i, n in enumerate(lengths)]
+    if pack:
+        stops = np.cumsum(lengths)[:-1]
+        parts = list(zip(np.split(z_BTN[0], stops), np.split(norms_BT[0], stops), strict=True))
+    else:
+        parts = [(z_BTN[i, :n], norms_BT[i, :n]) for i, n in enumerate(lengths)]
+    return [(z_TN, is_sink(norms_T)) for z_TN, norms_T in parts]
 
 
-def adapter_scalars(attached: Attached, ids_BT: Tensor) -> Tensor:
-    """The adapted model's scalars [B, T, N]."""
-    return attached.trunk(ids_BT).scalars
+def adapter_scalars(attached: Attached, ids_BT: Tensor, places_1T: Tensor | None) -> Tensor:
+    """The adapted model's scalars [B, T, N]; arguments as for `Attached.trunk`."""
+    return attached.trunk(ids_BT, places_1T).scalars
 
 
-def scalars_beside(attached: Attached, ids_BT: Tensor, columns: Sequence[Adapter | Probe]) -> Tensor:
+def scalars_beside(
+    attached: Attached, ids_BT: Tensor, places_1T: Tensor | None, columns: Sequence[Adapter | Probe]
+) -> Tensor:
     """What several sources read in one run of the adapted model, side by side, [B, T, N]."""
     probes = [part for part in columns if isinstance(part, Probe)]
     with probing(attached.model, probes) as read:
-        own_BTN = adapter_scalars(attached, ids_BT)
+        own_BTN = adapter_scalars(attached, ids_BT, places_1T)
     found = (z.to(own_BTN.device).view(*own_BTN.shape[:2], -1) for z in read())
     return torch.cat([next(found) if isinstance(part, Probe) else own_BTN for part in columns], -1)
 
 
-def base_scalars(attached: Attached, ids_BT: Tensor) -> Tensor:
+def base_scalars(attached: Attached, ids_BT: Tensor, places_1T: Tensor | None) -> Tensor:
     """What the read vectors see in the base model's run, [B, T, N]."""
     with attached.as_base():
-        return adapter_scalars(attached, ids_BT)
+        return adapter_scalars(attached, ids_BT, places_1T)
