@@ -24,6 +24,7 @@ from lorascope.cli import main
 from lorascope.config import Options
 from lorascope.errors import BadInput, RunFailed
 from lorascope.explain import ExplainConfig, explain_features, explainers_of
+from lorascope.explain.asking import endpoints
 from lorascope.explain.scored import in_order
 from lorascope.report.build import make_environment
 from lorascope.study import Study, read_rows
@@ -308,6 +309,14 @@ def test_an_address_alone_makes_two_passes(tmp_path: Path) -> None:
         assert {request["model"] for request in two.requests} == {"m"}
     assert result["classes_agreement"]["n"] > 0
     assert {row["with"] for row in explanation_scores(study)["agreement"]} == {f"judge:m at {two.url}"}
+
+
+@pytest.mark.parametrize("option", ["model", "url", "key_env"])
+def test_any_option_of_a_second_judge_makes_two_passes(option: str) -> None:
+    second = endpoints(replace(SMALL, judge_url="http://one", **{f"second_judge_{option}": "other"}))[1]
+    assert second is not None
+    assert getattr(second, option) == "other"
+    assert endpoints(replace(SMALL, judge_url="http://one"))[1] is None
 
 
 def test_latents_go_through_the_same_path(tmp_path: Path) -> None:

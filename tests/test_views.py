@@ -40,7 +40,6 @@ from lorascope.views import (
 from lorascope.views.feature_list import (
     feature_kind,
     feature_place,
-    first_latents,
     strongest_directions,
     strongest_latents,
 )
@@ -260,11 +259,13 @@ def test_feature_table(study: Study) -> None:
     best = strongest_directions(view["rows"], 3)
     assert best[0] == "L1.gate"
     assert not any(address.startswith("L0.") for address in strongest_directions(view["rows"], 21))
-    latents = strongest_latents(view["rows"], 5)
+    ranked = sorted(view["rows"], key=lambda row: -(row["strength"] or 0.0))
+    ids = [row["id"] for row in ranked if row["kind"] == "latent" and not row["too_few"]]
+    latents = ids[:5]
     strengths = [rows[name]["strength"] for name in latents]
     assert strengths == sorted(strengths, reverse=True)
-    assert first_latents(study, "train", 500) == strongest_latents(view["rows"], 500), "columns say what rows say"
-    assert first_latents(study, "nowhere", 5) is None
+    assert strongest_latents(study, "train", 500) == ids, "columns say what rows say"
+    assert strongest_latents(study, "nowhere", 5) is None
     shown = leaders(study)["latent"]["rows"]
     assert shown == [{key: rows[row["id"]][key] for key in row} for row in shown]
     assert [row["id"] for row in shown[:5]] == latents
@@ -321,7 +322,7 @@ def test_window_of_a_character_spread_over_tokens(study: Study) -> None:
 
 
 def test_page_of_a_latent(study: Study) -> None:
-    latent = strongest_latents(feature_table(study)["rows"], 1)[0]
+    latent = (strongest_latents(study, "train", 1) or [])[0]
     page = feature_page(study, latent)
     weights = load_file(study.path / "sae" / "sae_weights.safetensors")
     store = Store.open(store_folder(study.path, "train", "adapter"))

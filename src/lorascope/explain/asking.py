@@ -91,10 +91,10 @@ def endpoints(config: ExplainConfig) -> tuple[Endpoint, Endpoint | None, Endpoin
         key_env = inherited if key_env is None else key_env
         return replace(main, model=model or main.model, url=url or main.url, key_env=key_env)
 
-    second = endpoint(config.second_judge_model, config.second_judge_url, config.second_judge_key_env)
+    other = (config.second_judge_model, config.second_judge_url, config.second_judge_key_env)
+    second = endpoint(*other)
     of_classes = endpoint(config.class_judge_model, config.class_judge_url, config.class_judge_key_env)
-    twice = config.passes == 2 or config.second_judge_model or config.second_judge_url
-    return main, second if twice else None, of_classes
+    return main, second if config.passes == 2 or any(other) else None, of_classes
 
 
 def identity(endpoint: Endpoint) -> list[Any]:

@@ -74,7 +74,7 @@ def gather(study: Study, config: ReportConfig, seed: int) -> Json:
     rows = table.get("rows", [])
     by_id = {row["id"]: row for row in rows}
     directions = [direction_card(study, config, a, by_id) for a in strongest_directions(rows, config.directions)]
-    latents = [card_page(study, config, name) for name in strongest_latents(rows, config.latents)]
+    latents = [card_page(study, config, name) for name in strongest_latents(study, config.corpus, config.latents) or []]
     pages = [side for card in directions for side in card["sides"]] + latents
     typical = {page["id"]: page["typical"] for page in pages if page["stats"] and page["stats"]["n_firing"]}
     return {

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +25,7 @@ from lorascope.views.reading import (
     path_of,
     plain,
     read_table,
+    ready,
     table_rows,
 )
 
@@ -96,13 +96,8 @@ def kind_rows(study: Study, corpus: str, kind: str, only: Sequence[str] | None =
         row["kl_method"] = kl["method"] if kl and kl["kl"] else None
         row["strength"] = stat["mean"] * weight
         row |= {"explained": feature in any_text, "class": classes.get(feature), "category": categories.get(feature)}
-        rows.append(finite(row | short_scores(explained.get(feature))))
+        rows.append(ready(row | short_scores(explained.get(feature))))
     return rows
-
-
-def finite(row: Json) -> Json:
-    """`ready` of a row of plain values, of which there are many."""
-    return {key: None if type(value) is float and not isfinite(value) else value for key, value in row.items()}
 
 
 def shown_explanations(rows: Iterable[Json]) -> dict[str, Json]:
@@ -211,8 +206,9 @@ def strongest_directions(rows: list[Json], count: int) -> list[str]:
     return sorted(best, key=lambda address: best[address], reverse=True)[:count]
 
 
-def first_latents(study: Study, corpus: str, count: int) -> list[str] | None:
-    """`strongest_latents` of a corpus, None before their examples were searched for.
+def strongest_latents(study: Study, corpus: str, count: int) -> list[str] | None:
+    """Ids of the latents that write most per ordinary token, those with too few examples left out; None before examples
+    were searched for.
 
     From columns: making the rows of all would take most of a first page's time.
     """
@@ -226,9 +222,3 @@ def first_latents(study: Study, corpus: str, count: int) -> list[str] | None:
     weight = np.array([norms.get(name, 1.0) for name in names])[codes] * (density if norms else 1.0)
     order = np.argsort(-(mean * weight), kind="stable")
     return [names[code] for code in codes[order[firings[order] >= TOO_FEW][:count]].tolist()]
-
-
-def strongest_latents(rows: list[Json], count: int) -> list[str]:
-    """Ids of the latents that write most per ordinary token, those with too few examples left out."""
-    latents = [row for row in rows if row["kind"] == "latent" and not row["too_few"]]
-    return [row["id"] for row in sorted(latents, key=lambda row: -(row["strength"] or 0.0))[:count]]

@@ -133,16 +133,11 @@ def check_known(query: FeatureQuery, index: Json) -> None:
             raise BadInput(f"There is no {name} {value[:40]!r} among the features; there are: {listed}.")
 
 
-def in_group(type_: str | None, group: str) -> bool:
-    """Whether a matrix type is of a group; features that are no direction have no type."""
-    return group in GROUPS and bool(type_) and group_of(str(type_)) == group
-
-
 def matches(row: Json, query: FeatureQuery) -> bool:
     """Whether a row passes the filters."""
     return (
         (not query.kind or row["kind"] == query.kind)
-        and (not query.type or row["type"] == query.type or in_group(row["type"], query.type))
+        and (not query.type or row["type"] == query.type or group_of(row["type"] or "") == query.type)
         and (not query.layer or str(row["layer"]) == query.layer)
         and (not query.class_ or str(row["class"]) == query.class_)
         and (not query.category or row["category"] == query.category)

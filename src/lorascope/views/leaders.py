@@ -2,7 +2,7 @@
 
 from lorascope.study import Study
 from lorascope.views.ablation_tables import COMMAND
-from lorascope.views.feature_list import first_latents, kind_rows, strongest_directions
+from lorascope.views.feature_list import kind_rows, strongest_directions, strongest_latents
 from lorascope.views.reading import Json, missing, ready
 
 SHOWN = 8
@@ -38,7 +38,7 @@ def leading_directions(study: Study) -> Json:
 
 def leading_latents(study: Study) -> Json:
     """The latents that write most per token."""
-    names = first_latents(study, "train", SHOWN)
+    names = strongest_latents(study, "train", SHOWN)
     if names is None:
         return missing(study, "examples of latents", "lorascope examples STUDY --kinds latent")
     return shown(kind_rows(study, "train", "latent", names))
