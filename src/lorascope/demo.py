@@ -45,7 +45,7 @@ class DemoConfig:
     """Run the whole pipeline on SmolLM2-135M-Instruct and tasks made on the spot; ends with report.html."""
 
     quick: bool = False
-    """Leave out the full finetune, train on three quarters; halve the problems and the tokens of ablation and SAE."""
+    """Leave out the full finetune, train on two thirds; halve the problems and the tokens of ablation and SAE."""
 
 
 def run_demo(path: Path | None, config: DemoConfig, options: Options) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def run_demo(path: Path | None, config: DemoConfig, options: Options) -> dict[st
     def new() -> None:
         load_tokenizer(MODEL)  # fetches and converts the model, the first time
         if not (path / "study.json").exists():
-            n = STEPS * BATCH * 3 // 4 if config.quick else STEPS * BATCH
+            n = STEPS * BATCH * 2 // 3 if config.quick else STEPS * BATCH
             made = NewConfig(MODEL, f"tasks:{TASKS}", train_problems=n, heldout=PROBLEMS // half, system="")
             create_study(path, made, options)
 
