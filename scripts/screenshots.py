@@ -17,7 +17,8 @@ from pathlib import Path
 from playwright.sync_api import Browser, Page, sync_playwright
 
 ROOT = Path(__file__).resolve().parents[1]
-WIDE, TALL, NARROW = ({"width": w, "height": h} for w, h in ((1280, 860), (1280, 1700), (390, 1600)))
+SIZES = ((1280, 860), (1280, 1180), (1280, 1700), (390, 1600))
+WIDE, HIGH, TALL, NARROW = ({"width": w, "height": h} for w, h in SIZES)
 SHOWN = ("overview", "map", "features", "direction", "latent", "trace", "live")
 LOOKED_AT = ("overview", "map", "direction", "trace", "live")
 SORTS = {"direction": "kl", "latent": "strength"}
@@ -84,6 +85,7 @@ def generate(page: Page) -> None:
     page.locator("#tokens").fill("48")
     page.locator("#go").click()
     page.locator("#said", has_text="Done").wait_for(timeout=300_000)
+    page.mouse.move(0, 0)  # or what it points at would be told over the text
     page.evaluate("document.querySelector('#panels').scrollIntoView({block: 'end'})")
     page.wait_for_timeout(600)
 
@@ -93,8 +95,9 @@ def shots(name: str, folder: Path, everything: bool) -> list[tuple[Path, dict, s
     if everything:
         looks = (("light", TALL, "light"), ("dark", TALL, "dark"), ("narrow", NARROW, "light"))
         return [(folder / f"{name}-{kind}.png", view, scheme) for kind, view, scheme in looks]
-    first = [(folder / f"studio-{name}.png", WIDE, "light")] if name in SHOWN else []
-    looks = (("dark", WIDE, "dark"), ("narrow", NARROW, "light")) if name in LOOKED_AT else ()
+    wide = HIGH if name == "live" else WIDE  # the prompt and all answers in one picture
+    first = [(folder / f"studio-{name}.png", wide, "light")] if name in SHOWN else []
+    looks = (("dark", wide, "dark"), ("narrow", NARROW, "light")) if name in LOOKED_AT else ()
     return first + [(folder / f"studio-{name}-{kind}.png", view, scheme) for kind, view, scheme in looks]
 
 

@@ -51,7 +51,7 @@ def test_samples_of_every_model_are_kept_and_scored(study: Study) -> None:
     assert rows[0]["benchmark"] == "all"
     assert {row["benchmark"] for row in rows} == {"all", "chain", "letters"}
     assert rows[0]["full"] is None
-    assert rows[0]["recovery_reason"] == "full was not evaluated"
+    assert rows[0]["recovery_reason"] == "the full finetune was not evaluated"
     assert set(rows[0]["others"]) == set(names) - {"base", "adapter"}
 
 

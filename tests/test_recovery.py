@@ -56,7 +56,7 @@ def test_above_one_is_labelled() -> None:
 def test_without_full_there_is_a_reason_and_null() -> None:
     rows, _ = rows_of(base=samples(10), adapter=samples(80))
     assert (rows[0]["full"], rows[0]["recovery"]) == (None, None)
-    assert rows[0]["recovery_reason"] == "full was not evaluated"
+    assert rows[0]["recovery_reason"] == "the full finetune was not evaluated"
 
 
 def test_pairing_makes_the_interval_of_an_equal_gain_tight() -> None:

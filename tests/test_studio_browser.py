@@ -107,8 +107,12 @@ def test_jumps_between_firings_and_several_features(browser: Browser, base: str)
     page.locator("#add").press("Enter")
     expect(page.locator("#chips li")).to_have_count(2)
     assert "L2.down" in page.url
-    numbers = set(page.locator("#trace span[data-n]").evaluate_all("spans => spans.map(s => s.dataset.n)"))
-    assert {"1", "2"} <= numbers
+    lines = page.locator("#trace span:is(.on1, .on2)").evaluate_all(
+        "spans => spans.map((s) => { const look = getComputedStyle(s); return [s.classList.contains('on1'), "
+        "s.classList.contains('on2'), look.backgroundImage.split('gradient(').length - 1, look.paddingBottom]; })"
+    )
+    assert {(True, False), (False, True)} <= {(first, second) for first, second, _, _ in lines}
+    assert {(drawn, room) for _, _, drawn, room in lines} == {(2, "10px")}, "two lines, each with its room"
     page.locator("#chips button").first.click()
     expect(page.locator("#chips li")).to_have_count(1)
     page.locator("#add").fill("nothing+")
@@ -169,7 +173,7 @@ def test_what_counts_for_no_feature_is_hatched_and_low_in_strips(browser: Browse
     assert set(heights) == {"8"}
     shaded = page.locator("#trace > span[class*=hue]:not(.un)")
     assert shaded.count() > 10
-    assert all(shaded.evaluate_all("s => s.map((t) => Boolean(t.dataset.n || t.dataset.s))")), "never by hue alone"
+    assert all(shaded.evaluate_all("s => s.map((t) => /\\b(on|by)[1-4]\\b/.test(t.className))")), "never by hue alone"
     expect(page.locator("#strips .striprow span").first).to_contain_text("1 L1.gate+, 0 to ")
     assert trouble == []
 

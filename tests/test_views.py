@@ -433,8 +433,8 @@ def test_words_follow_the_numbers(tmp_path: Path) -> None:
     worse = gain_sentence("adapter", {"value": -0.2, "low": -0.3, "high": -0.1})
     assert "fewer" in worse
     assert "−20 points" in worse
-    row = {"recovery": None, "recovery_reason": "full was not evaluated"}
-    assert recovery_sentence(row) == "Recovery is not given: full was not evaluated."
+    row = {"recovery": None, "recovery_reason": "the full finetune was not evaluated"}
+    assert recovery_sentence(row) == "Recovery is not given: the full finetune was not evaluated."
     wide = {"recovery": {"value": 0.3, "low": -0.1, "high": 0.8}, "recovery_reason": None}
     assert "includes 0" in recovery_sentence(wide)
     study = Study.create(tmp_path / "s", model="tiny", system=None)

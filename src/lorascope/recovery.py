@@ -96,7 +96,7 @@ def recover(
 ) -> tuple[dict[str, float | None] | None, str | None]:
     """Recovery with its interval, or the reason why it means nothing here."""
     if missing := [name for name in MAIN if name not in part]:
-        return None, f"{missing[0]} was not evaluated"
+        return None, f"{'the full finetune' if missing[0] == 'full' else missing[0]} was not evaluated"
     base_PS, adapter_PS, full_PS = (part[name] for name in MAIN)
     gain = bounded_mean(full_PS - base_PS, -1.0, rng)
     if not gain.low > 0:

@@ -9,7 +9,7 @@ export const uncountedOf = (tokens) => tokens.map((token) => ["sp", "sk"].find((
 /** Whether a feature fires on a token. */
 export const fires = ({ values, level, typical }, t, uncounted) => !uncounted[t] && level !== null && values[t] > level && values[t] > typical;
 
-/** Shade each token by the feature that is strongest there, underline it where any fires; the tokens where one does. */
+/** Shade each token by the feature that is strongest there, underline it where any fires (with several, a line each); the tokens where one does. */
 export function paint(tokens, uncounted, features) {
   const firings = [];
   tokens.forEach((token, t) => {
@@ -24,14 +24,14 @@ export function paint(tokens, uncounted, features) {
     const classes = uncounted[t] ? [uncounted[t]] : [];
     if (best >= 0) classes.push(`hue${best}`, uncounted[t] ? "un" : `h${Math.min(STEPS, 1 + Math.floor(STEPS * part * 0.9999))}`);
     if (firing.length) classes.push("f");
-    token.className = classes.join(" ");
     const several = features.length > 1;
+    if (several) { // hue alone would not tell them apart: studio.css draws a line for each
+      if (best >= 0 && !uncounted[t] && !firing.includes(best + 1)) classes.push(`by${best + 1}`);
+      classes.push(...firing.map((k) => `on${k}`));
+    }
+    token.className = classes.join(" ");
     if (best >= 0) token.dataset.v = (several ? `shaded by ${best + 1}: ` : "") + features.map((f, k) => (several ? `${k + 1} ${named(f.id)} ` : "") + figures(f.values[t])).join(" · ");
     else delete token.dataset.v;
-    if (several && firing.length) token.dataset.n = firing.join(",");
-    else delete token.dataset.n;
-    if (several && best >= 0 && !firing.includes(best + 1) && !uncounted[t]) token.dataset.s = best + 1;
-    else delete token.dataset.s;
     if (firing.length) firings.push(t);
   });
   return firings;

@@ -24,6 +24,7 @@ if (box) {
   const address = (names) => `/trace/${encodeURIComponent(corpus)}/${index}${names.length ? `?features=${encodeURIComponent(names.join(","))}` : ""}`;
 
   function show() {
+    for (const n of [2, 3, 4]) box.classList.toggle(`lanes${n}`, features.length === n);
     firings = paint(tokens, uncounted, features);
     if (at >= 0) tokens[at].classList.add("cursor");
     const gone = features.find((feature) => feature.missing)?.missing;
