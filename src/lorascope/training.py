@@ -376,17 +376,17 @@ class Run:
         started = time.perf_counter()
         traces = [self.traces[i] for i in chosen]
         supervised = sum(len(assistant_positions(t)) for t in traces)
-        device, total = parameters[0].device, 0.0
+        device, losses = parameters[0].device, []
         for batch in batches_of(traces, self.config.token_budget, device, pack=self.pack):
             loss = learner(*batch)
             loss.backward()
-            total += float(loss.detach())
+            losses.append(loss.detach())  # read at the end: a GPU goes on with the next batch
         # Divided afterwards and in fp32: a mean's slopes are so small that an fp16 base would lose them.
         torch._foreach_div_([p.grad for p in parameters if p.grad is not None], float(supervised))
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        loss_mean = total / supervised
+        loss_mean = sum(float(loss) for loss in losses) / supervised
         if not math.isfinite(loss_mean):
             raise RunFailed("The training loss is not finite; lower --learning-rate and train again.")
         return {
