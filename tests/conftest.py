@@ -1,4 +1,4 @@
-"""What every test gets: no network, one thread, and a browser where one is asked for."""
+"""What every test gets: no hub, one thread, and a browser where one is asked for."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ CASES = [("llama", 1), ("llama", 4), ("qwen2", 1), ("qwen2", 4)]
 
 
 def close(ours: Tensor, theirs: Tensor) -> bool:
-    """DESIGN section 3: within 1e-4 × max(1, largest |logit|)."""
+    """Within 1e-4 × max(1, largest |logit|)."""
     return float((ours - theirs).abs().max()) <= 1e-4 * max(1.0, float(theirs.abs().max()))
 
 

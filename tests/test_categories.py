@@ -334,11 +334,11 @@ def test_bad_options_and_missing_stages(planted: Planted, tmp_path: Path, capsys
 @pytest.mark.parametrize(
     ("option", "module", "said"),
     [
-        (["--map", "umap"], "umap", "--map umap needs the umap-learn package: pip install 'lorascope[umap]'."),
+        (["--map", "umap"], "umap", "--map umap needs the umap-learn package: pip install umap-learn."),
         (
             ["--embed", "some/model"],
             "sentence_transformers",
-            "--embed needs the sentence-transformers package: pip install 'lorascope[embed]'.",
+            "--embed needs the sentence-transformers package: pip install sentence-transformers.",
         ),
     ],
 )

@@ -262,7 +262,7 @@ def interrupted(*_: Any) -> float:
         ({"plain_text": "missing.txt"}, "Cannot read missing.txt"),
         ({"plain_text": "EMPTY"}, "no text"),
         ({"off": "attn,L9.*"}, "'L9.*' matches no direction"),
-        ({"on": "MATH"}, r"lorascope\[math\]"),
+        ({"on": "MATH"}, "pip install math-verify"),
     ],
 )
 def test_what_is_wrong_is_said_before_a_model_is_loaded(

@@ -453,7 +453,7 @@ def test_ports_and_addresses(monkeypatch: pytest.MonkeyPatch, study: Study) -> N
     assert address_of("0.0.0.0", 80) == "http://127.0.0.1:80/"
     assert address_of("::1", 80) == "http://[::1]:80/"
     monkeypatch.setattr(server.util, "find_spec", lambda name: None)
-    with pytest.raises(BadInput, match=r"lorascope\[web\]"):
+    with pytest.raises(BadInput, match="pip install starlette uvicorn"):
         serve(study, StudioConfig(), Options())
 
 

@@ -260,7 +260,7 @@ def test_reasoning_gym_families(monkeypatch: pytest.MonkeyPatch) -> None:
         make_problems(["rg:other"], 5, 0)
 
 
-def test_reasoning_gym_missing_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reasoning_gym_missing_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
-    with pytest.raises(BadInput, match=r"lorascope\[gym\]"):
+    with pytest.raises(BadInput, match="pip install reasoning-gym"):
         make_problems(["rg:gcd"], 5, 0)

@@ -58,7 +58,7 @@ class AdaptedModule:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA adapter as directions in DESIGN's column order: layer, type, rank index. Weights are fp32."""
+    """A LoRA adapter as directions in column order (`addresses.sort_key`, rank index). Weights are fp32."""
 
     modules: tuple[AdaptedModule, ...]
     config: dict[str, Any]

@@ -57,7 +57,7 @@ class ModulePlace:
 
 
 def in_columns(ranks: Mapping[str, int]) -> list[ModulePlace]:
-    """The places of modules with so many directions each, `{module path: rank}`, in DESIGN's column order."""
+    """The places of modules with so many directions each, `{module path: rank}`, in column order (`sort_key`)."""
     located = locate_modules(ranks)
     places, start = [], 0
     for path in sorted(ranks, key=lambda p: sort_key(*located[p])):
@@ -111,7 +111,7 @@ def side_of(type_: str) -> str | None:
 
 
 def sort_key(layer: int | None, type_: str) -> tuple[float, int, str]:
-    """DESIGN's column order: layer (modules outside layers last), then q k v o gate up down, then others by name."""
+    """The column order: layer (modules outside layers last), then q k v o gate up down, then others by name."""
     return (math.inf if layer is None else layer, TYPE_ORDER.get(type_, len(TYPE_ORDER)), type_)
 
 

@@ -45,7 +45,8 @@ class DemoConfig:
     """Run the whole pipeline on SmolLM2-135M-Instruct and tasks made on the spot; ends with report.html."""
 
     quick: bool = False
-    """Leave out the full finetune, train on two thirds; halve the problems and the tokens of ablation and SAE."""
+    """Leave out the full finetune, train on two thirds; halve the problems, the traces of ablation and of the base
+    model, and the tokens of patched KL."""
 
 
 def run_demo(path: Path | None, config: DemoConfig, options: Options) -> dict[str, Any]:

@@ -23,8 +23,8 @@ Tap = Callable[[Tensor], Tensor]
 def adapted_forward(x: Tensor, base: Forward, a_RI: Tensor, b_OR: Tensor, scale: float, tap: Tap) -> Tensor:
     """`W·x + s·b·z` with `z = tap(a·x)`; the second term is computed and added in fp32, whatever W's precision.
 
-    A merged low-precision weight would lose the term to rounding (DESIGN, section 3). With z = 0 the result is
-    `W·x` bit for bit.
+    A merged low-precision weight would lose the term to rounding. With z = 0 the result is `W·x` bit for
+    bit.
 
     Args:
         x: [..., I], the true input of the module.

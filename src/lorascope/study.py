@@ -210,7 +210,7 @@ class Study:
         if not isinstance(manifest, dict) or "model" not in manifest:
             raise BadInput(f"{path}/study.json is damaged; restore it or make the study anew.")
         if manifest.get("format", 0) > FORMAT:
-            raise BadInput(f"{path} was made by a newer lorascope; update it with: pip install -U lorascope.")
+            raise BadInput(f"{path} was made by a newer lorascope; update lorascope to open it.")
         return study
 
     @property

@@ -313,13 +313,13 @@ def open_client(endpoint: Endpoint, key: str) -> Any:
     """The official client for an endpoint, without retries of its own, so that each attempt is counted.
 
     Raises:
-        BadInput: the extra is not installed, or the address is none.
+        BadInput: the client is not installed, or the address is none.
     """
     check_url(endpoint.url)
     try:
         import openai
     except ImportError as error:
-        raise BadInput("Judges need the extra: pip install 'lorascope[judge]'.") from error
+        raise BadInput("Judges need the openai package: pip install openai.") from error
     # What the environment says of another service's organisation is not sent to this one, nor is its key.
     headers = {"OpenAI-Organization": openai.Omit(), "OpenAI-Project": openai.Omit()}
     return openai.OpenAI(

@@ -38,10 +38,10 @@ def serve(study: Study, config: StudioConfig, options: Options) -> dict[str, Any
     """Serve the study until interrupted; `{"url"}`.
 
     Raises:
-        BadInput: the extra `web` is not installed, or the address cannot be bound.
+        BadInput: what serves pages is not installed, or the address cannot be bound.
     """
     if not all(util.find_spec(name) for name in ("starlette", "uvicorn")):
-        raise BadInput('The studio needs the extra "web"; install it with: pip install "lorascope[web]".')
+        raise BadInput("The studio needs the packages starlette and uvicorn: pip install starlette uvicorn.")
     import uvicorn
 
     from lorascope.studio.app import environment, first_pages, make_app

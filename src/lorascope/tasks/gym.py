@@ -15,7 +15,7 @@ _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
 def gym_family(name: str) -> Family:
-    """The family behind `rg:NAME`; raises BadInput when the extra `gym` or the name is missing."""
+    """The family behind `rg:NAME`; raises BadInput when the package or the name is missing."""
     task = name.removeprefix(PREFIX)
     package = _package()
     known = sorted(package.factory.DATASETS)
@@ -50,5 +50,5 @@ def _package() -> Any:
     try:
         import reasoning_gym
     except ImportError as error:
-        raise BadInput("Install lorascope[gym] to use rg: families: they come from reasoning-gym.") from error
+        raise BadInput("The rg: families come from the reasoning-gym package: pip install reasoning-gym.") from error
     return reasoning_gym

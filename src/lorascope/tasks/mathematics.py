@@ -29,7 +29,7 @@ _running: tuple[subprocess.Popen[str], SimpleQueue[str]] | None = None
 def same_mathematics(gold: str, answer: str) -> bool:
     """Whether two expressions (LaTeX or plain) mean the same; over 10 s of computing counts as no.
 
-    Raises BadInput when the extra `math` is not installed.
+    Raises BadInput when math-verify is not installed.
     """
     if _bare(gold) == _bare(answer):
         return True
@@ -42,9 +42,9 @@ def same_mathematics(gold: str, answer: str) -> bool:
 
 
 def require_mathematics() -> None:
-    """Raises BadInput when the extra `math` is not installed."""
+    """Raises BadInput when math-verify is not installed."""
     if find_spec("math_verify") is None:
-        raise BadInput("Install lorascope[math] to score free-form mathematics: it needs math-verify.")
+        raise BadInput("Free-form mathematics is scored by the math-verify package: pip install math-verify.")
 
 
 def _bare(text: str) -> str:
@@ -85,7 +85,7 @@ def _worker() -> tuple[subprocess.Popen[str], SimpleQueue[str]]:
         ready = ""
     if ready != "ready":
         _stop()
-        raise BadInput("math-verify does not start here: reinstall lorascope[math].")
+        raise BadInput("math-verify does not start here: pip install --force-reinstall math-verify.")
     return _running
 
 

@@ -101,7 +101,7 @@ def _hub_rows(source: str) -> Iterator[PlacedRow]:
     try:
         import datasets
     except ImportError as error:
-        raise BadInput("Reading hub datasets needs the datasets package: pip install 'lorascope[hub]'.") from error
+        raise BadInput("Reading hub datasets needs the datasets package: pip install datasets.") from error
     try:
         rows: Any = datasets.load_dataset(name, split=split, streaming=True)
         for number, row in enumerate(rows):

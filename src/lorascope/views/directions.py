@@ -22,7 +22,7 @@ Array = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Directions:
-    """An adapter in DESIGN's column order, as `lorascope.adapter.Adapter` has it in torch."""
+    """An adapter in column order (`addresses.sort_key`), as `lorascope.adapter.Adapter` has it in torch."""
 
     modules: tuple[ModulePlace, ...]
     vectors: Vectors

@@ -19,7 +19,7 @@ def embed_texts(texts: Sequence[str], model: str, device: str) -> FloatArray:
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
-        raise BadInput("--embed needs the sentence-transformers package: pip install 'lorascope[embed]'.") from error
+        raise BadInput("--embed needs the sentence-transformers package: pip install sentence-transformers.") from error
     try:
         encoder = SentenceTransformer(model, device=None if device == "auto" else device)
     except (OSError, ValueError) as error:
@@ -36,7 +36,7 @@ def place_by_umap(points_PX: FloatArray, seed: int) -> FloatArray:
     try:
         from umap import UMAP
     except ImportError as error:
-        raise BadInput("--map umap needs the umap-learn package: pip install 'lorascope[umap]'.") from error
+        raise BadInput("--map umap needs the umap-learn package: pip install umap-learn.") from error
     neighbours = max(2, min(15, len(points_PX) - 1))
     start = "random" if len(points_PX) < 40 else "spectral"  # few points have no spectrum to start from
     made = UMAP(n_components=2, n_neighbors=neighbours, random_state=seed, n_jobs=1, init=start)

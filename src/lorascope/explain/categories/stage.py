@@ -86,10 +86,10 @@ class CategorizeConfig(JudgeConfig):
     corpus: str = "heldout"
     """Corpus whose examples and firings are used."""
     map: str = "pca"
-    """How the 2-D maps are made: pca, or umap (extra umap)."""
+    """How the 2-D maps are made: pca, or umap (needs umap-learn)."""
     embed: str | None = None
-    """Sentence-transformers model (hub id or folder) that embeds explanations for their clusters; needs the extra embed
-    (default: TF-IDF)."""
+    """Sentence-transformers model (hub id or folder) that embeds explanations for their clusters; needs
+    sentence-transformers (default: TF-IDF)."""
     enough: int = 20
     """A feature that fires on fewer tokens is not clustered."""
 
@@ -107,7 +107,7 @@ def categorize(study: Study, config: CategorizeConfig, options: Options, ask: As
 
     Raises:
         BadInput: an unknown option's value or kind, a file that is no taxonomy, a judge that is not given, a missing
-            extra.
+            package.
         MissingStage: examples or explanations are missing; the message names the command.
     """
     kinds = [kind.strip() for kind in config.kinds.split(",") if kind.strip()]
