@@ -93,6 +93,31 @@ def test_a_planted_difference_is_found_and_none_is_not(compared: tuple[Study, di
         assert (test["p_pooled_uncorrected"] is None) == (test["measure"] != "scored_share")
 
 
+def test_a_lead_that_wrong_explanations_share_is_not_found_above_them(tmp_path: Path) -> None:
+    """Directions 0.1 above neurons, and so are their wrong explanations: nothing of it is the explanation's."""
+    study = make_study(tmp_path / "study")
+    rng = np.random.default_rng(0)
+    for kind, prefix, lead in (("direction", "", 0.1), ("neuron", "neuron.", 0.0)):
+        rows = [explained_row(f"{prefix}L0.{i}+", 0.7 + lead + float(rng.normal(0, 0.03))) for i in range(40)]
+        for row in rows:
+            for task in ("detection_wrong", "fuzzing_wrong"):
+                row["scored"][task]["value"] += lead + float(rng.normal(0, 0.03))
+        add_kind(study, kind, rows)
+    result = compare(study, CONFIG, Options())
+    for raw, controlled in (("score", "gain"), ("fuzzing", "fuzzing_gain")):
+        assert the_test(result, "neuron", raw)["p_holm"] < 0.05
+        beyond = the_test(result, "neuron", controlled)
+        assert beyond["p_holm"] > 0.05
+        assert beyond["difference"]["low"] < 0 < beyond["difference"]["high"]
+    everything = [test["p"] for test in result["tests"]]
+    assert {test["measure"] for test in result["tests"]} >= {"gain", "fuzzing_gain"}
+    smallest = min(result["tests"], key=lambda test: test["p"])
+    assert smallest["p_holm"] == pytest.approx(len(everything) * smallest["p"], rel=1e-4)
+    said = comparison_text(result)
+    assert "Directions above MLP neurons" in said
+    assert "Not found in detection above the wrong explanation's" in said
+
+
 def test_groups_partition_the_features(compared: tuple[Study, dict[str, Any]]) -> None:
     _, result = compared
     by = {name: {(r["kind"], r["group"]): r["n"] for r in table["rows"]} for name, table in result["by"].items()}

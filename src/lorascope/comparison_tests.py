@@ -19,7 +19,11 @@ from lorascope.differences import (
 from lorascope.features import DIFFERENCE, cluster_of
 from lorascope.stats import FloatArray, percentile_bounds
 
-TESTED = ("score", "score_all", "fuzzing", "scored_share", "class_0", "class_1", "class_2", "reasoning")
+TESTED = (
+    *("score", "gain", "score_all", "fuzzing", "fuzzing_gain", "scored_share"),
+    *("class_0", "class_1", "class_2", "reasoning"),
+)
+"""A score's gain is less the wrong explanation's: a kind that any explanation fits has a high score and no gain."""
 PROPORTIONS = ("scored_share", "class_0", "class_1", "class_2")
 ALL_SHARES = (*PROPORTIONS, "class_none")
 PAIRED = ("random", "untrained", "base")
