@@ -118,6 +118,50 @@ def test_a_lead_that_wrong_explanations_share_is_not_found_above_them(tmp_path: 
     assert "Not found in detection above the wrong explanation's" in said
 
 
+def test_kinds_that_learned_from_unequal_text_get_no_verdict(tmp_path: Path) -> None:
+    """The base model's directions, read on a third of what the others learned from; neurons on all but a twentieth."""
+    study = make_study(tmp_path / "study")
+    for source, tokens in (("adapter", 60), ("neurons", 57), ("base", 20)):
+        write_store(study, np.ones((tokens, 1)), [tokens], corpus="train", source=source)
+    for kind, prefix, score in (("direction", "", 0.8), ("neuron", "neuron.", 0.6), ("base", "base.", 0.6)):
+        place = "7" if kind == "neuron" else "q"
+        rows = [explained_row(f"{prefix}L{i}.{place}+", score + i / 1000) for i in range(12)]
+        add_kind(study, kind, rows)
+    result = compare(study, CONFIG, Options())
+    assert the_test(result, "neuron", "score")["not_compared"] is None
+    for measure in ("score", "gain", "fuzzing"):
+        test = the_test(result, "base", measure)
+        assert test["p_holm"] < 0.05  # it is kept, and not claimed
+        said = test["not_compared"]
+        assert said["tokens"] == [60, 20]
+        assert said["run"] == f"lorascope record {study.path} --source base"
+        assert verdict(test) == (
+            "Directions and the directions on the base model: not compared, since explanations of the directions on "
+            "the base model were learned from 20 ordinary tokens and not from 60."
+        )
+    text = comparison_text(result)
+    assert "Directions above MLP neurons" in text
+    assert "bove the directions on the base model" not in text
+    again = "then `lorascope examples`, `explain` and `compare` again"
+    assert f"To compare the directions on the base model: `{said['run']}` on all training traces, {again}." in text
+
+
+def test_what_explain_read_of_long_recordings_counts(tmp_path: Path) -> None:
+    """Recordings of 60 and 20 tokens of which explain read 20 at most are equal; where it read fewer, it is to."""
+    study = make_study(tmp_path / "study")
+    for kind, source, tokens in (("direction", "adapter", 60), ("base", "base", 20)):
+        write_store(study, np.ones((tokens, 1)), [tokens], corpus="train", source=source)
+        rows = [explained_row(f"{'base.' * (kind == 'base')}L{i}.q+", 0.7 + i / 1000) for i in range(12)]
+        add_kind(study, kind, rows)
+        study.update_manifest(stages={f"explain:heldout:{kind}": {"config": {"max_tokens": 20}}})
+    assert the_test(compare(study, CONFIG, Options()), "base", "score")["not_compared"] is None
+    study.update_manifest(stages={"explain:heldout:base": {"config": {"max_tokens": 10}}})
+    add_kind(study, "base", [explained_row(f"base.L{i}.q+", 0.6 + i / 1000) for i in range(12)])
+    said = the_test(compare(study, CONFIG, Options()), "base", "score")["not_compared"]
+    assert said["tokens"] == [20, 10]
+    assert said["run"] == f"lorascope explain {study.path} --corpus heldout --kinds base --max-tokens 20"
+
+
 def test_groups_partition_the_features(compared: tuple[Study, dict[str, Any]]) -> None:
     _, result = compared
     by = {name: {(r["kind"], r["group"]): r["n"] for r in table["rows"]} for name, table in result["by"].items()}

@@ -12,7 +12,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lorascope.addresses import TYPE_ORDER, direction_layer, direction_type
-from lorascope.comparison_cells import CLASSES, MEASURES, SCORES, SEGMENTS, Cell, Json, files_of, read_kind
+from lorascope.comparison_cells import (
+    CLASSES,
+    MEASURES,
+    SCORES,
+    SEGMENTS,
+    Cell,
+    Json,
+    explain_command,
+    files_of,
+    read_kind,
+)
 from lorascope.comparison_tests import ALL_SHARES, interval_of, is_pair, known_number, means, tests_of, with_value
 from lorascope.config import Options
 from lorascope.differences import Share, benjamini_hochberg, holm
@@ -50,10 +60,12 @@ def compare(study: Study, config: CompareConfig, options: Options) -> Json:
         "score_all", "scored_share", "classes": {"0", "1", "2", "none"} or None, "density",
         "segments": {"prompt", "think", "answer"}, "reasoning"}`; None where nothing is known. A test:
         `{"explainer", "group", "measure", "first", "second", "n", "difference": {"value", "low", "high"}, "p",
-        "p_pooled_uncorrected", "detectable", "paired": {"addresses", "difference", "p_uncorrected"} or None, "p_holm",
-        "q"}`: first - second. The two last are corrected over all tests of one table and one explainer, so the error
-        rate is controlled in each table and not over all of them together; what is called uncorrected is as it is
-        called, and the pooled one takes the polarities of a direction as independent too.
+        "p_pooled_uncorrected", "detectable", "paired": {"addresses", "difference", "p_uncorrected"} or None,
+        "not_compared": {"kind", "tokens": [n, n], "reason", "run"} or None, "p_holm", "q"}`: first - second. A test
+        that is `not_compared` is of unequal things, says why, and is not to be claimed from. The two last are corrected
+        over all tests of one table and one explainer, so the error rate is controlled in each table and not over all of
+        them together; what is called uncorrected is as it is called, and the pooled one takes the polarities of a
+        direction as independent too.
 
     Raises:
         BadInput: too few draws.
@@ -118,7 +130,7 @@ def command_for(study: Study, corpus: str, kind: str) -> str:
         return f"lorascope sae {study.path}"
     if not (study.path / files_of(corpus, kind)[0]).is_file():
         return f"lorascope examples {study.path} --corpus {corpus} --kinds {kind}"
-    return f"lorascope explain {study.path} --corpus {corpus} --kinds {kind}"
+    return explain_command(study, corpus, kind, LEXICAL)
 
 
 def rows_about(study: Study, corpus: str, kind: str) -> Iterator[Json]:
@@ -129,11 +141,9 @@ def rows_about(study: Study, corpus: str, kind: str) -> Iterator[Json]:
 
 def stale_explainers(study: Study, corpus: str, kind: str, explainers: Sequence[str]) -> list[Json]:
     """Explainers whose rows are all of features that a kind no longer has, with the command that renews them."""
-    renew = f"lorascope explain {study.path} --corpus {corpus} --kinds {kind}"
     stale = []
     for explainer in explainers:
-        judge = "" if explainer == LEXICAL else f" --explainer judge --judge-model {explainer.partition(':')[2]} ..."
-        run = renew + judge
+        run = explain_command(study, corpus, kind, explainer)
         if not study.is_current(f"examples:{corpus}:{kind}"):
             run = f"lorascope examples {study.path} --corpus {corpus} --kinds {kind}"
         stale.append({"kind": kind, "explainer": explainer, "run": run})
@@ -227,7 +237,7 @@ def row_of(cell: Cell, draws_DM: FloatArray) -> Json:
         "n": len(cell.ids),
         "clusters": len(cell.clustered.sums_CM),
         "features": cell.size,
-        "training_tokens": cell.training_tokens,
+        "training_tokens": cell.learned and cell.learned.ordinary,
         "explained": sum(explained for explained, _ in cell.said),
         "scored": len(cell.ids) - sum(failures.values()),
         "failures": failures,

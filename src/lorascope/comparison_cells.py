@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from lorascope.differences import Clustered, bootstrap_means, cluster_values
 from lorascope.errors import RunFailed
-from lorascope.explained import plain_reason
+from lorascope.explained import LEXICAL, explain_records, plain_reason
 from lorascope.features import cluster_of, source_of
 from lorascope.stats import FloatArray
 from lorascope.study import Study, read_json
@@ -43,6 +43,23 @@ MEASURES = (*SCORES, "score_all", "scored_share", *(f"class_{c}" for c in CLASSE
 
 
 @dataclass(frozen=True)
+class Learned:
+    """From how much of the training corpus a kind's explanations were learned, and what makes it more."""
+
+    ordinary: int
+    read: int
+    """Tokens, template tokens and sinks with them."""
+    cut: bool
+    """Whether more is recorded than `explain --max-tokens` let in."""
+    record: str
+    explain: str
+
+    def as_much_as(self, other: "Learned") -> str:
+        """The first command towards as much text as another kind's."""
+        return f"{self.explain} --max-tokens {other.read}" if self.cut else self.record
+
+
+@dataclass(frozen=True)
 class Cell:
     """Features of one kind, or those of them in one group (a layer third, a type)."""
 
@@ -54,8 +71,8 @@ class Cell:
     """Of each feature, whether it has an explanation, and why it has no score (None: it has one)."""
     size: int
     """Features of the kind, explained or not."""
-    training_tokens: int | None
-    """Ordinary tokens of the kind's training recording, from which rules were learned."""
+    learned: Learned | None
+    """None where the kind's training recording is not there."""
     values_nM: FloatArray
 
     @cached_property
@@ -89,8 +106,6 @@ def read_kind(study: Study, corpus: str, kind: str, explained: Iterable[Json]) -
     reasoned = table_rows(reasoning_file, ("feature", "score"))
     reasoned = reasoned if study.is_current(f"reasoning:{corpus}:{kind}") else []
     reasoning = {row["feature"]: row["score"] for row in reasoned}
-    index = study.path / "scalars" / "train" / source_of(kind) / "index.json"
-    tokens = read_json(index)["counts"]["ordinary"] if index.is_file() else None
     explainers: set[str] = set()
     by_explainer: dict[str, dict[str, tuple[FloatArray, tuple[bool, str | None]]]] = {}
     for row in explained:
@@ -108,8 +123,44 @@ def read_kind(study: Study, corpus: str, kind: str, explained: Iterable[Json]) -
         if (values_nM[:, MEASURES.index("class_none")] == 1).all():
             values_nM[:, classes] = np.nan  # nobody was asked for classes
         said = [of_feature for _, of_feature in found.values()]
-        cells.append(Cell(explainer, kind, None, list(found), said, len(stats), tokens, values_nM))
+        cells.append(
+            Cell(
+                explainer,
+                kind,
+                None,
+                list(found),
+                said,
+                len(stats),
+                learned_from(study, corpus, kind, explainer),
+                values_nM,
+            )
+        )
     return cells, explainers
+
+
+def learned_from(study: Study, corpus: str, kind: str, explainer: str) -> Learned | None:
+    """What an explainer learned a kind's explanations from; about, where it drew whole traces of a longer recording."""
+    source = source_of(kind)
+    index = study.path / "scalars" / "train" / source / "index.json"
+    if not index.is_file():
+        return None
+    counts = read_json(index)["counts"]
+    record = explain_records(study, explainer).get(kind) or {}
+    most = (record.get("config") or {}).get("max_tokens") or counts["tokens"]
+    read = min(counts["tokens"], most)
+    return Learned(
+        round(counts["ordinary"] * read / max(1, counts["tokens"])),
+        read,
+        read < counts["tokens"],
+        f"lorascope record {study.path} --source {source}",
+        explain_command(study, corpus, kind, explainer),
+    )
+
+
+def explain_command(study: Study, corpus: str, kind: str, explainer: str) -> str:
+    """The command by which an explainer explains a kind."""
+    judge = "" if explainer == LEXICAL else f" --explainer judge --judge-model {explainer.partition(':')[2]} ..."
+    return f"lorascope explain {study.path} --corpus {corpus} --kinds {kind}{judge}"
 
 
 def table_rows(path: Path, columns: Sequence[str]) -> list[Json]:

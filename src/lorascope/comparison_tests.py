@@ -24,10 +24,15 @@ TESTED = (
     *("class_0", "class_1", "class_2", "reasoning"),
 )
 """A score's gain is less the wrong explanation's: a kind that any explanation fits has a high score and no gain."""
+OF_EXPLANATIONS = TESTED[:-1]
+"""What depends on the text that explanations were learned from."""
 PROPORTIONS = ("scored_share", "class_0", "class_1", "class_2")
 ALL_SHARES = (*PROPORTIONS, "class_none")
 PAIRED = ("random", "untrained", "base")
 """Kinds that have a feature, or several, at each direction's address."""
+UNEVEN = 0.1
+"""The share by which the text that two kinds' explanations were learned from may differ and they be compared: rules and
+examples of more text are better ones."""
 
 
 def is_pair(first: Cell, second: Cell) -> bool:
@@ -36,6 +41,22 @@ def is_pair(first: Cell, second: Cell) -> bool:
     return first.explainer == second.explainer and (
         kinds == ("latent", "neuron") or (first.kind == "direction" != second.kind)
     )
+
+
+def unequal_text(first: Cell, second: Cell) -> Json | None:
+    """Why two kinds cannot be compared, where explanations of one were learned from much less text than the other's."""
+    one, two = first.learned, second.learned
+    if one is None or two is None:
+        return None
+    tokens = [one.ordinary, two.ordinary]
+    if min(tokens) >= (1 - UNEVEN) * max(tokens):
+        return None
+    if tokens[0] < tokens[1]:
+        kind, other, run = first.kind, second.kind, one.as_much_as(two)
+    else:
+        kind, other, run = second.kind, first.kind, two.as_much_as(one)
+    reason = f"{kind} explained from {min(tokens)} ordinary tokens of the training corpus, {other} from {max(tokens)}"
+    return {"kind": kind, "tokens": tokens, "reason": reason, "run": run}
 
 
 def means(cell: Cell) -> list[float]:
@@ -98,7 +119,7 @@ def tests_of(first: Cell, second: Cell, draws_DM: FloatArray, other_DM: FloatArr
     name = f"{first.explainer} {first.kind} {second.kind} {first.group}".encode()
     rng = np.random.default_rng([seed, *name])
     found = compare_means(first.clustered, second.clustered, rng, many)
-    pairs = paired_comparisons(first, second, many, seed)
+    pairs, unequal = paired_comparisons(first, second, many, seed), unequal_text(first, second)
     cells, draws = (first, second), (draws_DM, other_DM)
     counts = [[int(n) for n in cell.clustered.counts_CM.sum(0)] for cell in cells]
     hits = [[round(float(s)) for s in cell.clustered.sums_CM.sum(0)] for cell in cells]
@@ -129,6 +150,7 @@ def tests_of(first: Cell, second: Cell, draws_DM: FloatArray, other_DM: FloatArr
                 "p_pooled_uncorrected": known_number(pooled),
                 "detectable": known_number(smallest_difference(error)),
                 "paired": pairs and pairs[k],
+                "not_compared": unequal if measure_name in OF_EXPLANATIONS else None,
             }
         )
     return tests

@@ -41,8 +41,9 @@ def comparison_view(study: Study) -> Json:
 
     Returns:
         `{"available", "corpus", "missing_kinds": [{"kind", "label", "run"}], "stale_kinds", "tables": [{"explainer",
-        "rows": [row with "label" and "drawn"], "learned": [sentence], "tests": [test with "text"], "verdicts":
-        [{"measure", "shown", "sentences", "families": [sentence]}], "by": [{"name", "label", "rows"}]}]}`;
+        "rows": [row with "label" and "drawn"], "learned": [sentence], "remedies": [{"label", "run", "then"}], "tests":
+        [test with "text"], "verdicts": [{"measure", "shown", "sentences", "families": [sentence]}], "by": [{"name",
+        "label", "rows"}]}]}`;
         rows and tests are those of `compare`.
     """
     found = json_file(study, "compare/compare.json")
@@ -69,6 +70,7 @@ def explainer_table(found: Json, explainer: str) -> Json:
         "explainer": explainer,
         "rows": labelled(found["rows"], explainer),
         "learned": uneven_training(labelled(found["rows"], explainer)),
+        "remedies": remedies(tests),
         "tests": tests,
         "verdicts": [
             {
@@ -131,7 +133,9 @@ def comparison_text(found: Json) -> str:
         for said in table["verdicts"]:
             head = f"{said['measure']} (p-values by Holm, over all tests of the table)"
             parts.append("\n  ".join([head, *said["sentences"], *said["families"]]))
-        parts += ["\n".join(table["learned"])] if table["learned"] else []
+        notes = [*table["learned"]]
+        notes += [f"To compare {way['label']}: `{way['run']}`{way['then']}." for way in table["remedies"]]
+        parts += ["\n".join(notes)] if notes else []
     gone = [f"Not in the table: {NAMES[entry['kind']]}. Run: {entry['run']}" for entry in found["missing"]]
     gone += [
         f"Left out, of features that are no longer there: {NAMES[entry['kind']]} ({entry['explainer']}). Run: "
@@ -173,6 +177,17 @@ def uneven_training(rows: Sequence[Json]) -> list[str]:
     ]
 
 
+def remedies(tests: Sequence[Json]) -> list[Json]:
+    """What makes kinds comparable that are not: of each the first command, and what comes after it."""
+    found = {test["not_compared"]["kind"]: test["not_compared"]["run"] for test in tests if test.get("not_compared")}
+    all_of_it = " on all training traces, then `lorascope examples`, `explain` and `compare` again"
+    return [
+        {"label": NAMES[kind], "run": run}
+        | {"then": all_of_it if run.startswith("lorascope record") else ", then `lorascope compare` again"}
+        for kind, run in found.items()
+    ]
+
+
 def labelled(rows: Sequence[Json], explainer: str) -> list[Json]:
     """One explainer's rows with a label: the kind, drawn or whole."""
     return [
@@ -190,6 +205,11 @@ def verdict(test: Json, controlled: Json | None = None) -> str:
     """
     first, second = NAMES[test["first"]], NAMES[test["second"]]
     gap = test["difference"]
+    if unequal := test.get("not_compared"):
+        return (
+            f"{sentence(first)} and {second}: not compared, since explanations of {NAMES[unequal['kind']]} were "
+            f"learned from {min(unequal['tokens']):,} ordinary tokens and not from {max(unequal['tokens']):,}."
+        )
     if test["p"] is None:
         return f"{sentence(first)} and {second}: too few to test (n = {test['n'][0]} and {test['n'][1]})."
     size = f"{gap_words(gap)}; {p_words(test['p_holm'])}"
