@@ -222,6 +222,52 @@ def test_the_authors_classes(tmp_path: Path) -> None:
     assert last["p"] < 5e-4
 
 
+def test_answers_that_were_not_read_are_counted_beside_the_scores(tmp_path: Path) -> None:
+    """Of ten features, each 80 windows in detection and 80 in fuzzing, a tenth of the wrong one's answers failed."""
+    study = make_study(tmp_path / "study")
+    rows = [explained_row(f"L{i}.q+", 0.7 + i / 100, explainer="judge:m") for i in range(10)]
+    for row in rows:
+        row["scored"]["detection_wrong"]["unparsed"] = 16
+        row["scored"]["detection"]["unparsed"] = 1
+    add_kind(study, "direction", rows)
+    add_kind(study, "latent", [explained_row(f"sae.{i}", 0.7 + i / 90, explainer="judge:m") for i in range(10)])
+    result = compare(study, CONFIG, Options())
+    row = row_of(result, "direction")
+    assert row["unread"] == {
+        "own": {"answers": 1600, "unread": 10, "share": 0.00625},
+        "wrong": {"answers": 1600, "unread": 160, "share": 0.1},
+        "shuffled": {"answers": 0, "unread": 0, "share": None},
+    }
+    assert (row["to_retry"], row_of(result, "latent")["unread"]["wrong"]["share"]) == (0, 0.0)
+    said = "Of the scoring answers about directions were not read, and count as wrong: 10.0% with the wrong explanation"
+    text = comparison_text(result)
+    assert f"{said} (0.6% with their own)." in text
+    assert "about latents" not in text
+
+
+def test_features_that_are_asked_again_are_in_no_score(tmp_path: Path) -> None:
+    """Eight features scored 0.7 or so, and two whose requests failed, with 0 from answers that never came."""
+    study = make_study(tmp_path / "study")
+    rows = [explained_row(f"L{i}.q+", 0.7 + i / 100, explainer="judge:m", **classed(0)) for i in range(8)]
+    out = explained_row("L8.q+", 0.0, explainer="judge:m", retry=True, **classed(1))
+    out["scored"]["detection"]["unparsed"] = 80
+    silent = explained_row("L9.q+", None, explainer="judge:m", retry=True)
+    silent |= {"reason": "judge gave no explanation: time-out"}
+    silent["class"] = {"class": None, "reason": None, "failure": "time-out"}
+    add_kind(study, "direction", [*rows, out, silent])
+    result = compare(study, CONFIG, Options())
+    row = row_of(result, "direction")
+    assert (row["n"], row["scored"], row["to_retry"]) == (10, 8, 2)
+    assert row["failures"] == {"requests to the judge failed; they are asked again by the next explain": 2}
+    assert row["score"]["value"] == pytest.approx(0.735)
+    assert row["score_all"]["value"] == pytest.approx(0.735)  # an outage is no chance score either
+    assert row["scored_share"]["value"] == 1
+    assert row["unread"]["own"]["unread"] == 0
+    assert row["classes"]["0"]["value"] == pytest.approx(8 / 9, rel=1e-5)
+    assert row["classes"]["none"]["value"] == 0
+    assert "Left out of the scores of directions: 2 of 10, whose requests failed" in comparison_text(result)
+
+
 def test_features_without_a_class_are_a_share_of_their_own(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study")
     rows = [explained_row(f"L{i}.q+", 0.7, **classed(0)) for i in range(6)]

@@ -2,7 +2,8 @@
 
 Every number is a mean over the features of a kind that one explainer was asked about. Features without an explanation
 or a score are counted by reason, and `score_all` takes them as chance, since a mean over scored features alone
-flatters a kind that fails often. Explainers are never mixed. Shape legend: n features, M measures, D draws.
+flatters a kind that fails often. Features whose requests failed and are
+to be asked again are in no score. Explainers are never mixed. Shape legend: n features, M measures, D draws.
 """
 
 from collections import Counter
@@ -17,6 +18,7 @@ from lorascope.comparison_cells import (
     MEASURES,
     SCORES,
     SEGMENTS,
+    WHOSE,
     Cell,
     Json,
     explain_command,
@@ -55,7 +57,8 @@ def compare(study: Study, config: CompareConfig, options: Options) -> Json:
     Returns:
         `{"corpus", "explainers", "corrected_over", "rows", "tests", "by": {"third", "type", "family": {"rows",
         "tests"}}, "missing", "stale"}`. A row: `{"explainer", "kind", "group", "n", "clusters", "features",
-        "training_tokens", "explained", "scored", "failures": {reason: n}, "score": {"value", "low", "high"}, "wrong",
+        "training_tokens", "explained", "scored", "failures": {reason: n}, "to_retry", "unread": {"own": {"answers",
+        "unread", "share"}, "wrong", "shuffled"}, "score": {"value", "low", "high"}, "wrong",
         "shuffled", "gain", "auroc", "fuzzing", "fuzzing_wrong", "fuzzing_shuffled", "fuzzing_gain", "fuzzing_auroc",
         "score_all", "scored_share", "classes": {"0", "1", "2", "none"} or None, "density",
         "segments": {"prompt", "think", "answer"}, "reasoning"}`; None where nothing is known. A test:
@@ -228,7 +231,7 @@ def row_of(cell: Cell, draws_DM: FloatArray) -> Json:
         name: interval_of(Share(value, draws_DM[:, k], with_value(cell, k)), name in ALL_SHARES)
         for k, (name, value) in enumerate(zip(MEASURES, means(cell), strict=True))
     }
-    failures = dict(Counter(reason for _, reason in cell.said if reason is not None))
+    failures = dict(Counter(said.reason for said in cell.said if said.reason is not None))
     classes = {name: intervals[f"class_{name}"] for name in CLASSES}
     return {
         "explainer": cell.explainer,
@@ -238,12 +241,21 @@ def row_of(cell: Cell, draws_DM: FloatArray) -> Json:
         "clusters": len(cell.clustered.sums_CM),
         "features": cell.size,
         "training_tokens": cell.learned and cell.learned.ordinary,
-        "explained": sum(explained for explained, _ in cell.said),
+        "explained": sum(said.explained for said in cell.said),
         "scored": len(cell.ids) - sum(failures.values()),
         "failures": failures,
+        "to_retry": sum(said.to_retry for said in cell.said),
+        "unread": {whose: unread(cell, whose) for whose in WHOSE},
         **{name: intervals[name] for name in (*SCORES, "score_all", "scored_share")},
         "classes": classes if all(classes.values()) else None,
         "density": intervals["density"],
         "segments": {name: intervals[name] for name in SEGMENTS},
         "reasoning": intervals["reasoning"],
     }
+
+
+def unread(cell: Cell, whose: str) -> Json:
+    """How many answers the scores rest on that were tried with one explanation, and how many of them were not read."""
+    counts = [said.answers.get(whose, (0, 0)) for said in cell.said]
+    asked, failed = (sum(count[k] for count in counts) for k in (0, 1))
+    return {"answers": asked, "unread": failed, "share": known_number(failed / asked) if asked else None}

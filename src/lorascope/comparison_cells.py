@@ -22,6 +22,11 @@ from lorascope.study import Study, read_json
 
 Json = dict[str, Any]
 CHANCE = 0.5
+TASKS = ("detection", "fuzzing")
+WHOSE = {"own": "", "wrong": "_wrong", "shuffled": "_shuffled"}
+"""Whose explanation is tried on a feature, or that on whose firings, and how the names of those scores end."""
+ASKED_AGAIN = "requests to the judge failed; they are asked again by the next explain"
+"""Why a feature with such requests has no score."""
 SEGMENTS = ("prompt", "think", "answer")
 SHARES = tuple(f"share_{name}" for name in SEGMENTS)
 CLASSES = ("0", "1", "2", "none")
@@ -60,6 +65,20 @@ class Learned:
 
 
 @dataclass(frozen=True)
+class Said:
+    """What a row says of one feature beside its numbers."""
+
+    explained: bool
+    reason: str | None
+    """Why it has no score; None: it has one."""
+    to_retry: bool
+    """Requests about it failed, and the next `explain` sends them again."""
+    answers: Json
+    """By whose explanation (`own`, `wrong`, `shuffled`), how many answers its scores rest on and how many of them were
+    not read: [n, n]."""
+
+
+@dataclass(frozen=True)
 class Cell:
     """Features of one kind, or those of them in one group (a layer third, a type)."""
 
@@ -67,8 +86,7 @@ class Cell:
     kind: str
     group: str | None
     ids: list[str]
-    said: list[tuple[bool, str | None]]
-    """Of each feature, whether it has an explanation, and why it has no score (None: it has one)."""
+    said: list[Said]
     size: int
     """Features of the kind, explained or not."""
     learned: Learned | None
@@ -107,20 +125,18 @@ def read_kind(study: Study, corpus: str, kind: str, explained: Iterable[Json]) -
     reasoned = reasoned if study.is_current(f"reasoning:{corpus}:{kind}") else []
     reasoning = {row["feature"]: row["score"] for row in reasoned}
     explainers: set[str] = set()
-    by_explainer: dict[str, dict[str, tuple[FloatArray, tuple[bool, str | None]]]] = {}
+    by_explainer: dict[str, dict[str, tuple[FloatArray, Said]]] = {}
     for row in explained:
         name = row["feature"]
         explainers.add(row["explainer"])
         if name in stats:
             values = np.array(measure(row, stats[name], reasoning.get(name)))
-            failed = not np.isfinite(values[MEASURES.index("score")])
-            reason = plain_reason(row.get("reason") or "no score") if failed else None
-            by_explainer.setdefault(row["explainer"], {})[name] = values, (row["text"] is not None, reason)
+            by_explainer.setdefault(row["explainer"], {})[name] = values, said_of(row)
     cells = []
     for explainer, found in by_explainer.items():
         values_nM = np.array([values for values, _ in found.values()])
         classes = [MEASURES.index(f"class_{name}") for name in CLASSES]
-        if (values_nM[:, MEASURES.index("class_none")] == 1).all():
+        if not (values_nM[:, MEASURES.index("class_none")] == 0).any():
             values_nM[:, classes] = np.nan  # nobody was asked for classes
         said = [of_feature for _, of_feature in found.values()]
         cells.append(
@@ -184,21 +200,40 @@ def class_of(row: Json) -> str | None:
     return text if text in ("0", "1", "2") else None
 
 
-def measure(row: Json, stat: Json, reasoning: float | None) -> list[float]:
-    """A feature's number for each of `MEASURES`, NaN where it has none."""
+def said_of(row: Json) -> Said:
+    """What a row says beside its numbers."""
+    if row.get("retry"):
+        return Said(row["text"] is not None, ASKED_AGAIN, True, {})
     scored = row["scored"] or {}
+    reason = None if scored.get("detection") else plain_reason(row.get("reason") or "no score")
+    answers = {whose: [0, 0] for whose in WHOSE}
+    for whose, ending in WHOSE.items():
+        for task in TASKS:
+            part = scored.get(task + ending) or {}
+            answers[whose][0] += part.get("n", 0)
+            answers[whose][1] += part.get("unparsed", 0)
+    return Said(row["text"] is not None, reason, False, answers)
+
+
+def measure(row: Json, stat: Json, reasoning: float | None) -> list[float]:
+    """A feature's number for each of `MEASURES`, NaN where it has none.
+
+    One with failed requests that are to be sent again has no scores yet, good or bad: an outage is not the feature's.
+    """
+    waiting = bool(row.get("retry"))
+    scored = {} if waiting else row["scored"] or {}
     found = {name: (scored.get(name) or {}).get("value", np.nan) for name in SCORES.values()}
-    for task in ("detection", "fuzzing"):
+    for task in TASKS:
         found[f"{task}_auroc"] = ((scored.get(task) or {}).get("auroc") or {}).get("value", np.nan)
         found[f"{task}_gain"] = found[task] - found[f"{task}_wrong"]
     known = bool(np.isfinite(found["detection"]))
     given = class_of(row) or "none"
-    classes = [float(given == name) for name in CLASSES]
+    classes = [np.nan if waiting and given == "none" else float(given == name) for name in CLASSES]
     shares = [stat[name] if stat["n_firing"] else np.nan for name in SHARES]
     return [
         *(found[name] for name in SCORES.values()),
-        found["detection"] if known else CHANCE,
-        float(known),
+        found["detection"] if known or waiting else CHANCE,
+        np.nan if waiting else float(known),
         *classes,
         stat["density"],
         *shares,

@@ -31,6 +31,13 @@ SHOWN = ("score", "gain", "score_all")
 """What is read without opening anything."""
 CONTROLLED = {"score": "gain", "fuzzing": "fuzzing_gain"}
 """Scores, and the same less the wrong explanation's."""
+WHOSE = {
+    "own": "with their own",
+    "wrong": "with the wrong explanation",
+    "shuffled": "on shuffled features",
+}
+NOTICED = 0.01
+"""Share of answers that were not read above which it is said beside the verdict."""
 GROUPS = {"third": "By layer third", "type": "By matrix type", "family": "By family of random directions"}
 SURE = 0.05
 """Corrected p-value below which a difference is said to be found."""
@@ -41,9 +48,9 @@ def comparison_view(study: Study) -> Json:
 
     Returns:
         `{"available", "corpus", "missing_kinds": [{"kind", "label", "run"}], "stale_kinds", "tables": [{"explainer",
-        "rows": [row with "label" and "drawn"], "learned": [sentence], "remedies": [{"label", "run", "then"}], "tests":
-        [test with "text"], "verdicts": [{"measure", "shown", "sentences", "families": [sentence]}], "by": [{"name",
-        "label", "rows"}]}]}`;
+        "rows": [row with "label" and "drawn"], "outages": [sentence], "learned": [sentence], "remedies": [{"label",
+        "run", "then"}], "tests": [test with "text"], "verdicts": [{"measure", "shown", "sentences", "families":
+        [sentence]}], "by": [{"name", "label", "rows"}]}]}`;
         rows and tests are those of `compare`.
     """
     found = json_file(study, "compare/compare.json")
@@ -69,6 +76,7 @@ def explainer_table(found: Json, explainer: str) -> Json:
     return {
         "explainer": explainer,
         "rows": labelled(found["rows"], explainer),
+        "outages": outages(labelled(found["rows"], explainer)),
         "learned": uneven_training(labelled(found["rows"], explainer)),
         "remedies": remedies(tests),
         "tests": tests,
@@ -133,7 +141,7 @@ def comparison_text(found: Json) -> str:
         for said in table["verdicts"]:
             head = f"{said['measure']} (p-values by Holm, over all tests of the table)"
             parts.append("\n  ".join([head, *said["sentences"], *said["families"]]))
-        notes = [*table["learned"]]
+        notes = [*table["outages"], *table["learned"]]
         notes += [f"To compare {way['label']}: `{way['run']}`{way['then']}." for way in table["remedies"]]
         parts += ["\n".join(notes)] if notes else []
     gone = [f"Not in the table: {NAMES[entry['kind']]}. Run: {entry['run']}" for entry in found["missing"]]
@@ -175,6 +183,24 @@ def uneven_training(rows: Sequence[Json]) -> list[str]:
         for row in rows
         if row["training_tokens"] and row["training_tokens"] < most
     ]
+
+
+def outages(rows: Sequence[Json]) -> list[str]:
+    """Which rows lack scores since requests failed, and in which more than a few answers were not read."""
+    found = []
+    for row in rows:
+        if row.get("to_retry"):
+            found.append(
+                f"Left out of the scores of {row['label']}: {row['to_retry']:,} of {row['n']:,}, whose requests "
+                "failed; the same `lorascope explain` sends them again."
+            )
+        shares = {whose: part["share"] or 0.0 for whose, part in (row.get("unread") or {}).items()}
+        often = [f"{share:.1%} {WHOSE[whose]}" for whose, share in shares.items() if share > NOTICED]
+        seldom = [f"{share:.1%} {WHOSE[whose]}" for whose, share in shares.items() if 0 < share <= NOTICED]
+        if often:
+            text = f"Of the scoring answers about {row['label']} were not read, and count as wrong: {', '.join(often)}"
+            found.append(text + (f" ({', '.join(seldom)})." if seldom else "."))
+    return found
 
 
 def remedies(tests: Sequence[Json]) -> list[Json]:
