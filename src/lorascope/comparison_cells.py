@@ -73,7 +73,7 @@ class Said:
     """Why it has no score; None: it has one."""
     to_retry: bool
     """Requests about it failed, and the next `explain` sends them again."""
-    answers: Json
+    answers: dict[str, list[int]]
     """By whose explanation (`own`, `wrong`, `shuffled`), how many answers its scores rest on and how many of them were
     not read: [n, n]."""
 
@@ -206,13 +206,16 @@ def said_of(row: Json) -> Said:
         return Said(row["text"] is not None, ASKED_AGAIN, True, {})
     scored = row["scored"] or {}
     reason = None if scored.get("detection") else plain_reason(row.get("reason") or "no score")
-    answers = {whose: [0, 0] for whose in WHOSE}
-    for whose, ending in WHOSE.items():
-        for task in TASKS:
-            part = scored.get(task + ending) or {}
-            answers[whose][0] += part.get("n", 0)
-            answers[whose][1] += part.get("unparsed", 0)
-    return Said(row["text"] is not None, reason, False, answers)
+    return Said(row["text"] is not None, reason, False, count_answers(scored))
+
+
+def count_answers(scored: Json) -> dict[str, list[int]]:
+    """Of one feature's scores, by whose explanation: how many answers they rest on, and how many were not read."""
+    parts = {whose: [scored.get(task + ending) or {} for task in TASKS] for whose, ending in WHOSE.items()}
+    return {
+        whose: [sum(part.get(name) or 0 for part in found) for name in ("n", "unparsed")]
+        for whose, found in parts.items()
+    }
 
 
 def measure(row: Json, stat: Json, reasoning: float | None) -> list[float]:
