@@ -22,7 +22,7 @@ def judged_study(path: Path) -> Study:
     rows[1]["text"] = "one two three four five six seven eight nine ten eleven"
     for k, row in enumerate(rows[:3]):
         row["scored"] |= {"fuzzing": None, "fuzzing_wrong": None}
-        row["scored"]["without"] = {"fuzzing": f"only {k} windows have other tokens to mark, fewer than 5"}
+        row["scored"]["without"] = {"fuzzing": f"only {k} windows with other tokens to mark, fewer than 5"}
     add_kind(study, "direction", rows)
     return study
 
@@ -49,4 +49,4 @@ def test_long_explanations_and_missing_fuzzing_are_counted(tmp_path: Path) -> No
     )
     fuzzing = said["without a fuzzing score"]
     assert (fuzzing["count"], fuzzing["of"]) == (3, 6)
-    assert fuzzing["rule"] == "fewer than 5 windows have other tokens to mark"
+    assert fuzzing["rule"] == "fewer than 5 windows with other tokens to mark"
