@@ -8,6 +8,8 @@ import pytest
 from compared_study import add_kind, classed, explained_row, row_of, the_test
 from lorascope.comparison import CompareConfig, compare
 from lorascope.config import Options
+from lorascope.study import write_json
+from lorascope.views import comparison_view
 from lorascope.views.compare import comparison_text, verdict
 from tiny_store import make_study, write_store
 
@@ -127,3 +129,18 @@ def test_features_that_are_asked_again_are_in_no_score(tmp_path: Path) -> None:
     assert row["classes"]["0"]["value"] == pytest.approx(8 / 9, rel=1e-5)
     assert row["classes"]["none"]["value"] == 0
     assert "Left out of the scores of directions: 2 of 10, whose requests failed" in comparison_text(result)
+
+
+def test_a_comparison_of_an_earlier_version_is_made_again(tmp_path: Path) -> None:
+    """Its record is of the same inputs, but its verdicts are of other tests."""
+    study = make_study(tmp_path / "study")
+    add_kind(study, "direction", [explained_row(f"L{i}.q+", 0.7 + i / 100) for i in range(5)])
+    now = compare(study, CONFIG, Options())
+    assert comparison_view(study)["outdated"] is None
+    earlier = {name: value for name, value in now.items() if name != "method"}
+    record = study.manifest["stages"]["compare"]
+    study.update_manifest(stages={"compare": record | {"result": earlier}})
+    write_json(study.path / "compare" / "compare.json", earlier)
+    assert comparison_view(study)["outdated"] == f"lorascope compare {study.path}"
+    assert compare(study, CONFIG, Options()) == now
+    assert comparison_view(study)["outdated"] is None

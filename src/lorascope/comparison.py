@@ -16,6 +16,7 @@ from lorascope.addresses import TYPE_ORDER, direction_layer, direction_type
 from lorascope.comparison_cells import (
     CLASSES,
     MEASURES,
+    METHOD,
     SCORES,
     SEGMENTS,
     WHOSE,
@@ -55,8 +56,8 @@ def compare(study: Study, config: CompareConfig, options: Options) -> Json:
     """Write `compare/compare.json` and return it.
 
     Returns:
-        `{"corpus", "explainers", "corrected_over", "rows", "tests", "by": {"third", "type", "family": {"rows",
-        "tests"}}, "missing", "stale"}`. A row: `{"explainer", "kind", "group", "n", "clusters", "features",
+        `{"method", "corpus", "explainers", "corrected_over", "rows", "tests", "by": {"third", "type", "family":
+        {"rows", "tests"}}, "missing", "stale"}`. A row: `{"explainer", "kind", "group", "n", "clusters", "features",
         "training_tokens", "explained", "scored", "failures": {reason: n}, "to_retry", "unread": {"own": {"answers",
         "unread", "share"}, "wrong", "shuffled"}, "score": {"value", "low", "high"}, "wrong",
         "shuffled", "gain", "auroc", "fuzzing", "fuzzing_wrong", "fuzzing_shuffled", "fuzzing_gain", "fuzzing_auroc",
@@ -85,6 +86,9 @@ def compare(study: Study, config: CompareConfig, options: Options) -> Json:
         write_json(study.path / OUTPUT, result)
         return result
 
+    record = study.manifest["stages"].get("compare")
+    if record and record["result"].get("method") != METHOD:
+        study.expire("compare")
     return study.run("compare", config, options, inputs=inputs, outputs=[OUTPUT], work=work)
 
 
@@ -113,6 +117,7 @@ def comparison_of(study: Study, config: CompareConfig, seed: int) -> Json:
     explainers = list(dict.fromkeys(cell.explainer for cell in cells))
     whole = table_of(cells, config, seed)
     return {
+        "method": METHOD,
         "corpus": config.corpus,
         "explainers": explainers,
         "corrected_over": "the tests of one table and one explainer",

@@ -21,6 +21,8 @@ from lorascope.stats import FloatArray
 from lorascope.study import Study, read_json
 
 Json = dict[str, Any]
+METHOD = 2
+"""Stands in the result: raise it when what is tested or scored changes, and `compare` runs again on old studies."""
 CHANCE = 0.5
 TASKS = ("detection", "fuzzing")
 WHOSE = {"own": "", "wrong": "_wrong", "shuffled": "_shuffled"}

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from lorascope.columns import aligned
+from lorascope.comparison_cells import METHOD
 from lorascope.study import Study
 from lorascope.views.reading import Json, json_file, missing
 
@@ -47,11 +48,11 @@ def comparison_view(study: Study) -> Json:
     """The comparison, one table per explainer.
 
     Returns:
-        `{"available", "corpus", "missing_kinds": [{"kind", "label", "run"}], "stale_kinds", "tables": [{"explainer",
-        "rows": [row with "label" and "drawn"], "outages": [sentence], "learned": [sentence], "remedies": [{"label",
-        "run", "then"}], "tests": [test with "text"], "verdicts": [{"measure", "shown", "sentences", "families":
-        [sentence]}], "by": [{"name", "label", "rows"}]}]}`;
-        rows and tests are those of `compare`.
+        `{"available", "corpus", "outdated": command or None, "missing_kinds": [{"kind", "label", "run"}],
+        "stale_kinds", "tables": [{"explainer", "rows": [row with "label" and "drawn"], "outages": [sentence],
+        "learned": [sentence], "remedies": [{"label", "run", "then"}], "tests": [test with "text"], "verdicts":
+        [{"measure", "shown", "sentences", "families": [sentence]}], "by": [{"name", "label", "rows"}]}]}`; rows and
+        tests are those of `compare`.
     """
     found = json_file(study, "compare/compare.json")
     if found is None:
@@ -59,6 +60,7 @@ def comparison_view(study: Study) -> Json:
     return {
         "available": True,
         "corpus": found["corpus"],
+        "outdated": None if found.get("method") == METHOD else f"lorascope compare {study.path}",
         "missing_kinds": [entry | {"label": NAMES[entry["kind"]]} for entry in found["missing"]],
         "stale_kinds": [entry | {"label": NAMES[entry["kind"]]} for entry in found["stale"]],
         "tables": [explainer_table(found, explainer) for explainer in found["explainers"]],
