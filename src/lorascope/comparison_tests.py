@@ -24,7 +24,7 @@ TESTED = (
     *("class_0", "class_1", "class_2", "reasoning"),
 )
 """A score's gain is less the wrong explanation's: a kind that any explanation fits has a high score and no gain."""
-OF_EXPLANATIONS = TESTED[:-1]
+OF_EXPLANATIONS = tuple(name for name in TESTED if name != "reasoning")
 """What depends on the text that explanations were learned from."""
 PROPORTIONS = ("scored_share", "class_0", "class_1", "class_2")
 ALL_SHARES = (*PROPORTIONS, "class_none")
