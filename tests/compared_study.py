@@ -78,3 +78,18 @@ def make_compared_study(path: Path, layers: int = 6, seed: int = 0) -> Study:
     add_kind(study, "untrained", rows(sides("untrained.", addresses), 0.6))
     add_kind(study, "base", rows(sides("base.", addresses), 0.7))
     return study
+
+
+def row_of(result: dict[str, Any], kind: str) -> dict[str, Any]:
+    (row,) = [row for row in result["rows"] if row["kind"] == kind]
+    return row
+
+
+def classed(number: int) -> dict[str, Any]:
+    """What a judge's row holds of its class."""
+    return {"class": {"class": number, "reason": "one thing", "failure": None}}
+
+
+def the_test(result: dict[str, Any], second: str, measure: str, first: str = "direction") -> dict[str, Any]:
+    (found,) = [t for t in result["tests"] if (t["first"], t["second"], t["measure"]) == (first, second, measure)]
+    return found

@@ -23,7 +23,7 @@ FLOORS = {
     "token_text traces tasks heap",
     2: "study store store_writer features layers explained recovery selection",
     3: "attached sinks controls restart rank1 fused packing edits memory generation kl training_plan training_state "
-    "leave_one_out screening residual_norms",
+    "leave_one_out screening residual_norms comparison_cells comparison_tests",
     4: "creation training evaluation ablation recording example_search logit_lens comparison steering sae explain "
     "reasoning",
     5: "views status",
@@ -34,7 +34,7 @@ FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split(
 
 # Reading stages work without a language model; what must load one does so inside the function that needs it.
 NO_LANGUAGE_MODEL = [
-    *("example_search", "sae", "explain", "comparison", "reasoning", "logit_lens"),
+    *("example_search", "sae", "explain", "comparison", "comparison_cells", "reasoning", "logit_lens"),
     *("views", "report", "studio", "export"),
 ]
 LANGUAGE_MODEL = {"transformers", "peft", "lorascope.models", "lorascope.attached", "lorascope.generation"}

@@ -72,11 +72,14 @@ def test_every_kind_has_a_label_and_every_test_its_words(study: Study) -> None:
     assert not any(row["drawn"] for row in table["rows"])
     assert [group["measure"] for group in table["verdicts"]] == [
         "Detection",
+        "Detection above the wrong explanation's",
         "Detection, failures as chance",
         "Fuzzing",
+        "Fuzzing above the wrong explanation's",
         "Share with a score",
     ]
-    assert sum(len(group["sentences"]) for group in table["verdicts"]) == len(table["tests"]) == 24
+    assert sum(len(group["sentences"]) for group in table["verdicts"]) == len(table["tests"]) == 36
+    assert [group["shown"] for group in table["verdicts"]] == [True] * 3 + [False] * 3
     detection = table["verdicts"][0]["sentences"]
     assert any(text.startswith("Directions above random directions") for text in detection)
     assert [part["name"] for part in table["by"]] == ["third", "type", "family"]
@@ -92,7 +95,7 @@ def test_a_terminal_gets_a_table_and_sentences(study: Study, capsys: pytest.Capt
         assert re.search(rf"^{row['label']}.*  {row['n']} .*{row['score']['value']:.3f} \(", text, re.M)
     for said in table["verdicts"]:
         assert all(sentence in text for sentence in said["sentences"])
-    assert all(sentence in text for sentence in table["families"])
+        assert all(sentence in text for sentence in said["families"])
     head, *rows = text.split("\n\n")[1].splitlines()
     starts = [head.index(name) for name in ("n ", "scored", "detection", "wrong", "fuzzing")]
     assert all(row[start - 2 : start] == "  " != row[start] for row in rows for start in starts)

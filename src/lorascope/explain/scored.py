@@ -29,7 +29,8 @@ def score_feature(job: Job, explainer: Explainer, number: int, row: Row, lender:
     """`{"scored": ...}` of one explained feature by its number, or `{"reason"}` when there are too few windows.
 
     `scored` has `detection` and `fuzzing`, each also with `_wrong` (the explanation of `wrong_from`) and `_shuffled`
-    (the same explanation on the feature's firings shifted within their traces).
+    (the same explanation on the feature's firings shifted within their traces). Where there are too few windows for one
+    of the two it is None, and `without` has the reason by its name.
     """
     feature = row["feature"]
     at_n, activation_n = job.scoring.firings.of(number)
@@ -42,8 +43,9 @@ def score_feature(job: Job, explainer: Explainer, number: int, row: Row, lender:
     own = _explanation(feature, row)
     scored: dict[str, Any] = {}
     for name, quiz in quizzes.items():
-        if quiz.truth_W.all():
+        if reason := _too_few(quiz):
             scored[name] = None
+            scored.setdefault("without", {})[name] = reason
             continue
         scored[name] = explainer.score(quiz, own, rng) | {"counts": quiz.counts}
         if lender:
@@ -71,6 +73,15 @@ def _pose(
     return quizzes, len(sample.index_WS) - sample.n_positive
 
 
+def _too_few(quiz: Quiz) -> str | None:
+    """Why windows give no score: too few of either side."""
+    n_positive = int(quiz.truth_W.sum())
+    for side, count in (("around firings", n_positive), ("with other tokens to mark", len(quiz.truth_W) - n_positive)):
+        if count < LEAST_SCORING:
+            return f"only {count} windows {side}, fewer than {LEAST_SCORING}"
+    return None
+
+
 def _score_shuffled(
     job: Job, explainer: Explainer, own: Explanation, at_n: NDArray[np.int64], activation_n: NDArray[np.float32]
 ) -> dict[str, Any]:
@@ -82,7 +93,7 @@ def _score_shuffled(
     quizzes, n_quiet = _pose(job, moved_n, activation_n[order_n], rng)
     if n_quiet < LEAST_SCORING:
         return {}
-    posed = {name: quiz for name, quiz in quizzes.items() if not quiz.truth_W.all()}
+    posed = {name: quiz for name, quiz in quizzes.items() if not _too_few(quiz)}
     return {f"{name}_shuffled": explainer.score(quiz, own, rng) for name, quiz in posed.items()}
 
 

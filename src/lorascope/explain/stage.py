@@ -29,7 +29,9 @@ from lorascope.progress import progress
 from lorascope.study import Study, digest, stream_rows
 
 METHOD = 3
-"""Goes into the rows' keys: raise it when the search or the scores change."""
+"""Goes into all keys: raise it when the search changes."""
+SCORING = 1
+"""Goes into the keys of scored rows: raise it when the scores change."""
 
 
 def explain_features(study: Study, config: ExplainConfig, options: Options) -> dict[str, Any]:
@@ -173,7 +175,8 @@ def _score_all(study: Study, job: Job, explainer: Explainer, explained: RowFile,
     def lender_of(k: int) -> Row | None:
         return explained.read(explained_as[lenders[k]]) if lenders[k] >= 0 else None
 
-    settings = [METHOD, explainer.scoring_settings, job.config.corpus, job.config.examples, job.config.window, job.seed]
+    config = job.config
+    settings = [METHOD, SCORING, explainer.scoring_settings, config.corpus, config.examples, config.window, job.seed]
     keys = Keys(len(job.ids))
     for k in range(len(job.ids)):
         lent = lender_of(k)

@@ -1,8 +1,10 @@
 """Everything that was cut, filtered, not read, dead or too rare: nothing is lost in silence."""
 
 import itertools
+from collections import Counter
 from typing import Any
 
+from lorascope.comparison_cells import count_answers
 from lorascope.explained import LEXICAL, plain_reason
 from lorascope.study import Study
 from lorascope.views.ablation_tables import WAYS, ablation_table
@@ -18,6 +20,8 @@ KINDS = {
     "untrained": "untrained controls",
 }
 """Kinds of features as a stage's row names them."""
+WHOSE = {"own": "own explanation", "wrong": "wrong explanation", "shuffled": "shuffled feature"}
+"""What answers were asked about, in words."""
 
 
 def dropped(study: Study) -> Json:
@@ -156,25 +160,33 @@ def explanation_losses(study: Study) -> list[Json]:
 
 def explainer_losses(stage: str, explained: list[Json], *, judged: bool) -> list[Json]:
     """What one explainer could not do about one kind of features."""
-    reasons: dict[str, int] = {}
-    for row in explained:
-        if row.get("reason"):
-            plain = plain_reason(str(row["reason"]))
-            reasons[plain] = reasons.get(plain, 0) + 1
-    rows: list[Json] = []
-    if judged:
-        unread = sum(unparsed(row) for row in explained)
-        rows.append(entry(stage, "judge's answers not read", unread, None, "counted as wrong"))
+    rows = judge_losses(stage, explained) if judged else []
     classes = [row["class"] for row in explained if row.get("class")]
     if classes:
         failed = sum(found["class"] is None for found in classes)
         rows.append(entry(stage, "without a class", failed, len(classes), "the judge's answer failed"))
-    for reason, count in sorted(reasons.items(), key=lambda item: -item[1]) or [("", 0)]:
+    reasons = Counter(plain_reason(str(row["reason"])) for row in explained if row.get("reason"))
+    for reason, count in reasons.most_common() or [("", 0)]:
         rows.append(entry(stage, "without a score", count, len(explained), reason))
+    scored = [row["scored"] for row in explained if row.get("scored")]
+    missing = Counter(plain_reason(found["without"]["fuzzing"]) for found in scored if found.get("without"))
+    rows += [entry(stage, "without a fuzzing score", n, len(scored), reason) for reason, n in missing.most_common()]
     return rows
 
 
-def unparsed(row: Json) -> int:
-    """Answers about one feature that could not be read."""
-    scored = row.get("scored") or {}
-    return sum(int((scored.get(name) or {}).get("unparsed") or 0) for name in ("detection", "fuzzing"))
+def judge_losses(stage: str, explained: list[Json]) -> list[Json]:
+    """Answers of a judge that were not read, by whose explanation; requests that failed; explanations at length."""
+    from lorascope.explain.prompts import WORDS  # here alone: the stage takes longer to load than a page
+
+    counts = [count_answers(row.get("scored") or {}) for row in explained]
+    rows = []
+    for whose, words in WHOSE.items():
+        asked, unread = (sum(count[whose][k] for count in counts) for k in (0, 1))
+        rows.append(entry(stage, f"judge's answers not read, {words}", unread, asked, "counted as wrong"))
+    again = sum(bool(row.get("retry")) for row in explained)
+    rule = "requests failed: in no score of compare; the same explain sends them again"
+    rows.append(entry(stage, "features to be asked again", again, len(explained), rule))
+    texts = [row["text"].split() for row in explained if row.get("text")]
+    longer = sum(len(text) > WORDS for text in texts)
+    rule = "asked for as many at most; kept and scored as they are"
+    return [*rows, entry(stage, f"explanations longer than {WORDS} words", longer, len(texts), rule)]
