@@ -15,9 +15,11 @@ from lorascope.cli import main
 from lorascope.config import Options
 from lorascope.errors import BadInput, MissingStage
 from lorascope.explain.categories import CategorizeConfig, categorize
+from lorascope.explain.categories.asking import list_names
 from lorascope.explain.categories.assign import CHANCE, assign_by_words
 from lorascope.explain.categories.shares import bootstrap_shares, make_groups, tally_traces
 from lorascope.explain.categories.spaces import layer_thirds
+from lorascope.explain.categories.stage import identity
 from lorascope.explain.categories.taxonomy import load_taxonomy, membership, parse_taxonomy
 from lorascope.explain.categories.words import explanation_words, make_bags
 from lorascope.explained import ASSIGNED
@@ -266,6 +268,28 @@ def test_words_of_rules_and_texts() -> None:
     assert bags.weight_M[bags.source_M == 1].sum() == pytest.approx(0.5)
 
 
+def test_examples_are_shown_to_a_judge_and_make_another_taxonomy() -> None:
+    text = """
+categories:
+  - name: one
+    description: The first.
+    examples: ['"is" in "it is"', "two\n lines"]
+    subcategories:
+      - {name: inner, description: Within., examples: [deep]}
+      - {name: bare}
+"""
+    taxonomy = parse_taxonomy(text, "test")
+    assert list_names(taxonomy) == (
+        '- one: The first. For example: "\\"is\\" in \\"it is\\""; "two lines"\n'
+        '- one / inner: Within. For example: "deep"\n'
+        "- one / bare: "
+    )
+    assert not membership([" deep"], taxonomy).any()  # words are of names, descriptions and lists
+    for old, new in ((", examples: [deep]", ""), ('"it is"', '"it was"')):
+        assert identity(parse_taxonomy(text.replace(old, new), "test")) != identity(taxonomy)
+    assert set(load_taxonomy(None).examples) == set(load_taxonomy(None).categories)
+
+
 BAD = {
     "categories: []": "must hold a mapping with a list",
     "[1, 2]": "must hold a mapping with a list",
@@ -274,6 +298,11 @@ BAD = {
     "categories: [{subcategories: []}]": "has no `name`",
     "categories: [{name: a, subcategories: [{name: b, words: [no]}]}]": "must be put in quotes",
     "categories: [{name: a, subcategories: [{name: b, word: [x]}]}]": "unknown key 'word'",
+    "categories: [{name: a, example: [x], subcategories: [{name: b}]}]": "unknown key 'example'",
+    "{kategories: 1, categories: [{name: a, subcategories: [{name: b}]}]}": "unknown key 'kategories'",
+    "categories: [{name: a, examples: x, subcategories: [{name: b}]}]": "must be a list",
+    "categories: [{name: a, subcategories: [{name: b, examples: [1]}]}]": "must be put in quotes",
+    "categories: [{name: a, subcategories: [{name: b, examples: ['']}]}]": "must be a short text",
     "categories: [{name: a, subcategories: [{name: b, classes: [verb]}]}]": "names 'verb' under classes",
     "categories: [{name: a, subcategories: [{name: b, patterns: ['(']}]}]": "no regular expression",
     "categories: [{name: a, subcategories: [{name: b, words: x}]}]": "must be a list",

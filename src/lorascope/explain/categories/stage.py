@@ -78,7 +78,7 @@ class CategorizeConfig(JudgeConfig):
     """Sort features into the categories of a taxonomy, measure their shares, and cluster the features without it."""
 
     taxonomy: str | None = None
-    """YAML file of categories, subcategories and their words (default: the seven functional categories)."""
+    """YAML file of categories, subcategories, their words and examples (default: the seven functional categories)."""
     by: str = "lexical"
     """What assigns: lexical (words of explanation and examples, no model) or judge (a language model behind a URL)."""
     kinds: str = "latent,direction"
@@ -159,10 +159,10 @@ def asker(
 
 def identity(taxonomy: Taxonomy) -> str:
     """A short hash of a taxonomy's content: an edited file makes the stage stale."""
-    said: list[object] = [taxonomy.name, taxonomy.descriptions]
+    said: list[object] = [taxonomy.name, taxonomy.descriptions, taxonomy.examples]
     for sub in taxonomy.subcategories:
         words = [sorted(sub.words), [p.pattern for p in sub.patterns], sorted(sub.classes), sorted(sub.segments)]
-        said.append([sub.category, sub.name, sub.description, *words])
+        said.append([sub.category, sub.name, sub.description, sub.examples, *words])
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:12]
 
 
