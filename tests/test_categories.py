@@ -24,7 +24,9 @@ from lorascope.explain.categories.taxonomy import load_taxonomy, membership, par
 from lorascope.explain.categories.words import explanation_words, make_bags
 from lorascope.explained import ASSIGNED
 from lorascope.features import load_features
+from lorascope.recording import OUTPUT_RMS
 from lorascope.study import Study, read_json
+from lorascope.views import category_view
 from planted_categories import DECODER, PLANTED, planted_categories
 
 CONFIG = CategorizeConfig()
@@ -89,6 +91,30 @@ def test_shares_are_those_of_the_activations(planted: Planted) -> None:
             assert share["high"] - share["low"] < 0.1
     for name in ("count", "rate", "mass"):
         assert sum(row[name]["value"] for row in table["rows"] if row["subcategory"] is None) == pytest.approx(1)
+
+
+def test_matrix_types_are_added_up_relative_to_their_own_outputs(planted: Planted, tmp_path: Path) -> None:
+    """Directions of equal relative effect weigh the same, also where the matrices' outputs differ a hundredfold."""
+    _, _, result = planted
+    outputs = [1.0, 100.0, 10.0] * 3  # q, gate, down
+    study, _ = planted_categories(tmp_path / "study", outputs=outputs)
+    found = categorize(study, CONFIG, Options())
+    tables = read_json(study.path / "categories" / "shares.json")["kinds"]
+    flow = read_json(study.path / "categories" / "flow.json")
+    for kind in ("latent", "direction"):
+        assert tables[kind]["relative"]
+        for row, other in zip(found["kinds"][kind]["shares"], result["kinds"][kind]["shares"], strict=True):
+            assert row["category"] == other["category"]
+            assert row["mass"]["value"] == pytest.approx(other["mass"]["value"], rel=1e-3)
+    assert flow["relative"]
+    weights = {(row["type"], row["third"], row["category"]): row["weight"] for row in flow["rows"] if row["weight"] > 0}
+    assert list(weights.values()) == pytest.approx([DECODER] * 9)
+    (study.path / "scalars" / "heldout" / "adapter" / OUTPUT_RMS).unlink()
+    raw = categorize(study, CONFIG, Options())
+    assert not read_json(study.path / "categories" / "shares.json")["kinds"]["direction"]["relative"]
+    assert not category_view(study)["flow"]["relative"]
+    spelling = [row["mass"]["value"] for row in raw["kinds"]["direction"]["shares"]][1]
+    assert spelling > 0.3  # L0.gate, whose raw effect is a hundred times that of L0.q
 
 
 def test_tally_equals_brute_force(planted: Planted) -> None:

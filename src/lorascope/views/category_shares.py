@@ -26,14 +26,15 @@ def category_view(study: Study) -> Json:
 
     Returns:
         `{"available", "corpus", "by", "taxonomy", "categories": [{"name", "number", "description"}], "kinds": [{"kind",
-        "label", "features", "firings", "traces", "rows": [share], "members": [group]}], "flow": {"rows", "unit",
-        "latents"} or None, "maps": [map], "agreement": [{"kind", "one", "two", "value", "null_95", "p", "n"}],
-        "listed", "drawn"}`. A share is a row of `categories/shares.json` with its category's number and `anchor`, which
-        tells where on a page its features are listed; a group is `{"category", "number", "anchor", "n",
+        "label", "features", "firings", "traces", "relative", "rows": [share], "members": [group]}], "flow": {"rows",
+        "unit", "relative", "latents"} or None, "maps": [map], "agreement": [{"kind", "one", "two", "value", "null_95",
+        "p", "n"}], "listed", "drawn"}`. A share is a row of `categories/shares.json` with its category's number and
+        `anchor`, which tells where on a page its features are listed; a group is `{"category", "number", "anchor", "n",
         "subcategories": [{"name", "anchor", "n", "features": [{"id", "text", "reason", "score"}]}]}`; a map is
         `{"kind", "space", "label", "corpus", "total", "k", "silhouette", "clusters", "points": [{"id", "x", "y",
         "number", "anchor", "segment", "cluster", "trace", "position", "said"}]}` with x and y from 0 to 1. Number 0 is
-        for features without a category; `listed` and `drawn` are the most features in a list and points in a map.
+        for features without a category; `relative` tells whether what is written is measured against the base's own
+        outputs, so that matrix types add up; `listed` and `drawn` are the most features in a list and points in a map.
     """
     shares = json_file(study, "categories/shares.json")
     if shares is None:
@@ -75,7 +76,7 @@ def one_kind(study: Study, kind: str, table: Json, numbers: dict[str, int], know
         for place, row in enumerate(table["rows"])
     ]
     assigned = json_lines(study, f"categories/{kind}.jsonl")
-    kept = {key: table[key] for key in ("features", "firings", "traces")}
+    kept = {key: table[key] for key in ("features", "firings", "traces")} | {"relative": bool(table.get("relative"))}
     names = [*numbers, NONE_FITS, NO_ANSWER, WITHOUT]
     members = [group_of(name, numbers, assigned, known, places) for name in names]
     return {"kind": kind, "label": LABELS.get(kind, kind), "rows": rows, "members": members} | kept
@@ -122,7 +123,7 @@ def numbered_flow(study: Study, numbers: dict[str, int]) -> Json | None:
     if flow is None or not any(row["weight"] > 0 for row in flow["rows"]):
         return None
     rows = [row | {"number": numbers.get(row["category"], 0)} for row in flow["rows"] if row["weight"] > 0]
-    return dict(flow | {"rows": rows})
+    return dict(flow | {"rows": rows, "relative": bool(flow.get("relative"))})
 
 
 def one_map(study: Study, space: Json, numbers: dict[str, int], known: dict[str, Json]) -> Json:

@@ -140,10 +140,10 @@ def _subcategory(entry: Any, category: str, category_description: str, place: st
     name = _name(entry, place, f"a subcategory of {category!r}")
     where = f"{category} / {name}"
     _known_keys(entry, {"name", "description", "examples", *FIELDS}, f"{place}: {where} has")
-    lists = {field: _strings(entry, field, place, where) for field in FIELDS}
-    for field, known in (("classes", tuple(CLASSES)), ("segments", SEGMENT_NAMES)):
-        if wrong := [value for value in lists[field] if value not in known]:
-            raise BadInput(f"{place}: {where} names {wrong[0]!r} under {field}; known are {', '.join(known)}.")
+    lists = {key: _strings(entry, key, place, where) for key in FIELDS}
+    for key, known in (("classes", tuple(CLASSES)), ("segments", SEGMENT_NAMES)):
+        if wrong := [value for value in lists[key] if value not in known]:
+            raise BadInput(f"{place}: {where} names {wrong[0]!r} under {key}; known are {', '.join(known)}.")
     try:
         patterns = tuple(re.compile(pattern) for pattern in lists["patterns"])
     except re.error as error:
