@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from lorascope.errors import MissingStage
-from lorascope.explain.categories.words import Weighted, example_words, explanation_words, sort_rows
+from lorascope.explain.categories.words import Weighted, example_words, explanation_words, one_explanation, sort_rows
 from lorascope.explain.rows import Row
 from lorascope.explained import current_rows
 from lorascope.features import DIFFERENCE, FeatureSet
@@ -108,6 +108,6 @@ def output_file(corpus: str) -> str:
 
 
 def explained_words(kind: Kind, number: int) -> Weighted:
-    """The words of one feature's explanations, of rules and of texts."""
-    of_rules, of_texts = explanation_words(kind.rows_F[number])
+    """The words of one feature's explanation: a judge's text where there is one, else the rule."""
+    of_rules, of_texts = explanation_words(one_explanation(kind.rows_F[number]))
     return of_rules + of_texts

@@ -59,6 +59,7 @@ from lorascope.explain.categories.words import (
     explanation_words,
     feature_text,
     make_bags,
+    one_explanation,
 )
 from lorascope.explain.judge_log import is_passing
 from lorascope.explain.judges import Reply
@@ -282,7 +283,7 @@ def feature_spaces(
     if config.embed is None or len(explained_P) < 2:
         said = explanation_vectors([explained_words(kind, int(p)) for p in explained_P])
     else:
-        texts = [" ".join(str(row["text"]) for row in kind.rows_F[int(p)] if row.get("text")) for p in explained_P]
+        texts = [str(row["text"]) for p in explained_P for row in one_explanation(kind.rows_F[int(p)])]
         said = embed_texts(texts, config.embed, device)
     spaces = [make_space(kind.name, "explanations", explained_P, said, place, rng)]
     if kind.decoder_FN is not None:
