@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from lorascope.config import Options
 from lorascope.example_search import ExamplesConfig, examples
 from lorascope.explain import ExplainConfig, explain_features
+from lorascope.recording import OUTPUT_RMS
 from lorascope.sae.files import save_sae
 from lorascope.sae.model import SAE
-from lorascope.study import Study
+from lorascope.study import Study, write_json
 from tiny_store import make_study, write_store
 
 PLANTED = {
@@ -50,8 +52,14 @@ def addresses() -> list[str]:
     return [f"L{layer}.{type_}" for layer in range(3) for type_ in TYPES]
 
 
-def planted_categories(path: Path, *, traces: int = 60, length: int = 80) -> tuple[Study, dict[str, tuple[str, str]]]:
-    """The study up to `explain`, and the category and subcategory of each planted feature (both kinds)."""
+def planted_categories(
+    path: Path, *, traces: int = 60, length: int = 80, outputs: Sequence[float] | None = None
+) -> tuple[Study, dict[str, tuple[str, str]]]:
+    """The study up to `explain`, and the category and subcategory of each planted feature (both kinds).
+
+    Args:
+        outputs: the rms of the base's own output at each direction, which then writes so much more; recorded.
+    """
     study = make_study(path)
     (path / "tokenizer").mkdir()
     tokenizer = make_tokenizer()
@@ -68,7 +76,18 @@ def planted_categories(path: Path, *, traces: int = 60, length: int = 80) -> tup
         fires.append(np.isin(tokens, [id_of[word] for word in NEUTRAL[:3]]))
         fires.append(rng.random(len(tokens)) < 3 * RARE)
         z = np.stack([on * rng.uniform(1, 2, len(tokens)) for on in fires], axis=1)
-        write_store(study, z, [length] * traces, corpus=corpus, addresses=names, tokens=tokens, shard_tokens=2048)
+        store = write_store(
+            study,
+            z,
+            [length] * traces,
+            corpus=corpus,
+            addresses=names,
+            effect=None if outputs is None else [float(rms) for rms in outputs],
+            tokens=tokens,
+            shard_tokens=2048,
+        )
+        if outputs is not None:
+            write_json(store.folder / OUTPUT_RMS, {"address": names, "rms": list(outputs), "tokens": 1})
     eye = torch.eye(len(names))
     sae = SAE(
         eye.clone(), DECODER * eye, torch.zeros(len(names)), torch.zeros(len(names)), torch.full((len(names),), 0.5)

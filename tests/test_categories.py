@@ -15,14 +15,18 @@ from lorascope.cli import main
 from lorascope.config import Options
 from lorascope.errors import BadInput, MissingStage
 from lorascope.explain.categories import CategorizeConfig, categorize
+from lorascope.explain.categories.asking import list_names
 from lorascope.explain.categories.assign import CHANCE, assign_by_words
 from lorascope.explain.categories.shares import bootstrap_shares, make_groups, tally_traces
 from lorascope.explain.categories.spaces import layer_thirds
+from lorascope.explain.categories.stage import identity
 from lorascope.explain.categories.taxonomy import load_taxonomy, membership, parse_taxonomy
 from lorascope.explain.categories.words import explanation_words, make_bags
 from lorascope.explained import ASSIGNED
 from lorascope.features import load_features
+from lorascope.recording import OUTPUT_RMS
 from lorascope.study import Study, read_json
+from lorascope.views import category_view
 from planted_categories import DECODER, PLANTED, planted_categories
 
 CONFIG = CategorizeConfig()
@@ -87,6 +91,30 @@ def test_shares_are_those_of_the_activations(planted: Planted) -> None:
             assert share["high"] - share["low"] < 0.1
     for name in ("count", "rate", "mass"):
         assert sum(row[name]["value"] for row in table["rows"] if row["subcategory"] is None) == pytest.approx(1)
+
+
+def test_matrix_types_are_added_up_relative_to_their_own_outputs(planted: Planted, tmp_path: Path) -> None:
+    """Directions of equal relative effect weigh the same, also where the matrices' outputs differ a hundredfold."""
+    _, _, result = planted
+    outputs = [1.0, 100.0, 10.0] * 3  # q, gate, down
+    study, _ = planted_categories(tmp_path / "study", outputs=outputs)
+    found = categorize(study, CONFIG, Options())
+    tables = read_json(study.path / "categories" / "shares.json")["kinds"]
+    flow = read_json(study.path / "categories" / "flow.json")
+    for kind in ("latent", "direction"):
+        assert tables[kind]["relative"]
+        for row, other in zip(found["kinds"][kind]["shares"], result["kinds"][kind]["shares"], strict=True):
+            assert row["category"] == other["category"]
+            assert row["mass"]["value"] == pytest.approx(other["mass"]["value"], rel=1e-3)
+    assert flow["relative"]
+    weights = {(row["type"], row["third"], row["category"]): row["weight"] for row in flow["rows"] if row["weight"] > 0}
+    assert list(weights.values()) == pytest.approx([DECODER] * 9)
+    (study.path / "scalars" / "heldout" / "adapter" / OUTPUT_RMS).unlink()
+    raw = categorize(study, CONFIG, Options())
+    assert not read_json(study.path / "categories" / "shares.json")["kinds"]["direction"]["relative"]
+    assert not category_view(study)["flow"]["relative"]
+    spelling = [row["mass"]["value"] for row in raw["kinds"]["direction"]["shares"]][1]
+    assert spelling > 0.3  # L0.gate, whose raw effect is a hundred times that of L0.q
 
 
 def test_tally_equals_brute_force(planted: Planted) -> None:
@@ -165,7 +193,11 @@ def test_clusters_and_maps_hold_every_point(planted: Planted) -> None:
     assert all(row["text"] and row["segment"] == "answer" and row["feature"] is None for row in states)
     # directions that never fire are left out of the clusters and counted
     assert spaces["direction", "coactivation"]["points"] == 9
-    assert spaces["direction", "coactivation"]["too_few_firings"] == 9
+    for (kind, name), space in spaces.items():
+        if kind != "token":
+            assert (space["too_few_firings"], space["without_explanation"]) == (9 if kind == "direction" else 0, 0), (
+                name
+            )
     assert all({"one", "two", "value", "null_95", "p", "n"} <= set(row) for row in found["agreement"])
 
 
@@ -266,6 +298,28 @@ def test_words_of_rules_and_texts() -> None:
     assert bags.weight_M[bags.source_M == 1].sum() == pytest.approx(0.5)
 
 
+def test_examples_are_shown_to_a_judge_and_make_another_taxonomy() -> None:
+    text = """
+categories:
+  - name: one
+    description: The first.
+    examples: ['"is" in "it is"', "two\n lines"]
+    subcategories:
+      - {name: inner, description: Within., examples: [deep]}
+      - {name: bare}
+"""
+    taxonomy = parse_taxonomy(text, "test")
+    assert list_names(taxonomy) == (
+        '- one: The first. For example: "\\"is\\" in \\"it is\\""; "two lines"\n'
+        '- one / inner: Within. For example: "deep"\n'
+        "- one / bare: "
+    )
+    assert not membership([" deep"], taxonomy).any()  # words are of names, descriptions and lists
+    for old, new in ((", examples: [deep]", ""), ('"it is"', '"it was"')):
+        assert identity(parse_taxonomy(text.replace(old, new), "test")) != identity(taxonomy)
+    assert set(load_taxonomy(None).examples) == set(load_taxonomy(None).categories)
+
+
 BAD = {
     "categories: []": "must hold a mapping with a list",
     "[1, 2]": "must hold a mapping with a list",
@@ -274,6 +328,11 @@ BAD = {
     "categories: [{subcategories: []}]": "has no `name`",
     "categories: [{name: a, subcategories: [{name: b, words: [no]}]}]": "must be put in quotes",
     "categories: [{name: a, subcategories: [{name: b, word: [x]}]}]": "unknown key 'word'",
+    "categories: [{name: a, example: [x], subcategories: [{name: b}]}]": "unknown key 'example'",
+    "{kategories: 1, categories: [{name: a, subcategories: [{name: b}]}]}": "unknown key 'kategories'",
+    "categories: [{name: a, examples: x, subcategories: [{name: b}]}]": "must be a list",
+    "categories: [{name: a, subcategories: [{name: b, examples: [1]}]}]": "must be put in quotes",
+    "categories: [{name: a, subcategories: [{name: b, examples: ['']}]}]": "must be a short text",
     "categories: [{name: a, subcategories: [{name: b, classes: [verb]}]}]": "names 'verb' under classes",
     "categories: [{name: a, subcategories: [{name: b, patterns: ['(']}]}]": "no regular expression",
     "categories: [{name: a, subcategories: [{name: b, words: x}]}]": "must be a list",

@@ -35,6 +35,18 @@ def test_planted_clusters_are_found_with_their_number(k: int) -> None:
     assert (np.diff(np.bincount(labels)) <= 0).all()  # numbered by size
 
 
+def test_more_clusters_than_a_dozen_are_found_and_a_tie_goes_to_the_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    truth = np.repeat(np.arange(20), 12)
+    points = 12.0 * np.eye(20)[truth] + np.random.default_rng(0).normal(size=(len(truth), 20))
+    labels, values = find_clusters(points, np.random.default_rng(0))
+    assert labels.max() + 1 == 20
+    assert adjusted_rand(labels, truth) == 1.0
+    assert max(values) == 30
+    scores = iter([0.30, 0.395, 0.39, 0.40, *[0.2] * 30])
+    monkeypatch.setattr("lorascope.explain.categories.clusters.silhouette", lambda *_: next(scores))
+    assert find_clusters(points, np.random.default_rng(0))[0].max() + 1 == 3
+
+
 def test_clusters_are_the_same_for_the_same_seed_and_survive_equal_points() -> None:
     points, _ = planted_points(4, seed=1, apart=2.0)
     one, two = (find_clusters(points, np.random.default_rng(3))[0] for _ in range(2))

@@ -9,9 +9,11 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ import pytest
 from lorascope.config import Options
 from lorascope.explain import ExplainConfig, explain_features
 from lorascope.explain.budget import Budget, Limits
-from lorascope.explain.judge_log import is_passing
+from lorascope.explain.judge_log import TRUNCATED, is_passing
 from lorascope.explain.judges import Endpoint, Judge, Question, open_log
 from lorascope.explain.prompts import ask_confidence, read_confidence
 from lorascope.models import load_tokenizer
@@ -79,6 +81,54 @@ def test_a_served_model_explains_and_scores(tmp_path: Path, served: tuple[str, s
     (study.path / "explanations" / "direction.jsonl").unlink()
     again = explain_features(study, replace(config, judge_url="http://127.0.0.1:9/v1"), Options(seed=seed))["direction"]
     assert (again["spent"]["calls"], again["reasons"]) == (0, result["reasons"])
+
+
+def test_a_served_model_is_asked_every_scoring_question(
+    tmp_path: Path, served: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An explanation is given, for a model of 135M writes none that can be read; everything after it is the product's:
+    the questions of detection and fuzzing, on the feature and on a shuffled one, the rows, the scores."""
+    url, model = served
+    study, _ = planted_study(tmp_path / "study", traces=60)
+    given = {"text": "the word is", "rule": None, "reason": None, "class": None}
+    monkeypatch.setattr("lorascope.explain.asking.explain_feature", lambda *_: dict(given))
+    sent: list[str] = []
+    send = Judge._send  # 48 tokens below are enough for ten numbers in JSON, which take about 30
+
+    def record(self: Judge, question: Question) -> Any:
+        sent.append(json.dumps(question.messages))
+        return send(self, question)
+
+    monkeypatch.setattr(Judge, "_send", record)
+    seed = next(s for s in range(1000) if np.random.default_rng(s).permutation(12)[0] == 0)  # draws the first feature
+    config = ExplainConfig(kinds="direction", explainer="judge", judge_model=model, judge_url=url, limit=1)
+    config = replace(config, examples=5, asked=10, window=2, judge_max_tokens=48, judge_concurrency=2)
+    result = explain_features(study, config, Options(seed=seed))["direction"]
+    (row,) = read_rows(study.path / "explanations" / "direction.jsonl")
+    assert row["text"] == given["text"]
+    kept = read_rows(next((study.path / "explanations" / "judges").glob("*.jsonl")))
+    assert Counter(json.dumps(one["messages"]) for one in kept) == Counter(sent)
+    assert len(sent) == result["spent"]["calls"] == 4
+    marked = ["stand between the marks" in one["messages"][0]["content"] for one in kept]
+    assert sorted(marked) == [False, False, True, True]
+    for one in kept:  # the server counted its tokens: it was there
+        assert '"the word is"' in one["messages"][1]["content"]
+        assert one["served_model"]
+        assert one["tokens_in"] > 200
+        assert 1 <= one["tokens_out"] <= 48
+        assert one["text"]
+        assert one["finish"] == ("length" if one["failure"] == TRUNCATED else "stop")
+        assert one["failure"] is None or not is_passing(one["failure"])
+    for name in ("detection", "fuzzing", "detection_shuffled", "fuzzing_shuffled"):
+        score = row["scored"][name]
+        assert sum(score["failures"].values()) == score["unparsed"] in (0, score["n"])
+        assert 8 <= score["n"] <= 10
+        assert 0 <= score["low"] <= score["value"] <= score["high"] <= 1
+    failed = [one["failure"] for one in kept if one["failure"]]
+    said = Counter(
+        reason for name in row["scored"] if name != "wrong_from" for reason in row["scored"][name]["failures"]
+    )
+    assert said == Counter(failed)
 
 
 def test_a_served_model_is_asked_for_a_number_and_it_is_read(tmp_path: Path, served: tuple[str, str]) -> None:

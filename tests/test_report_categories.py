@@ -16,6 +16,7 @@ from lorascope.report.rings import arc, colour_class, share_rings
 from lorascope.report.scatter import SHAPES, link_target, point_map, shape_of
 from lorascope.study import Study
 from lorascope.views import category_view, feature_page
+from lorascope.views.category_shares import left_out, rising
 from planted_categories import PLANTED, planted_categories
 from report_study import HOSTILE, make_report_study
 
@@ -69,6 +70,28 @@ def test_view_of_planted_categories(study: Study) -> None:
     assert {point["id"] for point in points["latent", "decoder"]} == {f"sae.{i}" for i in range(9)}
     assert all(0 <= point[axis] <= 1 for one in points.values() for point in one for axis in "xy")
     assert "sae.0: computational operations, cluster" in "".join(p["said"] for p in points["latent", "decoder"])
+
+
+def test_a_map_says_what_is_not_on_it_and_a_table_what_is_circular(study: Study, browser: Browser) -> None:
+    assert rising({"2": 0.1, "3": 0.3, "10": 0.3}) == 10
+    assert rising({"2": 0.1, "3": 0.3, "10": 0.2}) is None
+    assert rising({}) is None
+    space = {"too_few_firings": 3, "without_explanation": 2}
+    assert [(part["n"], part["why"]) for part in left_out(space, 20)] == [
+        (3, "fire on fewer than 20 tokens"),
+        (2, "have no explanation's words"),
+    ]
+    assert left_out({"kind": "token"}, 20) == []
+    page, _ = opened(browser, study.path)
+    captions = page.locator("#categories .mapgrid figcaption").all_inner_texts()
+    maps = [one["label"] for one in category_view(study)["maps"]]
+    said = [label for label, caption in zip(maps, captions, strict=True) if "9 that fire on fewer than 20" in caption]
+    assert said == ["Directions by explanation", "Directions by co-activation"]
+    table = page.locator("#categories .data", has_text="Adjusted Rand index")
+    assert "agree by the way they are made" in table.locator("caption").inner_text()
+    marked = [row for row in table.locator("tbody tr").all_inner_texts() if "share their words" in row]
+    assert len(marked) >= 1
+    assert all("by explanation" in row and "categories" in row for row in marked)
 
 
 def test_flow_keeps_its_weight() -> None:

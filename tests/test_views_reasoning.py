@@ -9,7 +9,7 @@ import pytest
 
 from lorascope.study import Study
 from lorascope.views import feature_lens, feature_page, lens_view, reasoning_view
-from lorascope.views.reasoning import ENOUGH, contrast_sentence
+from lorascope.views.reasoning import ENOUGH, contrast_sentence, contrast_view
 from report_study import LENS_TOKENS, make_report_study
 
 
@@ -33,7 +33,8 @@ def test_reasoning_features_are_the_tables(study: Study) -> None:
     assert json.loads(json.dumps(view, allow_nan=False)) == view
     contrast = view["contrasts"][0]
     assert contrast["word"] == "let me"
-    assert len(contrast["sentences"]) == 2
+    assert len(contrast["sentences"]) == 3
+    assert contrast["sentences"][2].startswith("The model's own log p of the word was not measured (--model-logp)")
 
 
 def test_contrasts_of_all_corpora_are_shown_and_one_that_can_be_made_is_named(
@@ -51,6 +52,13 @@ def test_contrasts_of_all_corpora_are_shown_and_one_that_can_be_made_is_named(
     other.write_text(made.read_text().replace('"corpus": "heldout"', '"corpus": "train"'))
     assert [contrast["corpus"] for contrast in reasoning_view(study)["contrasts"]] == ["heldout", "train"]
     shutil.rmtree(other.parent)
+
+
+def test_a_measured_model_is_not_said_to_be_missing(study: Study, tmp_path: Path) -> None:
+    made = json.loads((study.path / "reasoning" / "heldout" / "contrast-let-me.json").read_text())
+    row = {"predictor": "the model's own log p", "baseline": "model", "feature": None, "kind": None}
+    (tmp_path / "contrast.json").write_text(json.dumps(made | {"predictors": [*made["predictors"], row]}))
+    assert not any("not measured" in said for said in contrast_view(tmp_path / "contrast.json")["sentences"])
 
 
 def test_sentences_follow_the_intervals() -> None:

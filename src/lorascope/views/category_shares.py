@@ -26,14 +26,17 @@ def category_view(study: Study) -> Json:
 
     Returns:
         `{"available", "corpus", "by", "taxonomy", "categories": [{"name", "number", "description"}], "kinds": [{"kind",
-        "label", "features", "firings", "traces", "rows": [share], "members": [group]}], "flow": {"rows", "unit",
-        "latents"} or None, "maps": [map], "agreement": [{"kind", "one", "two", "value", "null_95", "p", "n"}],
-        "listed", "drawn"}`. A share is a row of `categories/shares.json` with its category's number and `anchor`, which
-        tells where on a page its features are listed; a group is `{"category", "number", "anchor", "n",
-        "subcategories": [{"name", "anchor", "n", "features": [{"id", "text", "reason", "score"}]}]}`; a map is
-        `{"kind", "space", "label", "corpus", "total", "k", "silhouette", "clusters", "points": [{"id", "x", "y",
-        "number", "anchor", "segment", "cluster", "trace", "position", "said"}]}` with x and y from 0 to 1. Number 0 is
-        for features without a category; `listed` and `drawn` are the most features in a list and points in a map.
+        "label", "features", "firings", "traces", "relative", "rows": [share], "members": [group]}], "flow": {"rows",
+        "unit", "relative", "latents"} or None, "maps": [map], "agreement": [{"kind", "one", "two", "value", "null_95",
+        "p", "n", "same_words"}], "listed", "drawn"}`. A share is a row of `categories/shares.json` with its category's
+        number and `anchor`, which tells where on a page its features are listed; a group is `{"category", "number",
+        "anchor", "n", "subcategories": [{"name", "anchor", "n", "features": [{"id", "text", "reason", "score"}]}]}`; a
+        map is `{"kind", "space", "label", "corpus", "total", "k", "silhouette", "rising", "left_out": [{"n", "why"}],
+        "clusters", "points": [{"id", "x", "y", "number", "anchor", "segment", "cluster", "trace", "position",
+        "said"}]}` with x and y from 0 to 1. Number 0 is for features without a category; `relative` tells whether what
+        is written is measured against the base's own outputs, so that matrix types add up; `rising` is the most
+        clusters tried where the silhouette is largest there; `listed` and `drawn` are the most features in a list and
+        points in a map.
     """
     shares = json_file(study, "categories/shares.json")
     if shares is None:
@@ -47,7 +50,8 @@ def category_view(study: Study) -> Json:
         "kinds": [one_kind(study, kind, shares["kinds"][kind], numbers, known[kind]) for kind in shares["kinds"]],
         "flow": numbered_flow(study, numbers),
         "maps": [
-            one_map(study, space, numbers, known.get(space["kind"], {})) | {"corpus": shares["corpus"]}
+            one_map(study, space, numbers, known.get(space["kind"], {}), found.get("enough"))
+            | {"corpus": shares["corpus"]}
             for space in found["spaces"]
         ],
         "listed": MEMBERS,
@@ -75,7 +79,7 @@ def one_kind(study: Study, kind: str, table: Json, numbers: dict[str, int], know
         for place, row in enumerate(table["rows"])
     ]
     assigned = json_lines(study, f"categories/{kind}.jsonl")
-    kept = {key: table[key] for key in ("features", "firings", "traces")}
+    kept = {key: table[key] for key in ("features", "firings", "traces")} | {"relative": bool(table.get("relative"))}
     names = [*numbers, NONE_FITS, NO_ANSWER, WITHOUT]
     members = [group_of(name, numbers, assigned, known, places) for name in names]
     return {"kind": kind, "label": LABELS.get(kind, kind), "rows": rows, "members": members} | kept
@@ -122,10 +126,10 @@ def numbered_flow(study: Study, numbers: dict[str, int]) -> Json | None:
     if flow is None or not any(row["weight"] > 0 for row in flow["rows"]):
         return None
     rows = [row | {"number": numbers.get(row["category"], 0)} for row in flow["rows"] if row["weight"] > 0]
-    return dict(flow | {"rows": rows})
+    return dict(flow | {"rows": rows, "relative": bool(flow.get("relative"))})
 
 
-def one_map(study: Study, space: Json, numbers: dict[str, int], known: dict[str, Json]) -> Json:
+def one_map(study: Study, space: Json, numbers: dict[str, int], known: dict[str, Json], enough: int | None) -> Json:
     """One space's map with its strongest points."""
     rows = [
         row
@@ -149,9 +153,26 @@ def one_map(study: Study, space: Json, numbers: dict[str, int], known: dict[str,
         "total": space["points"],
         "k": space["k"],
         "silhouette": values.get(str(space["k"])),
+        "rising": rising(values),
+        "left_out": left_out(space, enough),
         "clusters": space["clusters"],
         "points": points,
     }
+
+
+def rising(silhouettes: Json) -> int | None:
+    """The most clusters tried, where their silhouette is the largest of all: more may fit better still."""
+    most = max(map(int, silhouettes), default=None)
+    return most if most and silhouettes[str(most)] >= max(silhouettes.values()) else None
+
+
+def left_out(space: Json, enough: int | None) -> list[Json]:
+    """Features of a kind that are not on a map, `{"n", "why"}` for each reason."""
+    reasons = {
+        "too_few_firings": f"fire on fewer than {enough} tokens",
+        "without_explanation": "have no explanation's words",
+    }
+    return [{"n": space[key], "why": why} for key, why in reasons.items() if space.get(key)]
 
 
 def point_of(row: Json, numbers: dict[str, int], known: dict[str, Json], outcomes: dict[str, str]) -> Json:
@@ -171,5 +192,7 @@ def point_of(row: Json, numbers: dict[str, int], known: dict[str, Json], outcome
 
 def agreement_row(row: Json) -> Json:
     """One comparison with its names in words."""
-    words = {"kind": LABELS.get(row["kind"], row["kind"])}
+    words: Json = {"kind": LABELS.get(row["kind"], row["kind"])}
+    # both come from the explanations, so that they agree whatever the features do
+    words["same_words"] = {row["one"], row["two"]} == {"explanations", "categories"}
     return row | words | {name: SPACES.get(row[name], row[name]) for name in ("one", "two")}

@@ -14,6 +14,7 @@ BASELINES = {
     "unigram": "the current token alone",
     "model": "the model's own log p of the word",
 }
+NO_MODEL = "The model's own log p of the word was not measured (--model-logp)."
 LEVEL = 0.05
 EXAMPLE, ENOUGH = "wait", 20
 """The word whose contrast is suggested, and the fewest occurrences with which it says anything."""
@@ -68,7 +69,8 @@ def contrast_view(file: Path) -> Json:
     """A contrast's file and what it says."""
     found: dict[str, Any] = read_json(file)
     best = [row for row in found["predictors"] if row["feature"]]
-    return found | {"sentences": [contrast_sentence(row) for row in best]}
+    measured = any(row["baseline"] == "model" for row in found["predictors"])
+    return found | {"sentences": [*map(contrast_sentence, best), *([] if measured else [NO_MODEL])]}
 
 
 def contrast_sentence(row: Json) -> str:

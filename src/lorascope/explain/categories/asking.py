@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -66,13 +67,19 @@ def category_question(taxonomy: Taxonomy) -> Callable[[str], Question]:
 
 
 def list_names(taxonomy: Taxonomy) -> str:
-    """The taxonomy as a judge sees it: each name on a line of its own, with its description."""
+    """The taxonomy as a judge sees it: each name on a line of its own, with its description and examples."""
     lines = []
     for category in taxonomy.categories:
-        lines.append(f"- {category}: {taxonomy.descriptions[category]}")
+        lines.append(f"- {category}: {tell(taxonomy.descriptions[category], taxonomy.examples.get(category, ()))}")
         own = (sub for sub in taxonomy.subcategories if sub.category == category)
-        lines += [f"- {category} / {sub.name}: {sub.description}" for sub in own]
+        lines += [f"- {category} / {sub.name}: {tell(sub.description, sub.examples)}" for sub in own]
     return "\n".join(lines)
+
+
+def tell(description: str, examples: Sequence[str]) -> str:
+    """A description with its examples behind it."""
+    shown = "; ".join(json.dumps(text, ensure_ascii=False) for text in examples)
+    return f"{description} For example: {shown}".lstrip() if shown else description
 
 
 def read_category(value: Any) -> str:

@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
-RANGE = range(2, 13)
+RANGE = range(2, 31)
 """Numbers of clusters that are tried."""
+NEARLY = 0.01
+"""A silhouette this close to the largest is as good: the fewest clusters that reach it are taken."""
 COMPONENTS = 32
 RESTARTS = 6
 TRIED = 2
@@ -121,7 +123,7 @@ def silhouette(distance_QQ: FloatArray, label_Q: IntArray) -> float:
 
 
 def find_clusters(points_PX: FloatArray, rng: np.random.Generator) -> tuple[IntArray, dict[int, float]]:
-    """Clusters with the number of them at which the silhouette (on at most `JUDGED` points) is largest.
+    """The fewest clusters with a silhouette (on at most `JUDGED` points) within `NEARLY` of the largest.
 
     Returns:
         labels int64 [P], and the silhouette of each number tried; ({}, one cluster) for fewer than four points.
@@ -134,7 +136,8 @@ def find_clusters(points_PX: FloatArray, rng: np.random.Generator) -> tuple[IntA
     np.fill_diagonal(distance_QQ, 0.0)
     found = {k: k_means(points_PX, k, rng) for k in RANGE if k < n}
     values = {k: silhouette(distance_QQ, label_P[sample]) for k, label_P in found.items()}
-    return found[max(values, key=lambda k: (values[k], -k))], values
+    most = max(values.values())
+    return found[min(k for k, value in values.items() if value >= most - NEARLY)], values
 
 
 def adjusted_rand(one_P: IntArray, two_P: IntArray) -> float:

@@ -50,7 +50,7 @@ def tally_traces(
 
     Args:
         level_F: a feature fires where its activation is above this.
-        worth_F: length that one unit of activation writes: a latent's decoder norm in effect units, 1 for directions.
+        worth_F: length that one unit of activation writes (`Kind.worth_F`).
         group_F: each feature's group, of `n`.
     """
     store = features.store

@@ -106,16 +106,17 @@ def layer_thirds(addresses: Sequence[str], count: int) -> list[str]:
 
 
 def flow_rows(
-    addresses: Sequence[str], count: int, decoder_FN: NDArray[np.float32], group_F: Sequence[tuple[str, str | None]]
+    addresses: Sequence[str], count: int, decoder_FN: NDArray[np.floating], group_F: Sequence[tuple[str, str | None]]
 ) -> list[dict[str, Any]]:
     """From matrix types and layer thirds through groups of latents to categories, a row each.
 
     Args:
         count: the model's layers.
+        decoder_FN: in a unit that is the same for all types: effect relative to the base's own outputs.
 
     Returns:
-        `{"type", "third", "category", "subcategory", "latents", "weight"}`: the weight is the sum of |decoder| in
-        effect units over the latents of the group and the directions of that type and third.
+        `{"type", "third", "category", "subcategory", "latents", "weight"}`: the weight is the sum of |decoder|
+        over the latents of the group and the directions of that type and third.
     """
     thirds = layer_thirds(addresses, count)
     places = [(direction_type(a), third) for a, third in zip(addresses, thirds, strict=True)]

@@ -31,8 +31,9 @@ from lorascope.explain.categories.assign import (
     assign_by_asking,
     assign_by_words,
 )
+from lorascope.explain.categories.clusters import unit_rows
 from lorascope.explain.categories.extras import embed_texts, place_by_umap
-from lorascope.explain.categories.kinds import Kind, explained_words, read_kind
+from lorascope.explain.categories.kinds import Kind, explained_words, output_file, read_kind
 from lorascope.explain.categories.shares import Group, make_groups, share_rows, tally_traces
 from lorascope.explain.categories.spaces import (
     STATES,
@@ -58,6 +59,7 @@ from lorascope.explain.categories.words import (
     explanation_words,
     feature_text,
     make_bags,
+    one_explanation,
 )
 from lorascope.explain.judge_log import is_passing
 from lorascope.explain.judges import Reply
@@ -70,6 +72,7 @@ from lorascope.study import Study, atomic_write_text, stream_rows, whole_folder,
 from lorascope.token_text import open_tokenizer, vocabulary_texts
 
 FOLDER = "categories"
+RELATIVE_UNIT = "effect over rms of the base's own output, per unit of activation"
 MAPS = {"pca", "umap"}
 
 
@@ -78,7 +81,7 @@ class CategorizeConfig(JudgeConfig):
     """Sort features into the categories of a taxonomy, measure their shares, and cluster the features without it."""
 
     taxonomy: str | None = None
-    """YAML file of categories, subcategories and their words (default: the seven functional categories)."""
+    """YAML file of categories, subcategories, their words and examples (default: the seven functional categories)."""
     by: str = "lexical"
     """What assigns: lexical (words of explanation and examples, no model) or judge (a language model behind a URL)."""
     kinds: str = "latent,direction"
@@ -159,10 +162,10 @@ def asker(
 
 def identity(taxonomy: Taxonomy) -> str:
     """A short hash of a taxonomy's content: an edited file makes the stage stale."""
-    said: list[object] = [taxonomy.name, taxonomy.descriptions]
+    said: list[object] = [taxonomy.name, taxonomy.descriptions, taxonomy.examples]
     for sub in taxonomy.subcategories:
         words = [sorted(sub.words), [p.pattern for p in sub.patterns], sorted(sub.classes), sorted(sub.segments)]
-        said.append([sub.category, sub.name, sub.description, *words])
+        said.append([sub.category, sub.name, sub.description, sub.examples, *words])
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:12]
 
 
@@ -177,6 +180,7 @@ def required_inputs(study: Study, corpus: str, features: dict[str, FeatureSet]) 
         study.require(f"explanations/{kind}.jsonl", f"lorascope explain STUDY --kinds {kind}")
         require_current(study, corpus, kind)
         inputs += [*needed, f"explanations/{kind}.jsonl", *inputs_of(corpus, kind)]
+    inputs += [output_file(corpus)] if (study.path / output_file(corpus)).is_file() else []
     return list(dict.fromkeys(inputs))
 
 
@@ -279,11 +283,11 @@ def feature_spaces(
     if config.embed is None or len(explained_P) < 2:
         said = explanation_vectors([explained_words(kind, int(p)) for p in explained_P])
     else:
-        texts = [" ".join(str(row["text"]) for row in kind.rows_F[int(p)] if row.get("text")) for p in explained_P]
+        texts = [str(row["text"]) for p in explained_P for row in one_explanation(kind.rows_F[int(p)])]
         said = embed_texts(texts, config.embed, device)
     spaces = [make_space(kind.name, "explanations", explained_P, said, place, rng)]
     if kind.decoder_FN is not None:
-        unit = kind.decoder_FN[point_P] / np.maximum(kind.worth_F[point_P, None], 1e-30)
+        unit = unit_rows(kind.decoder_FN[point_P])
         spaces.append(make_space(kind.name, "decoder", point_P, unit, place, rng))
     spaces.append(make_space(kind.name, "coactivation", point_P, activity_vectors(kind.features, point_P), place, rng))
     return spaces
@@ -298,6 +302,7 @@ def measure_shares(
         "features": len(kind.features.ids),
         "traces": len(fires_RG),
         "firings": int(fires_RG.sum()),
+        "relative": kind.relative,
         "rows": share_rows(kind.features.ids, groups, group_F, fires_RG, mass_RG, rng),
     }
 
@@ -313,5 +318,6 @@ def make_flow(kind: Kind, assigned: Sequence[Assignment], layers: int) -> dict[s
     assert kind.decoder_FN is not None
     kept = [f for f, one in enumerate(assigned) if one.outcome != WITHOUT]
     groups = [(assigned[f].category or assigned[f].outcome, assigned[f].subcategory) for f in kept]
-    rows = flow_rows(kind.features.store.addresses, layers, kind.decoder_FN[kept], groups)
-    return {"unit": "effect per unit of activation", "latents": len(kept), "rows": rows}
+    rows = flow_rows(kind.features.store.addresses, layers, kind.decoder_FN[kept] / kind.output_N, groups)
+    unit = RELATIVE_UNIT if kind.relative else "effect per unit of activation"
+    return {"unit": unit, "relative": kind.relative, "latents": len(kept), "rows": rows}

@@ -36,8 +36,10 @@ def describe_points(space: Space) -> dict[str, Any]:
 
 
 def describe_space(space: Space, kind: Kind, enough: int) -> dict[str, Any]:
-    """`describe_points` of features, with the words that set each cluster's explanations apart."""
-    described = describe_points(space) | {"too_few_firings": int((kind.firings_F < enough).sum())}
+    """`describe_points` of features, with why the others have no point, and the words that set each cluster apart."""
+    few = int((kind.firings_F < enough).sum())
+    unexplained = len(kind.firings_F) - few - len(space.point_P)
+    described = describe_points(space) | {"too_few_firings": few, "without_explanation": unexplained}
     words_P = [add_up(explained_words(kind, int(p))) for p in space.point_P]
     everywhere: dict[str, float] = {}
     inside: list[dict[str, float]] = [{} for _ in described["clusters"]]

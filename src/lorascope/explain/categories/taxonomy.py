@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from lorascope.traces import SEGMENT_NAMES
 
 FloatArray = NDArray[np.float64]
 FIELDS = ("words", "patterns", "classes", "segments")
+EXAMPLE_LENGTH = 200
+"""Most characters of an example: each stands in every question to a judge."""
 DESCRIBED = 0.5
 """What a word of a name or description counts, against 1 of a listed word."""
 CLASS, SEGMENT = "class:", "segment:"
@@ -48,6 +50,8 @@ class Subcategory:
     segments: frozenset[str]
     described: frozenset[str]
     """Words of the two names and of the descriptions."""
+    examples: tuple[str, ...] = ()
+    """What a judge is shown of it; words do not count them."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,8 @@ class Taxonomy:
     name: str
     descriptions: dict[str, str]
     subcategories: tuple[Subcategory, ...]
+    examples: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Examples of whole categories, for those that have any."""
 
     @property
     def categories(self) -> list[str]:
@@ -108,13 +114,18 @@ def parse_taxonomy(text: str, place: str) -> Taxonomy:
         raise BadInput(f"Cannot read {place} as YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(data, dict) or not isinstance(data.get("categories"), list) or not data["categories"]:
         raise BadInput(f"{place} must hold a mapping with a list of `categories`.")
+    _known_keys(data, {"name", "description", "categories"}, f"{place} has")
     descriptions: dict[str, str] = {}
+    examples: dict[str, tuple[str, ...]] = {}
     subcategories: list[Subcategory] = []
     for entry in data["categories"]:
         name = _name(entry, place, "a category")
         if name in descriptions:
             raise BadInput(f"{place} has the category {name!r} twice.")
+        _known_keys(entry, {"name", "description", "examples", "subcategories"}, f"{place}: the category {name!r} has")
         descriptions[name] = _text(entry, "description", place, name)
+        if shown := _examples(entry, place, name):
+            examples[name] = shown
         inner = entry.get("subcategories")
         if not isinstance(inner, list) or not inner:
             raise BadInput(f"{place}: the category {name!r} needs a list of `subcategories`.")
@@ -122,18 +133,17 @@ def parse_taxonomy(text: str, place: str) -> Taxonomy:
         if len({one.name for one in made}) < len(made):
             raise BadInput(f"{place}: the category {name!r} has two subcategories of one name.")
         subcategories += made
-    return Taxonomy(str(data.get("name", "taxonomy")), descriptions, tuple(subcategories))
+    return Taxonomy(str(data.get("name", "taxonomy")), descriptions, tuple(subcategories), examples)
 
 
 def _subcategory(entry: Any, category: str, category_description: str, place: str) -> Subcategory:
     name = _name(entry, place, f"a subcategory of {category!r}")
     where = f"{category} / {name}"
-    if unknown := set(entry) - {"name", "description", *FIELDS}:
-        raise BadInput(f"{place}: {where} has an unknown key {sorted(map(str, unknown))[0]!r}.")
-    lists = {field: _strings(entry, field, place, where) for field in FIELDS}
-    for field, known in (("classes", tuple(CLASSES)), ("segments", SEGMENT_NAMES)):
-        if wrong := [value for value in lists[field] if value not in known]:
-            raise BadInput(f"{place}: {where} names {wrong[0]!r} under {field}; known are {', '.join(known)}.")
+    _known_keys(entry, {"name", "description", "examples", *FIELDS}, f"{place}: {where} has")
+    lists = {key: _strings(entry, key, place, where) for key in FIELDS}
+    for key, known in (("classes", tuple(CLASSES)), ("segments", SEGMENT_NAMES)):
+        if wrong := [value for value in lists[key] if value not in known]:
+            raise BadInput(f"{place}: {where} names {wrong[0]!r} under {key}; known are {', '.join(known)}.")
     try:
         patterns = tuple(re.compile(pattern) for pattern in lists["patterns"])
     except re.error as error:
@@ -150,7 +160,21 @@ def _subcategory(entry: Any, category: str, category_description: str, place: st
         frozenset(lists["classes"]),
         frozenset(lists["segments"]),
         described,
+        _examples(entry, place, where),
     )
+
+
+def _known_keys(entry: dict[Any, Any], known: set[str], whose: str) -> None:
+    if unknown := set(entry) - known:
+        raise BadInput(f"{whose} an unknown key {sorted(map(str, unknown))[0]!r}.")
+
+
+def _examples(entry: dict[str, Any], place: str, where: str) -> tuple[str, ...]:
+    shown = tuple(" ".join(text.split()) for text in _strings(entry, "examples", place, where))
+    for text in shown:
+        if not text or len(text) > EXAMPLE_LENGTH:
+            raise BadInput(f"{place}: an example of {where} must be a short text of 1 to {EXAMPLE_LENGTH} characters.")
+    return shown
 
 
 def _name(entry: Any, place: str, what: str) -> str:

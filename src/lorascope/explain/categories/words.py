@@ -124,20 +124,24 @@ def example_words(table: pa.Table, store: Store, texts: Sequence[str]) -> dict[s
     return found
 
 
+def one_explanation(rows: Sequence[Row]) -> list[Row]:
+    """One row with a text, for explainers are not mixed: a judge's where there is one, else the lexical; or []."""
+    return sorted((row for row in rows if row.get("text")), key=lambda row: row.get("rule") is not None)[:1]
+
+
 def feature_text(rows: Sequence[Row], examples: Weighted) -> str:
     """What a judge is told of a feature: one explanation and the tokens on which it is strongest, by frequency.
 
     Not its id, whose layer and type would suggest an answer, and not two explanations: a judge's where there is one,
     else the rule in words. Empty where there is nothing to tell.
     """
-    texts = sorted((row for row in rows if row.get("text")), key=lambda row: row.get("rule") is not None)
     counts: dict[str, int] = {}
     for text, weight in examples:
         if weight == 1.0:
             counts[text] = counts.get(text, 0) + 1
     tokens = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     shown = ", ".join(f"{text!r} ({count})" for text, count in tokens)
-    lines = [f"Explanation: {row['text']}" for row in texts[:1]]
+    lines = [f"Explanation: {row['text']}" for row in one_explanation(rows)]
     return "\n".join([*lines, f"Strongest on: {shown}"] if shown else lines)
 
 
