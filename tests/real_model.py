@@ -157,4 +157,5 @@ def off_by(found: Any, wanted: Any) -> np.ndarray:
     scalars are up to a hundred times larger than any other's."""
     found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
     assert found.shape == wanted.shape
-    return np.abs(found - wanted)[1:].max(axis=0) / np.sqrt(np.square(wanted[1:]).mean(axis=0))
+    size_N = np.sqrt(np.square(wanted[1:]).mean(axis=0))
+    return np.abs(found - wanted)[1:].max(axis=0) / np.where(size_N > 0, size_N, 1)
