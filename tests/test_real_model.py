@@ -1,8 +1,10 @@
 """The built-in model, for real and small: fetched, trained two steps, attached, evaluated, ablated, recorded.
 
 Fast paths give on it what simple references give: here training forms, packing, reading, exact ablation, gates,
-screening, batched generation, an autoencoder's steps and examples; `test_real_model_passes` holds passes in bfloat16,
-of the base, of controls and of a full finetune to plain ones. What is not among these is tested on tiny models only.
+screening, batched generation, an autoencoder's steps and examples. `test_real_model_passes` holds passes in bfloat16,
+of the base, of controls and of a full finetune to plain ones, `test_real_model_stages` the store, examples and the
+autoencoder to dense arithmetic, `test_real_model_steering` steered text. Ablation to the mean, patched KL and what
+screening derives from its gradients are held to references on tiny models only.
 """
 
 import copy
