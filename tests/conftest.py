@@ -15,6 +15,8 @@ import pytest
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
+    from lorascope.study import Study
+
 
 @pytest.fixture(scope="session")
 def chromium_path() -> str:
@@ -34,3 +36,11 @@ def browser(chromium_path: str) -> Iterator[Browser]:
         browser = playwright.chromium.launch(executable_path=chromium_path, args=["--no-sandbox", "--disable-gpu"])
         yield browser
         browser.close()
+
+
+@pytest.fixture(scope="session")
+def real_study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    """The built-in model with a strong adapter, recorded."""
+    from real_model import make_real_study
+
+    return make_real_study(tmp_path_factory.mktemp("recorded") / "study")
