@@ -148,19 +148,22 @@ def random_control(attached: Attached, rendered: Sequence[Rendered], seed: int) 
     """Random directions in an adapter's places: for each of its own an isotropic one and a difference of two tokens.
 
     Read vectors have length 1. A difference is of the module's inputs at two ordinary tokens, drawn by seed from
-    the sample of training traces. Write vectors are isotropic, and as long as it takes for the standard deviation of
+    the sample of training traces; of different ids, as the first layer's inputs are alike where ids are. Write vectors are isotropic, and as long as it takes for the standard deviation of
     the effect over the sample's ordinary tokens to be the trained direction's.
 
     Raises:
-        BadInput: the sample has fewer than two ordinary tokens.
+        BadInput: the sample has fewer than two ordinary tokens of different ids.
     """
     adapter, sample = attached.adapter, spread_sample(rendered)
     z_TN, ordinary_T = sample_scalars(attached, sample)
     ordinary = np.flatnonzero(ordinary_T)
-    if len(ordinary) < 2:
-        raise BadInput("The training traces have fewer than two ordinary tokens, so no random direction can be drawn.")
+    ids = np.concatenate([one.ids for one in sample])[ordinary]
+    if len(np.unique(ids)) < 2:
+        raise BadInput("The training traces have fewer than two different ordinary tokens to draw random directions by.")
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-    pairs_N2 = np.array([rng.choice(ordinary, 2, replace=False) for _ in adapter.addresses])
+    first_N = rng.integers(len(ordinary), size=len(adapter.addresses))
+    second_N = [rng.choice(np.flatnonzero(ids != ids[first])) for first in first_N]
+    pairs_N2 = ordinary[np.stack([first_N, second_N], axis=1)]
     weights: dict[str, tuple[Tensor, Tensor, float]] = {}
     for part, input_2RI in zip(adapter.modules, inputs_at(attached, sample, pairs_N2), strict=True):
         isotropic_RI = torch.randn(part.a_RI.shape, generator=generator)
