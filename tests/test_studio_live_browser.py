@@ -44,7 +44,7 @@ def test_a_slider_changes_the_text(study: Study, base: str, browser: Browser) ->
     assert plain
     page.locator("#moves select").select_option("add")
     assert page.locator('[name="run"][value="steered"]').is_checked()
-    slider = page.locator("#moves input")
+    slider = page.locator('#moves input[type="range"]')
     amount = str(round(strong_amount(study)))
     slider.evaluate("(s, v) => { s.max = v; s.value = v; s.dispatchEvent(new Event('input')); }", amount)
     page.locator("#go").click()
@@ -80,7 +80,7 @@ def test_what_is_asked_for_is_in_the_address(base: str, browser: Browser) -> Non
     assert first["prompt"] == "\nbalan\nkepor"
     assert (first["seed"], first["tokens"], first["where"]) == ("7", "4", "generated")
     assert (first["runs"], first["modes"]) == (["plain", "steered"], ["add", "watch"])
-    assert page.locator("#moves output").first.inner_text() == "12.5"
+    assert page.locator('#moves input[type="number"]').first.input_value() == "12.5"
     page.locator("#seed").fill("9")
     page.locator("#where").select_option("all")
     page.locator("#moves select").last.select_option("off")
