@@ -157,7 +157,7 @@ if (box) {
   }
 
   // below the trace, on a narrow screen, it would go unseen
-  const showPanel = () => { if (here.getBoundingClientRect().top > innerHeight - 120) here.scrollIntoView({ block: "nearest" }); };
+  const showPanel = () => { if ((one("h3", here) ?? here).getBoundingClientRect().top > innerHeight - 120) here.scrollIntoView({ block: "nearest" }); };
   box.addEventListener("click", (event) => { const t = tokens.indexOf(event.target.closest(".whole > span")); if (t >= 0) tell(t).then(showPanel); });
   box.addEventListener("keydown", (event) => {
     const by = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
