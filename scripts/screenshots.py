@@ -91,14 +91,18 @@ COLOURS = 256
 
 
 def in_palette(picture: bytes) -> bytes:
-    """A PNG with the 256 most frequent of its colours, every other one as the nearest of them: a third of the size of
-    Chromium's, and text stays sharp."""
+    """A PNG with 256 of its colours, every other one as the nearest of them: a third of the size of Chromium's, and
+    text stays sharp. They are the most frequent ones, of all and of each part of the colours' space, so that no
+    rare hue is lost."""
     rgb_HWC = pixels(picture)
     height, width, _ = rgb_HWC.shape
     codes = (rgb_HWC.astype(np.int64) << np.array([16, 8, 0])).sum(2).ravel()
     colours, which, counts = np.unique(codes, return_inverse=True, return_counts=True)
     split = np.stack([colours >> 16, colours >> 8 & 255, colours & 255], 1)
-    kept = split[np.argsort(-counts)[:COLOURS]]
+    order = np.argsort(-counts)
+    _, first = np.unique((split[order] >> 5) @ np.array([64, 8, 1]), return_index=True)  # of each of 512 parts of space
+    ranks = list(dict.fromkeys([*sorted(first.tolist())[: COLOURS // 2], *range(len(order))]))[:COLOURS]
+    kept = split[order[ranks]]
     nearest = np.argmin(((split[:, None] - kept[None]) ** 2).sum(2), 1).astype(np.uint8)
     rows = np.zeros((height, 1 + width), np.uint8)  # each begins with its filter, none
     rows[:, 1:] = nearest[which].reshape(height, width)
