@@ -245,7 +245,7 @@ def test_matrix_by_keyboard(browser: Browser, study: Study, base: str, tmp_path:
         page, trouble = opened(browser, address + "/map")
         page.locator("#matrix").focus()
         page.keyboard.press("ArrowRight")
-        expect(page.locator("#pair")).to_have_text("L0.q and L1.gate: cosine −0.50")
+        expect(page.locator("#pair")).to_have_text("L0.q and L1.gate: cosine −0.50, they cancel")
         pixels = page.evaluate("[...document.querySelector('#matrix').getContext('2d').getImageData(0, 0, 2, 2).data]")
         assert pixels[0:4] == pixels[12:16] != pixels[4:8] == pixels[8:12]
         page.keyboard.press("ArrowDown")
@@ -302,6 +302,7 @@ def test_notes_are_saved_at_once_and_stay(browser: Browser, study: Study, base: 
 def test_what_is_typed_last_is_saved_though_the_page_is_left(browser: Browser, study: Study, base: str) -> None:
     page, trouble = opened(browser, base + "/feature/L0.q%2B")
     editor = page.locator("#side-0 .note-editor")
+    editor.locator("summary").click()
     editor.locator(".text").press_sequentially("half a thought")
     editor.locator(".tags").press_sequentially("late")
     page.goto(base + "/features?q=half+a+thought")
@@ -325,6 +326,7 @@ def test_what_was_not_saved_does_not_look_saved(browser: Browser, study: Study, 
             route.continue_()
 
     page.route("**/notes", fail_once)
+    editor.locator("summary").first.click()
     editor.locator(".tags").fill("a, b")
     editor.locator(".tags").blur()
     expect(editor.locator(".saved")).to_have_text("Not saved: No tag:a. Trying again…")
@@ -347,6 +349,7 @@ def test_what_was_not_saved_does_not_look_saved(browser: Browser, study: Study, 
 def test_a_note_that_was_changed_elsewhere_is_said(browser: Browser, study: Study, base: str) -> None:
     pages = [opened(browser, base + "/feature/L0.up%2B")[0] for _ in range(2)]
     for page, text in zip(pages, ("one", "two"), strict=True):
+        page.locator("#side-0 .fields summary").click()
         with saving(page, "text"):
             page.locator("#side-0 .text").fill(text)
             page.locator("#side-0 .text").blur()

@@ -44,7 +44,7 @@ def test_a_slider_changes_the_text(study: Study, base: str, browser: Browser) ->
     assert plain
     page.locator("#moves select").select_option("add")
     assert page.locator('[name="run"][value="steered"]').is_checked()
-    slider = page.locator("#moves input")
+    slider = page.locator('#moves input[type="range"]')
     amount = str(round(strong_amount(study)))
     slider.evaluate("(s, v) => { s.max = v; s.value = v; s.dispatchEvent(new Event('input')); }", amount)
     page.locator("#go").click()
@@ -80,7 +80,7 @@ def test_what_is_asked_for_is_in_the_address(base: str, browser: Browser) -> Non
     assert first["prompt"] == "\nbalan\nkepor"
     assert (first["seed"], first["tokens"], first["where"]) == ("7", "4", "generated")
     assert (first["runs"], first["modes"]) == (["plain", "steered"], ["add", "watch"])
-    assert page.locator("#moves output").first.inner_text() == "12.5"
+    assert page.locator('#moves input[type="number"]').first.input_value() == "12.5"
     page.locator("#seed").fill("9")
     page.locator("#where").select_option("all")
     page.locator("#moves select").last.select_option("off")
@@ -203,10 +203,10 @@ def test_the_steered_feature_is_shown_and_strips_have_their_scale(base: str, bro
     assert page.locator("#moves select").evaluate_all("s => s.map((mode) => mode.value)") == ["watch", "add"]
     assert page.locator("#colour").input_value() == "L1.down+"
     scales = page.locator(".run-plain .live-strip .scale")
-    expect(scales).to_have_text(["does not fire", "largest 3, scale to 3"])
+    expect(scales).to_have_text(["does not fire", "largest 3.00, scale to 3.00"])
     hues = page.locator(".run-plain .strip").evaluate_all("s => s.map((svg) => svg.classList[1])")
-    assert hues == ["hue0", "hue1"]
-    expect(page.locator(".run-plain .output")).to_have_class("whole tokens output hue1")
+    assert hues == ["hue0", "hue2"]
+    expect(page.locator(".run-plain .output")).to_have_class("whole tokens output hue2")
     both = page.locator(".run-steered .f.differs").evaluate(
         "t => [getComputedStyle(t).borderTopStyle, getComputedStyle(t).textDecorationLine]"
     )

@@ -59,6 +59,7 @@ def layer_map(grid: Mapping[str, Any], layers: Sequence[Any], types: Sequence[st
     if ramp is None:
         return Markup('<p class="empty">All values are 0.</p>')
     cells = []
+    exact = set(grid.get("exact") or ())
     for row, _ in enumerate(types):
         for column, _ in enumerate(layers):
             value = grid["values"][row][column]
@@ -73,6 +74,8 @@ def layer_map(grid: Mapping[str, Any], layers: Sequence[Any], types: Sequence[st
             )
             shade = class_shade(value) if names else f"r{ramp.step(value)}"
             cells.append(cell(row, column, len(layers), shade, extra))
+            if address in exact:
+                cells.append(exact_mark(row, column, len(layers)))
             if under:
                 cells.append(cell(row, column, len(layers), "hatch", ""))
             if names:
@@ -143,7 +146,7 @@ def frame_map(cells: str, layers: Sequence[Any], types: Sequence[str], attribute
     )
     wide = " wide" if len(layers) > 40 else ""
     return Markup(
-        f'<div class="chart mapframe{wide}">'
+        f'<div class="chart mapframe{wide}"><p class="ylabel">matrix type</p>'
         f'<svg class="yaxis" width="48" height="{height + 20}" aria-hidden="true">{names}</svg>'
         f'<div class="scroll"><svg width="100%" height="{height + 20}" {attributes}>{cells}{ticks}</svg></div>'
         f'<p class="xlabel">layer</p></div>'
@@ -173,10 +176,16 @@ def colour_key(grid: Mapping[str, Any], ramp: Ramp) -> Markup:
     floor = grid.get("floor")
     note = (
         '<li><svg width="18" height="10" aria-hidden="true"><rect class="r0" width="18" height="10"/>'
-        f'<rect class="hatch" width="18" height="10"/></svg>under the noise floor, {figures(floor)}</li>'
+        f'<rect class="hatch" width="18" height="10"/></svg>under the noise floor of a single direction, '
+        f"{figures(floor)}</li>"
         if floor is not None
         else ""
     )
+    if grid.get("exact"):
+        note += (
+            '<li><svg class="map" width="18" height="14" aria-hidden="true"><rect class="r3" width="18" height="14"/>'
+            '<circle class="exactmark" cx="14" cy="4" r="2"/></svg>exact; the others are screened</li>'
+        )
     scale = "logarithmic" if ramp.log else "linear"
     low = f"{tick(ramp.low)} {escape(grid['start_name'])}" if "start_name" in grid else figures(ramp.low)
     return Markup(
@@ -213,6 +222,11 @@ def decoder_map(decoder: Mapping[str, Any], title: str, live: bool = False) -> M
     role = 'tabindex="0" role="application" aria-roledescription="map"' if live else 'role="img"'
     attributes = f'class="map small" {role} aria-label="{escape(title)}"'
     return frame_map("".join(cells), layers, types, attributes, size)
+
+
+def exact_mark(row: int, column: int, columns: int) -> str:
+    """A dot in the upper right corner of a cell whose value is exact among screened ones."""
+    return f'<circle class="exactmark" cx="{100 * (column + 0.8) / columns:.3f}%" cy="{CELL * row + 4}" r="2"/>'
 
 
 def minus_mark(row: int, column: int, columns: int, size: int) -> str:

@@ -37,7 +37,8 @@ for (const link of all('a[href^="#card-"]')) {
 }
 for (const map of all("svg.map:not(.small)")) {
   const open = (cell) => { const card = cell.dataset.card && cardOf(cell.dataset.a); if (card) openCard(card); };
-  readMap(map, open, (cell) => (cell.dataset.card ? " · has a card: click or press Enter" : ""));
+  const more = (cell) => (cell.dataset.card ? " · has a card: click or press Enter" : "");
+  readMap(map, open, { more, href: (cell) => (cell.dataset.card ? `#card-${cell.dataset.a}` : "") });
 }
 unfoldLinks();
 watchTables();
@@ -125,7 +126,7 @@ if (featureSelect && data.features.length) {
       const uncounted = kept[i];
       const fires = codes[i] > 0 && value > feature.level && !uncounted;
       token.className = [uncounted, codes[i] ? (uncounted ? "un" : `h${Math.min(9, 1 + Math.floor((9 * codes[i]) / 256))}`) : "", fires ? "f" : ""].join(" ").trim();
-      if (codes[i]) token.dataset.v = value.toPrecision(3); else delete token.dataset.v;
+      if (codes[i]) token.dataset.v = figures(value); else delete token.dataset.v;
       if (fires) firings.push(token);
     });
     one("#counted").textContent = `fires on ${firings.length} of ${tokens.length} tokens`;

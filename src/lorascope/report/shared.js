@@ -49,8 +49,42 @@ export function switchTabs({ start = null, chosen = () => {} } = {}) {
   if (tabs.length) show(start || tabs.find((tab) => tab.getAttribute("aria-selected") === "true") || tabs[0]);
 }
 
-/** A map's read-out by pointer and arrow keys; `open(cell)` on a click or Enter, `more(cell)` ends what is said of it. */
-export function readMap(map, open, more = () => "") {
+// --- numbers as report/numbers.py writes them: rounded half to even, which JavaScript does not ---
+const EXACT = 100; // decimals, enough for a number that stands just between two
+function evenly(near, exact) {
+  const [text, power = ""] = near.split("e");
+  const whole = exact.split("e")[0];
+  const kept = whole.slice(0, text.includes(".") ? text.length : whole.indexOf("."));
+  const between = /^\.?50*$/.test(whole.slice(kept.length)) && "02468".includes(kept.at(-1));
+  return (between ? kept : text) + (power && `e${power}`);
+}
+const fixed = (value, places) => evenly(value.toFixed(places), value.toFixed(EXACT));
+const powered = (value, places) => evenly(value.toExponential(places), value.toExponential(EXACT));
+
+/** A number to three significant figures: `1,240`, `0.0123`, `4.2·10⁻⁵`; a dash for none. */
+export function figures(value, digits = 3) {
+  if (value === null || value === undefined) return "–";
+  if (value === 0) return "0";
+  const [sign, size] = [value < 0 ? "−" : "", Math.abs(value)];
+  const exponent = Number(powered(size, digits - 1).split("e")[1]); // after rounding: 0.09999 is 0.100
+  if (exponent < -3 || exponent >= 7) {
+    const [mantissa, power] = powered(size, digits - 2).split("e");
+    return `${sign}${mantissa}·10${String(Number(power)).replace("-", "⁻").replace(/\d/g, (digit) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[digit])}`;
+  }
+  const [whole, rest] = fixed(size, Math.max(0, digits - 1 - exponent)).split(".");
+  return sign + whole.replace(/\B(?=(\d{3})+$)/g, ",") + (rest ? `.${rest}` : "");
+}
+
+/** Whether a click comes from a finger, which has not hovered: `touched(event)`. */
+export function touchOf(element) {
+  let last = "";
+  element.addEventListener("pointerdown", (event) => { last = event.pointerType; });
+  return (event) => (event.pointerType || last) === "touch" && event.detail !== 0;
+}
+
+/** A map's read-out by pointer and arrow keys; `open(cell)` on a click or Enter, `more(cell)` ends what is said of it.
+ * A finger's first tap on a cell reads it out, with a link to `href(cell)` where that is one; its second opens it. */
+export function readMap(map, open, { more = () => "", href = () => "" } = {}) {
   const readout = one(".readout", map.closest("figure"));
   const cells = all("rect[data-a]", map);
   let at = -1;
@@ -64,7 +98,16 @@ export function readMap(map, open, more = () => "") {
   // hatched cells lie on top of the ones that carry the values
   const under = (event) => cells.indexOf(document.elementsFromPoint(event.clientX, event.clientY).find((e) => e.dataset && e.dataset.a && map.contains(e)));
   map.addEventListener("pointermove", (event) => show(under(event)));
-  map.addEventListener("click", (event) => { const i = under(event); if (i >= 0) { show(i); open(cells[i]); } });
+  const touched = touchOf(map);
+  let tapped = -1;
+  map.addEventListener("click", (event) => {
+    const i = under(event);
+    if (i < 0) return;
+    show(i);
+    if (!touched(event) || tapped === i) { open(cells[i]); return; }
+    tapped = i;
+    linkTo(readout, href(cells[i]));
+  });
   map.addEventListener("focus", () => { if (at < 0) show(0); });
   map.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && at >= 0) { open(cells[at]); return; }
@@ -77,6 +120,15 @@ export function readMap(map, open, more = () => "") {
       .sort((a, b) => Math.abs(a[0]) + Math.abs(a[1]) - Math.abs(b[0]) - Math.abs(b[1]));
     if (ahead.length) show(ahead[0][2]);
   });
+}
+
+/** End a read-out with a link. */
+export function linkTo(readout, address) {
+  if (!address) return;
+  const link = document.createElement("a");
+  link.href = address;
+  link.textContent = "Open";
+  readout.append(" · ", link);
 }
 
 /** A link into something folded unfolds it. */
@@ -101,21 +153,61 @@ const watchWidth = new ResizeObserver((entries) => {
   }
 });
 
-/** A token's activation under the pointer. */
+const EDGE = 4; // pixels that a tip keeps from the edges of the window and from its token
+
+/** A token's activation under the pointer, a finger, or by arrow keys in a box of tokens, which read it out as well. A
+ * box that has keys of its own (`data-keys`) is left to them. */
 export function tokenTips() {
   const tip = document.createElement("div");
   tip.id = "tip";
   tip.hidden = true;
-  document.body.append(tip);
-  document.addEventListener("pointerover", (event) => {
-    const token = event.target.closest && event.target.closest(".tokens [data-v]");
+  const told = document.createElement("p");
+  told.id = "told";
+  told.setAttribute("role", "status");
+  document.body.append(tip, told);
+  let at = null; // the token that the arrow keys are on
+  function tell(token) {
     tip.hidden = !token;
     if (!token) return;
     tip.textContent = token.dataset.v;
-    const box = token.getBoundingClientRect();
-    tip.style.left = `${Math.max(4, box.left + scrollX)}px`;
-    tip.style.top = `${box.top + scrollY - 26}px`;
+    tip.style.left = tip.style.top = "0"; // where nothing narrows it while it is measured
+    const box = token.getClientRects()[0] ?? token.getBoundingClientRect();
+    const left = Math.min(box.left, document.documentElement.clientWidth - tip.offsetWidth - EDGE);
+    const above = box.top - tip.offsetHeight - EDGE;
+    tip.style.left = `${Math.max(EDGE, left) + scrollX}px`;
+    tip.style.top = `${(above < 0 ? box.bottom + EDGE : above) + scrollY}px`;
+  }
+  function leave() {
+    at?.classList.remove("cursor");
+    at = null;
+  }
+  document.addEventListener("pointerover", (event) => tell(event.target.closest && event.target.closest(".tokens [data-v]")));
+  document.addEventListener("keydown", (event) => {
+    const [box, by] = [event.target, { ArrowRight: 1, ArrowLeft: -1 }[event.key]];
+    if (!by || !box.matches?.(".tokens:not([data-keys])")) return;
+    const stops = all("[data-v]", box);
+    if (!stops.length) return;
+    event.preventDefault();
+    const next = Math.min(stops.length - 1, Math.max(0, stops.includes(at) ? stops.indexOf(at) + by : 0));
+    leave();
+    at = stops[next];
+    at.classList.add("cursor");
+    at.scrollIntoView({ block: "nearest", inline: "nearest" });
+    tell(at);
+    told.textContent = `${at.textContent.trim() || "space"}: ${at.dataset.v}`;
   });
+  document.addEventListener("focusout", (event) => { if (at && event.target.contains(at)) { leave(); tell(null); } });
+  reachTokens();
+}
+
+/** Boxes of tokens that have activations to tell are reached by key. Call it again for new ones. */
+export function reachTokens(root = document) {
+  for (const box of all(".tokens:not([tabindex])", root)) {
+    if (!one("[data-v]", box) && !box.matches(".whole")) continue;
+    box.tabIndex = 0;
+    box.setAttribute("role", "group");
+    box.setAttribute("aria-label", "Tokens; arrow keys tell their activations");
+  }
 }
 
 const STRIP_HEIGHT = 42;

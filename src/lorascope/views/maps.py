@@ -95,7 +95,8 @@ def direction_map(
         `{"available", "rank", "layers": [0, 1, ..], "types": ["q", ..], "grids": [grid]}`; a grid is
         `{"key", "label", "unit", "scale", "caption", "available", "values": [types][layers] of number or None,
         "under_floor": the same of bool, "floor", "address": the same of the shown direction, "notes": {address: what
-        else its read-out says}}` or, when its stage has not run, `{"key", "label", "available": False, "missing"}`.
+        else its read-out says}, "exact": [addresses that are not screened, where others are]}` or, when
+        its stage has not run, `{"key", "label", "available": False, "missing"}`.
     """
     adapter = open_directions(study)
     if adapter is None:
@@ -189,6 +190,7 @@ def kl_grid(study: Study, place: Places) -> Json:
         how = "screened (to second order, with sampled labels)"
         how += f", exact for the {len(exact)} that were confirmed" if exact else ""
         about["caption"] = ABOUT["kl"]["caption"].replace("exact", how)
+        about["exact"] = exact
         about["notes"] = {address: METHODS[row["method"]] for address, row in rows.items()}
     return place.grid("kl", values, under) | about
 

@@ -28,7 +28,9 @@ async function wholeTrace({ dataset }) {
   whole.removeAttribute("id");
   const tokens = all(":scope > span", whole);
   paint(tokens, uncountedOf(tokens), JSON.parse(whole.dataset.features));
-  tokens.forEach((token) => token.classList.remove("hue0")); // the side's own colour
+  tokens.forEach((token) => token.classList.remove("hue0", "hue1", "hue2", "hue3")); // the side's own colour
+  delete whole.dataset.keys;
+  whole.setAttribute("aria-label", "The whole trace; arrow keys tell activations");
   tokens[dataset.position].classList.add("peak");
   return whole;
 }

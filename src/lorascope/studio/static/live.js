@@ -2,17 +2,19 @@
 import { all, drawStrip, one } from "./shared.js";
 import { ask, featureAddress, figures, make, named, send, toast } from "./studio.js";
 import { featureBox, foundBy } from "./choosing.js";
+import { huesOf } from "./painting.js";
 
 const STEPS = 9;
 const HUES = 4;
 const MOST = 8;
 const MODES = {
   watch: { name: "watch only" },
-  add: { name: "add", low: -8, high: 8, step: 0.25, start: 2 },
-  scale: { name: "scale by", low: 0, high: 5, step: 0.1, start: 2 },
-  clamp: { name: "clamp to", low: -4, high: 8, step: 0.25, start: 1 },
+  add: { name: "add", low: -8, high: 8, step: 0.25, start: 2, unit: "× p99" },
+  scale: { name: "scale by", low: 0, high: 5, step: 0.1, start: 2, unit: "×" },
+  clamp: { name: "clamp to", low: -4, high: 8, step: 0.25, start: 1, unit: "× p99" },
   off: { name: "off" },
 };
+const LIMIT = 1e6; // of an amount, either way, as the engine has it
 const NUMBERS = ["tokens", "temperature", "seed"];
 const LONGEST_SHARED = 2000; // characters of a prompt in the address; mail programs cut longer ones
 const BROKEN = "The answer broke off; is lorascope studio still running?";
@@ -28,6 +30,7 @@ if (form) {
   let levels = {};
   let tops = {}; // largest activation of each feature so far, the scale of one whose usual strength is not known
   let picked = false; // the feature to shade by was chosen by hand
+  let hues = []; // of the features that are watched
   let moved = false; // a scale has moved since the tokens were shaded
   const runs = new Map(); // name of a run -> {tokens, box, strips}
 
@@ -55,17 +58,21 @@ if (form) {
     if (moves.length >= MOST) { toast(`At most ${MOST} features at once.`); return; }
     const move = { id, mode: "watch", amount: 0 };
     const mode = make("select", { "aria-label": `What to do to ${id}` }, ...Object.entries(MODES).map(([key, { name }]) => make("option", { value: key, textContent: name })));
-    const slider = make("input", { type: "range", "aria-label": `Amount for ${id}`, disabled: true });
-    const shown = make("output", { textContent: "" });
+    const slider = make("input", { type: "range", "aria-label": `Amount for ${id}, roughly` });
+    const exact = make("input", { type: "number", "aria-label": `Amount for ${id}`, min: -LIMIT, max: LIMIT, step: "any", required: true });
+    const unit = make("span", {});
+    const amount = make("span", { className: "amount" }, exact, unit);
     const remove = make("button", { type: "button", textContent: "×", "aria-label": `Remove ${id}` });
-    const show = () => { shown.textContent = slider.disabled ? "" : String(move.amount).replace("-", "−"); };
-    function choose(name, amount) {
-      const { low, high, step, start } = MODES[name];
-      [move.mode, move.amount, mode.value] = [name, amount ?? start ?? 0, name];
-      slider.disabled = low === undefined;
-      if (!slider.disabled) Object.assign(slider, { min: Math.min(low, move.amount), max: Math.max(high, move.amount), step, value: move.amount });
-      show();
+    function choose(name, wanted) {
+      const { low, high, step, start, unit: words } = MODES[name];
+      [move.mode, move.amount, mode.value] = [name, wanted ?? start ?? 0, name];
+      const none = low === undefined;
+      slider.hidden = amount.hidden = slider.disabled = exact.disabled = none;
+      if (none) return;
+      Object.assign(slider, { min: low, max: high, step, value: move.amount }); // beyond its ends it stands at one
+      [exact.value, unit.textContent] = [move.amount, words];
     }
+    choose("watch");
     mode.addEventListener("change", () => {
       choose(mode.value);
       const steered = one('[name="run"][value="steered"]');
@@ -73,13 +80,19 @@ if (form) {
       else if (moves.every((other) => other.mode === "watch")) all('[value="steered"], [value="control"], [value="base_steered"]', form).forEach((tick) => { tick.checked = false; });
       keep();
     });
-    slider.addEventListener("input", () => { move.amount = Number(slider.value); show(); keep(); });
+    slider.addEventListener("input", () => { move.amount = Number(slider.value); exact.value = slider.value; keep(); });
+    exact.addEventListener("input", () => {
+      if (!exact.validity.valid) return; // the browser says so when it is to be sent
+      move.amount = Number(exact.value);
+      slider.value = exact.value;
+      keep();
+    });
     remove.addEventListener("click", () => { moves.splice(moves.indexOf(move), 1); move.element.remove(); one("#none").hidden = moves.length > 0; keep(); });
-    move.element = make("li", {}, make("a", { href: featureAddress(id), textContent: named(id) }), mode, slider, shown, remove);
+    move.element = make("li", {}, make("a", { href: featureAddress(id), textContent: named(id) }), mode, slider, amount, remove);
     moves.push(move);
     one("#moves").append(move.element);
     one("#none").hidden = true;
-    if (Object.hasOwn(MODES, wanted)) choose(wanted, given !== "" && Number.isFinite(Number(given)) ? Number(given) : undefined);
+    if (Object.hasOwn(MODES, wanted)) choose(wanted, given !== "" && Number.isFinite(Number(given)) ? Math.min(LIMIT, Math.max(-LIMIT, Number(given))) : undefined);
   }
   const input = one("#add");
   featureBox(input, {
@@ -129,17 +142,20 @@ if (form) {
     const chosen = picked && watched.includes(colour.value) ? colour.value : (steered?.id ?? watched[0]);
     colour.replaceChildren(...watched.map((id) => make("option", { value: id, textContent: named(id), selected: id === chosen })));
     one("#colour-by").hidden = watched.length === 0;
+    hues = huesOf(watched);
     one("#panels").replaceChildren(...Object.entries(names).map(([run, name]) => {
-      const box = make("div", { className: "whole tokens output", tabIndex: 0, role: "region", "aria-label": name });
+      const box = make("div", { className: "whole tokens output", tabIndex: 0, role: "region", "aria-label": `${name}; arrow keys tell activations` });
       const strips = watched.map((id, k) => {
         const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
-        for (const [key, value] of [["class", `strip hue${k % HUES}`], ["width", "100%"], ["height", "44"], ["role", "img"], ["aria-label", `Activation of ${id} over the response`]]) svg.setAttribute(key, value);
+        for (const [key, value] of [["class", `strip hue${hues[k]}`], ["width", "100%"], ["height", "44"], ["role", "img"], ["aria-label", `Activation of ${id} over the response`]]) svg.setAttribute(key, value);
         const scale = make("span", { className: "scale" });
         return { id, svg, scale, row: make("div", { className: "live-strip" }, make("span", { textContent: named(id) }), svg, scale) };
       });
       const note = make("p", { className: "facts" });
       runs.set(run, { tokens: [], box, strips, note });
-      return make("section", { className: `panel-run run-${run}` }, make("h2", { className: "small", textContent: name }), box, ...strips.map((strip) => strip.row), note);
+      const panel = make("section", { className: `panel-run run-${run}` }, make("h2", { className: "small", textContent: name }), box, ...strips.map((strip) => strip.row), note);
+      panel.style.gridRow = `span ${panel.children.length}`;
+      return panel;
     }));
     shadeAll();
   }
@@ -156,7 +172,7 @@ if (form) {
   }
   function shadeAll() {
     moved = false;
-    const hue = one("#colour").selectedIndex % HUES; // that of its strips
+    const hue = hues[one("#colour").selectedIndex]; // that of its strips
     for (const { tokens, box } of runs.values()) {
       for (let k = 0; k < HUES; k++) box.classList.toggle(`hue${k}`, k === hue);
       tokens.forEach(shade);

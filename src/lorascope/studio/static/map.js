@@ -1,15 +1,18 @@
 // The maps: what the shade means, a read-out by pointer and arrow keys, links to directions; the interaction matrix.
-import { all, one, readMap, switchTabs } from "./shared.js";
+import { all, linkTo, one, readMap, switchTabs, touchOf } from "./shared.js";
 import { ask, featureAddress } from "./studio.js";
 
 /** The corpus that a map's links keep. */
 const corpusOf = (element) => element.closest("[data-corpus]")?.dataset.corpus || "train";
-const open = (element, address) => { location.href = featureAddress(`${address}+`, corpusOf(element)); };
+const hrefOf = (element, address) => featureAddress(`${address}+`, corpusOf(element));
+const open = (element, address) => { location.href = hrefOf(element, address); };
 
-// which map is shown stands in the address
+// which map is shown stands in the address, and in those of the same map of other corpora
+const keepShown = () => { for (const link of all(".segmented a")) link.hash = location.hash; };
 const asked = location.hash && one(`[role="tab"][id="tab-${CSS.escape(location.hash.slice(1))}"]`);
-switchTabs({ start: asked, chosen: (tab) => history.replaceState(null, "", `#${tab.id.slice(4)}`) });
-for (const map of all("svg.map")) readMap(map, (cell) => open(map, cell.dataset.a));
+switchTabs({ start: asked, chosen: (tab) => { history.replaceState(null, "", `#${tab.id.slice(4)}`); keepShown(); } });
+keepShown();
+for (const map of all("svg.map")) readMap(map, (cell) => open(map, cell.dataset.a), { href: (cell) => hrefOf(map, cell.dataset.a) });
 
 // --- a layer's column leads where its link under the chart does ---
 for (const column of all("#groups g[data-column]")) {
@@ -34,6 +37,9 @@ if (canvas) {
   const n = names.length;
   let codes = null; // fetched when the matrix comes into view: it has a byte for every pair
   const STEPS = 6;
+  const MOST_MARKED = 64; // directions: with more, a cell is too small for a sign in it
+  const signs = one("#signs");
+  const shown = (code) => signs.value === "both" || (signs.value === "plus") === code > 0;
   // the shades are those of the style sheet, read from elements that wear its classes
   const shades = () => {
     const holder = document.createElementNS("http://www.w3.org/2000/svg", "svg");
@@ -54,22 +60,36 @@ if (canvas) {
     return found;
   };
   canvas.width = canvas.height = n;
+  const stepOf = (code) => (shown(code) ? Math.min(STEPS, Math.round((Math.abs(code) / 127) * STEPS)) : 0);
+  /** A − across the cells below 0, as on the maps of decoders. */
+  const mark = () => {
+    if (n > MOST_MARKED) return;
+    one("#marks").replaceChildren(...[...codes.keys()].filter((i) => codes[i] < 0 && stepOf(codes[i])).map((i) => {
+      const rect = document.createElementNS("http://www.w3.org/2000/svg", "rect");
+      const place = { x: `${(100 * (i % n + 0.28)) / n}%`, width: `${44 / n}%`, y: `${(100 * (Math.floor(i / n) + 0.44)) / n}%`, height: `${12 / n}%`, class: "minusmark" };
+      for (const [name, value] of Object.entries(place)) rect.setAttribute(name, value);
+      return rect;
+    }));
+  };
   const draw = () => {
     if (!codes) return;
+    mark();
     const { blank, plus, minus } = shades();
     const pen = canvas.getContext("2d");
     const image = pen.createImageData(n, n);
     codes.forEach((code, i) => {
-      const step = Math.min(STEPS, Math.round((Math.abs(code) / 127) * STEPS));
+      const step = stepOf(code);
       const colour = step === 0 ? blank : (code > 0 ? plus : minus)[step - 1];
       image.data.set([colour[0], colour[1], colour[2], 255], 4 * i);
     });
     pen.putImageData(image, 0, 0);
   };
   document.addEventListener("themechange", draw);
+  signs.addEventListener("change", draw);
   let [row, column] = [0, 0];
   const say = () => {
-    const value = codes ? `cosine ${(codes[row * n + column] / 127).toFixed(2).replace("-", "−")}` : "loading…";
+    const cosine = codes ? (codes[row * n + column] / 127).toFixed(2).replace("-", "−") : "";
+    const value = !codes ? "loading…" : `cosine ${cosine}${/[1-9]/.test(cosine) ? (cosine.startsWith("−") ? ", they cancel" : ", alike") : ""}`;
     one("#pair").textContent = `${names[row]} and ${names[column]}: ${value}`;
   };
   const load = async () => {
@@ -93,7 +113,15 @@ if (canvas) {
   };
   const follow = () => open(canvas, names[row]);
   canvas.addEventListener("pointermove", at);
-  canvas.addEventListener("click", (event) => { at(event); follow(); }); // a touch has not moved over it before
+  const touched = touchOf(canvas);
+  let tapped = -1;
+  canvas.addEventListener("click", (event) => {
+    at(event);
+    const here = row * n + column;
+    if (!touched(event) || tapped === here) { follow(); return; }
+    tapped = here; // read out, of a finger that has not moved over it before
+    linkTo(one("#pair"), hrefOf(canvas, names[row]));
+  });
   canvas.addEventListener("focus", say);
   canvas.addEventListener("keydown", (event) => {
     if (event.key === "Enter") { follow(); return; }

@@ -2,6 +2,8 @@
 
 import { all, one, themeSwitch, tokenTips, unfoldLinks, watchTables } from "./shared.js";
 
+export { figures } from "./shared.js";
+
 /** An element with properties and children; text is never markup. */
 export function make(name, properties = {}, ...children) {
   const element = document.createElement(name);
@@ -36,15 +38,6 @@ export const featureAddress = (id, corpus = "train") => `/feature/${encodeURICom
 
 /** A feature's id as pages show it. */
 export const named = (id) => id.replace(/-$/, "−");
-
-/** A number to three figures, as on the pages. */
-export function figures(value) {
-  if (value === null || value === undefined) return "–";
-  if (value === 0) return "0";
-  const size = Math.abs(value);
-  if (size < 1e-3 || size >= 1e7) return value.toExponential(1).replace("-", "−");
-  return value.toLocaleString("en", { maximumSignificantDigits: 3 }).replace("-", "−");
-}
 
 let toastTimer = 0;
 export function toast(text) {
@@ -87,6 +80,13 @@ function step(by) {
   const link = one("th a, a", rows[next]);
   if (link) link.focus({ preventScroll: true });
 }
+/** Star what the page is about, not a token of it; the form for more unfolds. */
+function starPage() {
+  const editor = one(".note-editor:not(aside *)", askedSide ?? document);
+  if (!editor) return;
+  if (one("details.fields", editor)) one("details.fields", editor).open = true;
+  one(".star", editor).click();
+}
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || help.open) return;
   if (event.target.closest('input:not([type="checkbox"], [type="radio"]), select, textarea')) {
@@ -103,7 +103,7 @@ document.addEventListener("keydown", (event) => {
   else if (event.key === "k") step(-1);
   else if (event.key === "t") switchTheme();
   else if (event.key === "?") help.showModal();
-  else if (event.key === "s") one(".note-editor .star", askedSide ?? document)?.click();
+  else if (event.key === "s") starPage();
   else if (event.key === "/") { event.preventDefault(); (one("#q") || one("#jump")).focus(); }
 });
 
@@ -179,7 +179,8 @@ export function keepSaved(place, saved, { collect, say, settle = () => {} }) {
   return { stands, want, fields, flush, soon, pending: () => { collect(want); return wanted.size > 0; } };
 }
 
-for (const editor of all(".note-editor")) {
+/** Have a note's form save what is put into it; `settled(note)` is called whenever all of it is saved. */
+export function wireEditor(editor, settled = () => {}) {
   const [star, tags] = [one(".star", editor), one(".tags", editor)];
   const boxes = { label: one(".label", editor), text: one(".text", editor) };
   const split = () => [...new Set(tags.value.split(",").map((tag) => tag.trim().replace(/[\s:]+/g, "-")).filter(Boolean))];
@@ -196,7 +197,7 @@ for (const editor of all(".note-editor")) {
     now.forEach((field) => want(field, true));
     for (const field of note.fields()) if (field.startsWith("tag:") && !now.includes(field)) want(field, false);
   }
-  const note = keepSaved(editor.dataset.place, saved, { collect, say: (text) => { one(".saved", editor).textContent = text; }, settle: showStar });
+  const note = keepSaved(editor.dataset.place, saved, { collect, say: (text) => { one(".saved", editor).textContent = text; }, settle: () => { showStar(); settled([...saved.values()].some(Boolean)); } });
   star.addEventListener("click", () => {
     note.want("star", !note.stands("star"));
     showStar();
@@ -207,7 +208,9 @@ for (const editor of all(".note-editor")) {
     box.addEventListener("change", note.flush);
   }
   tags.addEventListener("change", note.flush);
+  return note;
 }
+all(".note-editor").forEach((editor) => wireEditor(editor));
 
 // --- the study may be made anew while the page is open ---
 const changed = one("#changed");

@@ -1,8 +1,8 @@
 // A whole trace: coloured by one or several features, jumps between firings, what fires on a token.
 import { all, drawStrip, one } from "./shared.js";
-import { ask, featureAddress, figures, keepSaved, make, named, toast } from "./studio.js";
+import { ask, featureAddress, figures, make, named, toast, wireEditor } from "./studio.js";
 import { featureBox, foundBy } from "./choosing.js";
-import { fires, paint, uncountedOf } from "./painting.js";
+import { fires, huesOf, paint, uncountedOf } from "./painting.js";
 
 const MOST = 4;
 const ORDER = {
@@ -16,6 +16,7 @@ if (box) {
   const uncounted = uncountedOf(tokens);
   const here = one("#here");
   let features = [];
+  let hues = []; // that of each feature
   let firings = [];
   let at = -1;
   let telling = 0;
@@ -25,6 +26,8 @@ if (box) {
 
   function show() {
     for (const n of [2, 3, 4]) box.classList.toggle(`lanes${n}`, features.length === n);
+    for (let k = 0; k < MOST; k++) box.style.setProperty(`--c${k + 1}`, `var(--line${hues[k] ?? k})`);
+    one("#lines").hidden = features.length < 2;
     firings = paint(tokens, uncounted, features);
     if (at >= 0) tokens[at].classList.add("cursor");
     const gone = features.find((feature) => feature.missing)?.missing;
@@ -38,12 +41,12 @@ if (box) {
       const remove = make("button", { type: "button", textContent: "×", "aria-label": `Remove ${feature.id}` });
       remove.addEventListener("click", () => choose(features.map((f) => f.id).filter((id) => id !== feature.id)));
       const count = feature.level === null ? "no firing level yet" : `fires on ${feature.values.filter((_, t) => fires(feature, t, uncounted)).length}`;
-      return make("li", { className: `hue${k}` }, make("span", { className: "swatch" }), `${features.length > 1 ? `${k + 1} ` : ""}`,
+      return make("li", { className: `hue${hues[k]}` }, make("span", { className: "swatch" }), `${features.length > 1 ? `${k + 1} ` : ""}`,
         make("a", { href: featureAddress(feature.id, corpus), textContent: named(feature.id) }), make("span", { className: "count", textContent: count }), remove);
     }));
     one("#strips").replaceChildren(...features.map((feature, k) => {
       const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
-      svg.setAttribute("class", `strip hue${k}`);
+      svg.setAttribute("class", `strip hue${hues[k]}`);
       svg.setAttribute("width", "100%");
       svg.setAttribute("height", "44");
       svg.setAttribute("role", "img");
@@ -57,6 +60,7 @@ if (box) {
 
   function colour(chosen) {
     features = chosen;
+    hues = huesOf(features.map((feature) => feature.id));
     showChips();
     show();
     const names = features.map((feature) => feature.id);
@@ -100,19 +104,26 @@ if (box) {
   const noted = new Set(box.dataset.noted.split(",").filter(Boolean).map(Number));
   const markNoted = (t) => { if (noted.has(t)) tokens[t].dataset.note = "✎"; else delete tokens[t].dataset.note; };
   noted.forEach(markNoted);
-  const notes = new Map(); // token -> its note that was last on the page, which may still be on its way
-  function noteOn(t, text) {
-    if (notes.get(t)?.pending()) return notes.get(t).box;
-    const area = make("textarea", { className: "token-note", rows: 2, maxLength: 10000, value: text, placeholder: "Note on this token", "aria-label": `Note on token ${t}` });
-    const said = make("p", { className: "saved", role: "status" });
-    const saved = new Map([["text", text]]);
-    const settle = () => { noted[saved.get("text") ? "add" : "delete"](t); markNoted(t); };
-    const note = keepSaved(`token:${corpus}:${index}:${t}`, saved, { collect: (want) => want("text", area.value), say: (words) => { said.textContent = words; }, settle });
-    area.addEventListener("input", note.soon);
-    area.addEventListener("change", note.flush);
-    const box = make("div", {}, area, said);
-    notes.set(t, { box, pending: note.pending });
-    return box;
+  const notes = new Map(); // token -> its form that was last on the page, of which something may still be on its way
+  function noteOn(t, { text, label, star, tags, earlier, moved }) {
+    if (notes.get(t)?.pending()) return notes.get(t).form;
+    const form = one("#token-note").content.firstElementChild.cloneNode(true); // as the macro for all places made it
+    form.dataset.place = `token:${corpus}:${index}:${t}`;
+    form.setAttribute("aria-label", `Notes on token ${t}`);
+    for (const [name, value] of [["label", label], ["tags", tags.join(", ")], ["text", text]]) one(`.${name}`, form).value = value;
+    one(".text", form).setAttribute("aria-label", `Note on token ${t}`);
+    one(".star", form).setAttribute("aria-pressed", String(star));
+    one(".star span", form).textContent = star ? "★" : "☆";
+    one(".star .word", form).textContent = star ? "Starred" : "Star";
+    one(".fields", form).open = Boolean(label || tags.length);
+    if (moved) one(".saved", form).before(make("p", { className: "moved", textContent: `Written, at least in part, about ${moved}.` }));
+    if (earlier.length) {
+      const texts = earlier.map((event) => make("li", {}, make("b", { textContent: event.author }), `: ${event.value}`));
+      form.append(make("details", { className: "earlier" }, make("summary", { textContent: `${earlier.length} earlier ${earlier.length === 1 ? "version" : "versions"}` }), make("ol", {}, ...texts)));
+    }
+    const { pending } = wireEditor(form, (some) => { noted[some ? "add" : "delete"](t); markNoted(t); });
+    notes.set(t, { form, pending });
+    return form;
   }
 
   async function tell(t) {
@@ -138,7 +149,7 @@ if (box) {
           ...(rows.length ? [make("p", { className: "caption", textContent: ORDER[kind] })] : []), make("ol", {}, ...items));
       });
       if (!found.ordinary) parts.unshift(make("p", { className: "caption", textContent: "Template, markup or an attention sink: nothing fires here, whatever its activation; it is left out of firings, examples and scales." }));
-      here.replaceChildren(title, noteOn(t, found.note.text), ...parts);
+      here.replaceChildren(title, noteOn(t, found.note), ...parts);
     } catch (error) {
       if (turn !== asked) return;
       here.replaceChildren(title, make("p", { className: "absent", textContent: error.message }));
@@ -146,7 +157,7 @@ if (box) {
   }
 
   // below the trace, on a narrow screen, it would go unseen
-  const showPanel = () => { if (here.getBoundingClientRect().top > innerHeight - 120) here.scrollIntoView({ block: "nearest" }); };
+  const showPanel = () => { if ((one("h3", here) ?? here).getBoundingClientRect().top > innerHeight - 120) here.scrollIntoView({ block: "nearest" }); };
   box.addEventListener("click", (event) => { const t = tokens.indexOf(event.target.closest(".whole > span")); if (t >= 0) tell(t).then(showPanel); });
   box.addEventListener("keydown", (event) => {
     const by = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
