@@ -148,8 +148,9 @@ def random_control(attached: Attached, rendered: Sequence[Rendered], seed: int) 
     """Random directions in an adapter's places: for each of its own an isotropic one and a difference of two tokens.
 
     Read vectors have length 1. A difference is of the module's inputs at two ordinary tokens, drawn by seed from
-    the sample of training traces; of different ids, as the first layer's inputs are alike where ids are. Write vectors are isotropic, and as long as it takes for the standard deviation of
-    the effect over the sample's ordinary tokens to be the trained direction's.
+    the sample of training traces; of different ids, as the first layer's inputs are alike where ids are. Write vectors
+    are isotropic, and as long as it takes for the standard deviation of the effect over the sample's ordinary tokens
+    to be the trained direction's.
 
     Raises:
         BadInput: the sample has fewer than two ordinary tokens of different ids.
@@ -159,7 +160,7 @@ def random_control(attached: Attached, rendered: Sequence[Rendered], seed: int) 
     ordinary = np.flatnonzero(ordinary_T)
     ids = np.concatenate([one.ids for one in sample])[ordinary]
     if len(np.unique(ids)) < 2:
-        raise BadInput("The training traces have fewer than two different ordinary tokens to draw random directions by.")
+        raise BadInput("The training traces have fewer than two different ordinary tokens to draw directions by.")
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     first_N = rng.integers(len(ordinary), size=len(adapter.addresses))
     second_N = [rng.choice(np.flatnonzero(ids != ids[first])) for first in first_N]
