@@ -23,6 +23,10 @@ TRIGGERS = {
     "L1.gate+": " check",
 }
 """The token that each planted polarity responds to."""
+WRITER, READS, WRITES = "L1.down+", " check", " wait"
+"""A direction that both has a trigger and writes a word into the residual stream, where it is planted."""
+WRITTEN = 6.0
+"""How long its effect is on the trigger; the embeddings are about 10, so that twice of it turns the text."""
 EVERY = [*WORDS, *(word.strip() for word in WORDS), *TRIGGERS.values()]
 TRACES = 260
 WORDS_PER_TRACE = 48
@@ -63,14 +67,15 @@ def planted_traces(path: Path, seed: int = 0) -> Path:
     return path
 
 
-def save_planted(folder: Path) -> tuple[Path, Path]:
-    """The folders of the model and of its adapter, whose directions but three are weak noise."""
+def save_planted(folder: Path, units: int = 64) -> tuple[Path, Path]:
+    """The folders of the model, with so many units in an MLP, and of its adapter, whose directions but three are weak
+    noise."""
     tokenizer = planted_tokenizer()
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=96,
-        intermediate_size=64,
+        intermediate_size=units,
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=256,
@@ -105,6 +110,30 @@ def plant(model: Any, tokenizer: Any) -> Adapter:
         else:
             modules.append(replace(module, a_RI=module.a_RI * 0.05, b_OR=b_OR * 1e-3))
     return replace(adapter, modules=tuple(modules))
+
+
+def plant_writer(model_folder: Path, adapter_folder: Path) -> None:
+    """Make one direction of the saved adapter fire on one token alone of all and write along the unembedding of
+    another. The MLP has more units than there are tokens, so that its read vector solves for it."""
+    model = LlamaForCausalLM.from_pretrained(model_folder).eval()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model_folder)
+    adapter = Adapter.load(adapter_folder)
+    number = adapter.addresses.index(WRITER[:-1])
+    reads, writes = (tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in (READS, WRITES))
+    seen: list[Any] = []
+    hook = model.model.layers[1].mlp.down_proj.register_forward_hook(lambda _, given, __: seen.append(given[0]))
+    with torch.no_grad():
+        model(torch.tensor([[tokenizer.bos_token_id, i] for i in range(len(tokenizer))]))
+    hook.remove()
+    hidden_VI, fires_V = seen[0][:, 1], torch.zeros(len(tokenizer))
+    fires_V[reads] = 1
+    a_RI = torch.linalg.lstsq(hidden_VI, fires_V[:, None], driver="gelsd").solution.T
+    row_D = model.lm_head.weight[writes].detach()
+    modules = list(adapter.modules)
+    modules[number] = replace(modules[number], a_RI=a_RI, b_OR=row_D[:, None] / row_D.norm())
+    effect = replace(adapter, modules=tuple(modules)).effect_per_scalar[number]
+    modules[number] = replace(modules[number], b_OR=modules[number].b_OR * WRITTEN / effect)
+    replace(adapter, modules=tuple(modules)).save(adapter_folder)
 
 
 def plant_habit(folder: Path) -> None:

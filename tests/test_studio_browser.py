@@ -14,6 +14,7 @@ from lorascope.studio.notes import FILE, Note, current_notes, read_events
 from lorascope.study import Study
 from lorascope.views.effects import direction_effects
 from report_study import HOSTILE, make_report_study
+from studio_hands import notes_on
 from studio_server import studio_at
 
 PAGES = {
@@ -28,6 +29,7 @@ PAGES = {
     "evidence": "/evidence",
     "categories": "/categories",
     "notes": "/notes",
+    "live": "/live?features=L1.gate%2B%2Csae.1&moves=add%3A2%2Cclamp%3A1",
     "missing": "/compare",
 }
 
@@ -266,7 +268,7 @@ def note_at(study: Study, place: str) -> Note:
 
 def test_notes_are_saved_at_once_and_stay(browser: Browser, study: Study, base: str) -> None:
     page, trouble = opened(browser, base + "/feature/L2.down%2B")
-    editor = page.locator("#side-0 .note-editor")
+    editor = notes_on(page, "L2.down+")
     with saving(page, "star"):
         page.keyboard.press("s")
     expect(editor.locator(".saved")).to_have_text("Saved.")
@@ -301,8 +303,7 @@ def test_notes_are_saved_at_once_and_stay(browser: Browser, study: Study, base: 
 
 def test_what_is_typed_last_is_saved_though_the_page_is_left(browser: Browser, study: Study, base: str) -> None:
     page, trouble = opened(browser, base + "/feature/L0.q%2B")
-    editor = page.locator("#side-0 .note-editor")
-    editor.locator("summary").click()
+    editor = notes_on(page, "L0.q+")
     editor.locator(".text").press_sequentially("half a thought")
     editor.locator(".tags").press_sequentially("late")
     page.goto(base + "/features?q=half+a+thought")
@@ -314,7 +315,7 @@ def test_what_is_typed_last_is_saved_though_the_page_is_left(browser: Browser, s
 
 def test_what_was_not_saved_does_not_look_saved(browser: Browser, study: Study, base: str) -> None:
     page, _ = opened(browser, base + "/feature/L0.k%2B")
-    editor, tried = page.locator("#side-0 .note-editor"), []
+    editor, tried = notes_on(page, "L0.k+"), []
 
     def fail_once(route: Route) -> None:
         body = json.loads(route.request.post_data or "{}")
@@ -349,9 +350,9 @@ def test_what_was_not_saved_does_not_look_saved(browser: Browser, study: Study, 
 def test_a_note_that_was_changed_elsewhere_is_said(browser: Browser, study: Study, base: str) -> None:
     pages = [opened(browser, base + "/feature/L0.up%2B")[0] for _ in range(2)]
     for page, text in zip(pages, ("one", "two"), strict=True):
-        page.locator("#side-0 .fields summary").click()
+        editor = notes_on(page, "L0.up+")
         with saving(page, "text"):
-            page.locator("#side-0 .text").fill(text)
+            editor.locator(".text").fill(text)
             page.locator("#side-0 .text").blur()
     expect(pages[0].locator("#side-0 .saved")).to_have_text("Saved.")
     expect(pages[1].locator("#side-0 .saved")).to_contain_text("in place of a newer note")

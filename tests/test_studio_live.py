@@ -110,9 +110,9 @@ def test_a_planted_direction_turns_the_text(client: TestClient, study: Study) ->
     assert kinds[:2] == ["queued", "start"]
     assert kinds[-1] == "done"
     for run in ("steered", "base_steered"):
-        assert text_of(events, run)[1:] == [WORD] * 7
+        assert text_of(events, run)[2:] == [WORD] * 6  # the first two may share a character
     for run in ("plain", "control", "base"):
-        assert text_of(events, run)[1:] != [WORD] * 7
+        assert text_of(events, run)[2:] != [WORD] * 6
     token = next(event for event in events if event["event"] == "token" and event["run"] == "steered")
     assert set(token["activations"]) == {FEATURE, "L0.gate+"}
     runs = [event["run"] for event in events if event["event"] == "token"][:5]

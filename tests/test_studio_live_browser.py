@@ -1,6 +1,8 @@
 """Live in a browser: a slider turns the text; what is asked for is in the address; where runs part is marked."""
 
 import json
+import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,11 +11,14 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from live_study import make_live_study, strong_amount
+from live_study import make_live_study
+from lorascope import steering
 from lorascope.study import Study
+from planted_model import WRITER, WRITES
 from report_study import make_report_study
+from studio_hands import goes_sideways, slider_of
 from studio_server import studio_at
-from test_steering_stage import PROMPT, WORD
+from test_steering_stage import PROMPT
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +32,7 @@ def base(study: Study) -> Iterator[str]:
         yield address
 
 
-def test_a_slider_changes_the_text(study: Study, base: str, browser: Browser) -> None:
+def test_a_slider_changes_the_text(base: str, browser: Browser) -> None:
     page = browser.new_page()
     trouble: list[str] = []
     page.on("console", lambda m: trouble.append(m.text) if m.type in ("error", "warning") else None)
@@ -44,12 +49,10 @@ def test_a_slider_changes_the_text(study: Study, base: str, browser: Browser) ->
     assert plain
     page.locator("#moves select").select_option("add")
     assert page.locator('[name="run"][value="steered"]').is_checked()
-    slider = page.locator('#moves input[type="range"]')
-    amount = str(round(strong_amount(study)))
-    slider.evaluate("(s, v) => { s.max = v; s.value = v; s.dispatchEvent(new Event('input')); }", amount)
+    slider_of(page, WRITER).press("End")
     page.locator("#go").click()
     expect(page.locator(".run-steered .facts")).to_contain_text("parts at token 1", timeout=60_000)
-    assert page.locator(".run-steered .output").inner_text().replace("\u00a0", " ").count(WORD) >= 6
+    assert page.locator(".run-steered .output").inner_text().replace("\u00a0", " ").count(WRITES) >= 6
     assert page.locator(".run-plain .output").inner_text() == plain
     assert page.locator(".run-steered .parts").inner_text() == "≠"
     assert page.locator(".run-steered .live-strip rect").count() == 8
@@ -64,7 +67,7 @@ def test_a_slider_changes_the_text(study: Study, base: str, browser: Browser) ->
 
 def test_what_is_asked_for_is_in_the_address(base: str, browser: Browser) -> None:
     page = browser.new_page()
-    asked = (
+    asked = (  # with an amount beyond the slider's ends
         "features=L1.down%2B,L0.gate%2B&moves=add:12.5,watch&runs=plain,steered&seed=7&tokens=4&prompt=%0Abalan%0Akepor"
     )
     page.goto(f"{base}/live?{asked}")
@@ -99,6 +102,59 @@ def test_what_is_asked_for_is_in_the_address(base: str, browser: Browser) -> Non
     expect(page.locator("#unshared")).to_be_hidden()
     page.wait_for_url("**prompt=short")
     page.close()
+
+
+def test_a_second_window_waits_and_may_stop_the_first(base: str, browser: Browser) -> None:
+    pages = [browser.new_page() for _ in range(2)]
+    for page, prompt, tokens in zip(pages, ("balan kepor", "monim ridok"), (2000, 3), strict=True):
+        page.goto(f"{base}/live?prompt={prompt}&tokens={tokens}")
+        page.locator("#go").click()
+        expect(page.locator("#stop")).to_be_enabled()
+    first, second = pages
+    expect(first.locator(".run-plain .output span").first).to_be_visible(timeout=60_000)
+    expect(second.locator("#said")).to_have_text("1 before this one")
+    for page in pages:
+        rows = page.locator("#queue p")
+        expect(rows).to_have_text(["running: “balan kepor” Stop", "waiting: “monim ridok” Stop"], timeout=15_000)
+        assert not goes_sideways(page)
+    assert second.locator(".run-plain").count() == 0
+    second.locator("#queue p").filter(has_text="running").get_by_role("button", name="Stop").click()
+    expect(first.locator("#said")).to_have_text("Stopped.", timeout=60_000)
+    expect(second.locator("#said")).to_contain_text("Done", timeout=60_000)
+    expect(second.locator(".run-plain .facts")).to_contain_text("3 tokens")
+    for page in pages:
+        expect(page.locator("#queue p")).to_have_count(0)
+        page.close()
+
+
+def test_the_loading_of_the_model_is_shown_while_it_goes_on(
+    study: Study, browser: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, loaded = steering.open_bench, threading.Event()
+
+    def open_slowly(*given: Any, **more: Any) -> Any:
+        loaded.wait(60)
+        return real(*given, **more)
+
+    monkeypatch.setattr(steering, "open_bench", open_slowly)
+    with studio_at(study) as address:
+        page = browser.new_page()
+        page.goto(f"{address}/live?prompt=balan&tokens=3")
+        bar, said = page.get_by_role("progressbar", name="Loading the model"), page.locator("#said")
+        expect(bar).to_be_visible()
+        loading = re.compile(r"^Loading .*model: [1-9]\d* s$")
+        expect(said).to_have_text(loading)
+        page.locator("#go").click()
+        expect(said).to_have_text("Asking…")
+        expect(said).to_have_text(loading)
+        expect(bar).to_be_visible()
+        loaded.set()
+        expect(said).to_contain_text("Done", timeout=60_000)
+        expect(bar).to_be_hidden()
+        page.reload()
+        expect(said).to_have_text("The model is loaded.")
+        expect(bar).to_be_hidden()
+        page.close()
 
 
 def answered(page: Page, events: list[dict[str, Any]]) -> None:

@@ -12,8 +12,9 @@ from lorascope.report.tokens import plain_tokens
 from lorascope.study import Study, write_json
 from lorascope.token_text import token_table
 from lorascope.views.firing import coloured_trace, fires_here
-from lorascope.views.nearby import thresholds
+from lorascope.views.nearby import direction_cosines, thresholds
 from lorascope.views.token_counts import NOTHING_AROUND, segment_densities, tokens_around
+from report_study import make_adapter
 from tiny_store import make_study, write_store
 from tiny_text import tiny_tokenizer
 
@@ -90,3 +91,14 @@ def test_density_per_segment(tmp_path: Path) -> None:
     stats = {"share_prompt": 0.5, "share_think": 0.5, "share_answer": 0.0, "n_firing": 2}
     found = segment_densities(load_features(study, "train", "direction"), stats)
     assert found == {"prompt": 0.5, "think": 0.5, "answer": None}
+
+
+def test_a_direction_is_none_of_its_own_neighbours(tmp_path: Path) -> None:
+    """Also where there are fewer vectors than the list has places, and cosines below 0 come after the own 0."""
+    study = make_study(tmp_path / "s")
+    adapter = make_adapter(2)
+    adapter.save(study.path / "adapter")
+    for address in adapter.addresses:
+        near = direction_cosines(study, address)
+        assert near
+        assert address not in [one["id"] for one in near]

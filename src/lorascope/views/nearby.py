@@ -86,9 +86,9 @@ def direction_cosines(study: Study, address: str) -> list[Json]:
     for side, (names, unit_ND) in kept_view(study, residual_vectors).items():
         if address not in names:
             continue
-        cosine_N = unit_ND @ unit_ND[names.index(address)]
-        cosine_N[names.index(address)] = 0.0
-        for i in np.argsort(-np.abs(cosine_N))[:NEAR]:
+        own = names.index(address)
+        cosine_N = unit_ND @ unit_ND[own]
+        for i in [int(i) for i in np.argsort(-np.abs(cosine_N)) if i != own][:NEAR]:
             found.append({"id": names[i], "cosine": float(cosine_N[i]), "of": side})
     return found
 
