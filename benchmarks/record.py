@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from common import DEVICE, MODEL, TRUNK, main, ratio, roofline, row, take_turns, versions
 
-BUDGET, EVERY, REPEATS = 2048, 9, 3
+BUDGET, EVERY, REPEATS = 2048, 12, 3
 
 
 def consecutive(lengths: list[int], budget: int) -> list[list[int]]:

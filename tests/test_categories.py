@@ -25,7 +25,7 @@ from lorascope.explain.categories.words import explanation_words, make_bags
 from lorascope.explained import ASSIGNED
 from lorascope.features import load_features
 from lorascope.recording import OUTPUT_RMS
-from lorascope.study import Study, read_json
+from lorascope.study import Study, read_json, write_json
 from lorascope.views import category_view
 from planted_categories import DECODER, PLANTED, planted_categories
 
@@ -115,6 +115,21 @@ def test_matrix_types_are_added_up_relative_to_their_own_outputs(planted: Plante
     assert not category_view(study)["flow"]["relative"]
     spelling = [row["mass"]["value"] for row in raw["kinds"]["direction"]["shares"]][1]
     assert spelling > 0.3  # L0.gate, whose raw effect is a hundred times that of L0.q
+
+
+def test_categories_of_an_earlier_version_are_marked_and_made_again(planted: Planted, tmp_path: Path) -> None:
+    study, _ = planted_categories(tmp_path / "study")
+    categorize(study, CONFIG, Options())
+    assert category_view(study)["outdated"] is None
+    file = study.path / "categories" / "shares.json"
+    shares, record = read_json(file), study.manifest["stages"]["categorize"]
+    write_json(file, {key: value for key, value in shares.items() if key != "method"})
+    earlier = {key: value for key, value in record["result"].items() if key != "method"}
+    study.update_manifest(stages={"categorize": record | {"result": earlier}})
+    assert category_view(study)["outdated"] == f"lorascope categorize {study.path} --corpus heldout"
+    categorize(study, CONFIG, Options())
+    assert category_view(study)["outdated"] is None
+    assert read_json(file) == shares
 
 
 def test_tally_equals_brute_force(planted: Planted) -> None:

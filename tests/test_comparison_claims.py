@@ -10,7 +10,7 @@ from lorascope.comparison import CompareConfig, compare
 from lorascope.config import Options
 from lorascope.study import write_json
 from lorascope.views import comparison_view
-from lorascope.views.compare import comparison_text, verdict
+from lorascope.views.compare import MEASURES, comparison_text, verdict
 from tiny_store import make_study, write_store
 
 CONFIG = CompareConfig(draws=1000)
@@ -39,6 +39,11 @@ def test_a_lead_that_wrong_explanations_share_is_not_found_above_them(tmp_path: 
     said = comparison_text(result)
     assert "Directions above MLP neurons" in said
     assert "Not found in detection above the wrong explanation's" in said
+    verdicts = {verdict["measure"]: verdict["sentences"] for verdict in comparison_view(study)["tables"][0]["verdicts"]}
+    for name in ("score", "score_all", "fuzzing"):
+        (sentence,) = verdicts[MEASURES[name]]
+        assert "Directions above MLP neurons" in sentence
+        assert "Not found in" in sentence
 
 
 def test_kinds_that_learned_from_unequal_text_get_no_verdict(tmp_path: Path) -> None:
@@ -65,8 +70,9 @@ def test_kinds_that_learned_from_unequal_text_get_no_verdict(tmp_path: Path) -> 
     text = comparison_text(result)
     assert "Directions above MLP neurons" in text
     assert "bove the directions on the base model" not in text
-    again = "then `lorascope examples`, `explain` and `compare` again"
-    assert f"To compare the directions on the base model: `{said['run']}` on all training traces, {again}." in text
+    again = "`lorascope explain --kinds base` with the earlier options and `lorascope compare` again"
+    first = f"To compare the directions on the base model: `{said['run']}` on all training traces, "
+    assert f"{first}then `lorascope examples`, {again}." in text
 
 
 def test_what_explain_read_of_long_recordings_counts(tmp_path: Path) -> None:
@@ -109,11 +115,12 @@ def test_answers_that_were_not_read_are_counted_beside_the_scores(tmp_path: Path
 
 
 def test_features_that_are_asked_again_are_in_no_score(tmp_path: Path) -> None:
-    """Eight features scored 0.7 or so, and two whose requests failed, with 0 from answers that never came."""
+    """Eight features scored 0.7 or so, one of whose class alone is asked again, and two without scores yet."""
     study = make_study(tmp_path / "study")
     rows = [explained_row(f"L{i}.q+", 0.7 + i / 100, explainer="judge:m", **classed(0)) for i in range(8)]
+    rows[0]["retry"] = True
     out = explained_row("L8.q+", 0.0, explainer="judge:m", retry=True, **classed(1))
-    out["scored"]["detection"]["unparsed"] = 80
+    out["scored"] = {"detection": None, "fuzzing": None, "unfinished": {"detection": {"HTTP 500": 80}}}
     silent = explained_row("L9.q+", None, explainer="judge:m", retry=True)
     silent |= {"reason": "judge gave no explanation: time-out"}
     silent["class"] = {"class": None, "reason": None, "failure": "time-out"}
@@ -141,6 +148,6 @@ def test_a_comparison_of_an_earlier_version_is_made_again(tmp_path: Path) -> Non
     record = study.manifest["stages"]["compare"]
     study.update_manifest(stages={"compare": record | {"result": earlier}})
     write_json(study.path / "compare" / "compare.json", earlier)
-    assert comparison_view(study)["outdated"] == f"lorascope compare {study.path}"
+    assert comparison_view(study)["outdated"] == f"lorascope compare {study.path} --corpus heldout"
     assert compare(study, CONFIG, Options()) == now
     assert comparison_view(study)["outdated"] is None

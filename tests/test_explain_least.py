@@ -47,3 +47,23 @@ def test_fuzzing_needs_as_many_windows_of_each_side(with_silence: int) -> None:
     else:
         assert scored["fuzzing"]["n_negative"] == with_silence
         assert "without" not in scored
+
+
+def test_an_outage_is_no_score_and_takes_the_wrong_one_with_it() -> None:
+    """All requests about detection fail in passing; fuzzing has its score, and so a row that is asked again."""
+    failed = {"failures": {"HTTP 500": 2 * FIRING}}
+
+    def half_answered(quiz: Quiz, explanation: Explanation, rng: np.random.Generator) -> dict[str, Any]:
+        return failed if quiz.windows.marked_WS is None else always_yes(quiz, explanation, rng)
+
+    explainer = SimpleNamespace(score=half_answered, agree=None, most_tokens=None)
+    row = {"feature": "L0.q+", "text": "fires", "rule": None}
+    found = score_feature(job_of(LEAST_SCORING), explainer, 0, row, row)  # type: ignore[arg-type]
+    assert found["retry"]
+    scored = found["scored"]
+    assert scored["detection"] is None
+    assert not {"detection_wrong", "detection_shuffled"} & set(scored)
+    assert {"detection", "detection_wrong"} <= set(scored["unfinished"])
+    assert scored["unfinished"]["detection"] == failed["failures"]
+    assert scored["without"] == {"detection": "too many requests failed, to be sent again"}
+    assert scored["fuzzing"]["n_negative"] == LEAST_SCORING

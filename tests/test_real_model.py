@@ -3,8 +3,8 @@
 Fast paths give on it what simple references give: here training forms, packing, reading, exact ablation, gates,
 screening, batched generation, an autoencoder's steps and examples. `test_real_model_passes` holds passes in bfloat16,
 of the base, of controls and of a full finetune to plain ones, `test_real_model_stages` the store, examples and the
-autoencoder to dense arithmetic, `test_real_model_steering` steered text. Ablation to the mean, patched KL and what
-screening derives from its gradients are held to references on tiny models only.
+autoencoder to dense arithmetic, `test_real_model_steering` steered text, `test_real_model_edits` ablation to zero and
+to the mean and patched KL to edited runs. What screening derives from its gradients is tested on tiny models alone.
 """
 
 import copy

@@ -199,6 +199,20 @@ def test_an_expired_stage_runs_again_and_keeps_its_output_until_then(study: Stud
     assert len(calls) == 2
 
 
+def test_a_stage_runs_again_where_its_last_result_is_of_another_method(study: Study) -> None:
+    calls: list[int] = []
+    run(study, calls)
+    made = study.manifest["stages"]["stage"]["result"].get("method")
+    study.expire("stage", unless=[3, 1])
+    run(study, calls)
+    assert (made, len(calls)) == (None, 2)
+    record = study.manifest["stages"]["stage"]
+    study.update_manifest(stages={"stage": record | {"result": record["result"] | {"method": [3, 1]}}})
+    study.expire("stage", unless=[3, 1])
+    run(study, calls)
+    assert len(calls) == 2
+
+
 def test_a_stage_can_be_taken_back(study: Study) -> None:
     run(study, [])
     study.summarise({"kl": 1.0, "other": 2})

@@ -86,9 +86,7 @@ def compare(study: Study, config: CompareConfig, options: Options) -> Json:
         write_json(study.path / OUTPUT, result)
         return result
 
-    record = study.manifest["stages"].get("compare")
-    if record and record["result"].get("method") != METHOD:
-        study.expire("compare")
+    study.expire("compare", unless=METHOD)
     return study.run("compare", config, options, inputs=inputs, outputs=[OUTPUT], work=work)
 
 

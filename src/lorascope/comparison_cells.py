@@ -202,11 +202,16 @@ def class_of(row: Json) -> str | None:
     return text if text in ("0", "1", "2") else None
 
 
+def is_waiting(row: Json) -> bool:
+    """Whether a row has no detection score only because requests failed that are to be sent again."""
+    return bool(row.get("retry")) and not (row["scored"] or {}).get("detection")
+
+
 def said_of(row: Json) -> Said:
     """What a row says beside its numbers."""
-    if row.get("retry"):
-        return Said(row["text"] is not None, ASKED_AGAIN, True, {})
     scored = row["scored"] or {}
+    if is_waiting(row):
+        return Said(row["text"] is not None, ASKED_AGAIN, True, {})
     reason = None if scored.get("detection") else plain_reason(row.get("reason") or "no score")
     return Said(row["text"] is not None, reason, False, count_answers(scored))
 
@@ -223,17 +228,16 @@ def count_answers(scored: Json) -> dict[str, list[int]]:
 def measure(row: Json, stat: Json, reasoning: float | None) -> list[float]:
     """A feature's number for each of `MEASURES`, NaN where it has none.
 
-    One with failed requests that are to be sent again has no scores yet, good or bad: an outage is not the feature's.
+    One whose requests failed, to be sent again, has no score of these yet, good or bad: an outage is not the feature's.
     """
-    waiting = bool(row.get("retry"))
-    scored = {} if waiting else row["scored"] or {}
+    waiting, scored = is_waiting(row), row["scored"] or {}
     found = {name: (scored.get(name) or {}).get("value", np.nan) for name in SCORES.values()}
     for task in TASKS:
         found[f"{task}_auroc"] = ((scored.get(task) or {}).get("auroc") or {}).get("value", np.nan)
         found[f"{task}_gain"] = found[task] - found[f"{task}_wrong"]
     known = bool(np.isfinite(found["detection"]))
     given = class_of(row) or "none"
-    classes = [np.nan if waiting and given == "none" else float(given == name) for name in CLASSES]
+    classes = [np.nan if row.get("retry") and given == "none" else float(given == name) for name in CLASSES]
     shares = [stat[name] if stat["n_firing"] else np.nan for name in SHARES]
     return [
         *(found[name] for name in SCORES.values()),

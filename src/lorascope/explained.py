@@ -13,6 +13,10 @@ from lorascope.study import Study, digest
 
 LEXICAL = "lexical"
 SAE = "sae/sae_weights.safetensors"
+WORDS = 10
+"""At most so many words are asked for in an explanation."""
+CATEGORIES = 2
+"""The method that assigns categories and measures their shares and clusters: raise it when that changes."""
 ASSIGNED, NONE_FITS, NO_ANSWER, WITHOUT = "assigned", "none fits", "no answer", "nothing to go by"
 """Outcomes of sorting features into categories: a category; words that fit none; a judge that did not say; a feature
 with no explanation and no example."""

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lorascope.adapter import AdaptedModule, Adapter
 from lorascope.attached import MISSING, Attached, find_module, wide_linear
+from lorascope.memory import SHARE, free_memory
 from lorascope.rank1 import Linear, apply_linear, backward_linear, forward_linear, unflattened
 
 HEAD_CHUNK = 512
@@ -282,14 +283,18 @@ def fused_reading(attached: Attached) -> Iterator[int]:
     Adapted maps of an fp32 base run merged, in one GEMM; those of other bases add the directions' term in fp32. Scalars
     of modules that share an input are computed together, with an fp32 base only where they are read. In
     `attached.as_base` the maps run alone. Edited maps, and parts that are not recognised, run in the forms of `attach`.
+    Merged weights are made once where a share of the free memory holds them, else anew in every pass.
     """
     model, adapter = attached.model, beside_weights(attached.model, attached.adapter)
     forms: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
+    size = sum(next(find_module(model, part).parameters()).nbytes for part in adapter.modules)
+    kept = size <= free_memory(model.device) // SHARE
     for index, (part, (shared, rows)) in enumerate(zip(adapter.modules, shared_inputs(adapter), strict=True)):
         module = find_module(model, part)
         if type(module) is nn.Linear:
             linear = Linear(module.weight, module.bias, part.a_RI, part.b_OR, part.scale)
-            forms[module] = partial(read_linear, attached, index, linear, shared, rows, module.forward)
+            merged = cache(linear.merged) if kept else linear.merged
+            forms[module] = partial(read_linear, attached, index, linear, merged, shared, rows, module.forward)
     for module in model.modules():
         form = norm_form(module) or (partial(read_mlp, module) if gated_parts(module) else None)
         if form is not None and agrees(module, form):
@@ -319,6 +324,7 @@ def read_linear(
     attached: Attached,
     index: int,
     linear: Linear,
+    merged: Callable[[], Tensor],
     shared: SharedInput,
     rows: slice,
     edited: Callable[[Tensor], Tensor],
@@ -332,7 +338,7 @@ def read_linear(
     if attached.base_run:
         return F.linear(x, linear.W_OI, linear.bias_O)
     if linear.merges:
-        return F.linear(x, linear.merged(), linear.bias_O)
+        return F.linear(x, merged(), linear.bias_O)
     assert linear.b_OR is not None
     y = F.linear(x, linear.W_OI, linear.bias_O)
     return (y.float() + F.linear(z * linear.scale, linear.b_OR)).to(y.dtype)

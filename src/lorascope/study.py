@@ -307,10 +307,10 @@ class Study:
             summary.get("stages", {}).pop(stage, None)
             write_json(self.path / "summary.json", {k: v for k, v in summary.items() if k not in headlines})
 
-    def expire(self, stage: str) -> None:
-        """Have a stage run again, whether or not anything changed; its outputs and its last result stay until then."""
+    def expire(self, stage: str, unless: object = None) -> None:
+        """Have a stage run again, changed or not, unless its last result has this `"method"`; its outputs stay."""
         record = self.manifest["stages"].get(stage)
-        if record:
+        if record and (unless is None or record["result"].get("method") != unless):
             self.update_manifest(stages={stage: record | {"options": {}}})
 
     def log(self, text: str) -> None:

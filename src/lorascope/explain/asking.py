@@ -23,7 +23,7 @@ from lorascope.explain.judges import Endpoint, Judge, Reply, endpoint_of, open_l
 from lorascope.explain.pieces import centre_segment, choose_marks, mark_texts, show_pieces, window_texts
 from lorascope.explain.prompts import TOP, VERSION, ask_class, ask_confidence, ask_explanation, show_piece
 from lorascope.explain.rows import Row
-from lorascope.explain.scoring import Explanation, Quiz, compare_passes, rank_answers, score_answers
+from lorascope.explain.scoring import Explanation, Quiz, compare_passes, rank_answers, score_answers, too_few
 from lorascope.explain.settings import JUDGE, ExplainConfig
 from lorascope.explain.windows import Windows, show_windows, spread_apart, spread_over_quantiles, window_index
 from lorascope.study import Study
@@ -34,8 +34,9 @@ QUANTILES = 5
 PER_TRACE = 4
 """Most examples of one trace that are shown, as long as others are left."""
 
-Asked = Callable[[Explanation, Windows], tuple[list[float | None], dict[str, int]]]
-"""Confidences [W] (None: not read), and how many windows failed for which reason."""
+Asked = Callable[[Explanation, Windows], tuple[list[float | None], dict[str, int], NDArray[np.bool_]]]
+"""Confidences [W] (None: not read), how many windows failed for which reason, and of which the request failed in
+passing [W]: it is sent again by the next run, and until then says nothing, good or bad."""
 
 
 @contextmanager
@@ -53,9 +54,13 @@ def judge_explainer(study: Study, job: Job, budget: Budget) -> Iterator[Explaine
             return explain_feature(job, table, *asked, feature, number)
 
         def score(quiz: Quiz, explanation: Explanation, rng: np.random.Generator) -> dict[str, Any]:
-            answers, failures = ask(explanation, quiz.windows)
-            found = score_answers(quiz, answers, rng).as_dict()
-            return found | {"auroc": rank_answers(quiz, answers, rng).rounded(4), "failures": failures}
+            answers, failures, lost_W = ask(explanation, quiz.windows)
+            answered = replace(quiz, truth_W=quiz.truth_W[~lost_W])
+            if too_few(answered):
+                return {"failures": failures}
+            read = [given for given, lost in zip(answers, lost_W, strict=True) if not lost]
+            found = score_answers(answered, read, rng).as_dict()
+            return found | {"auroc": rank_answers(answered, read, rng).rounded(4), "failures": failures}
 
         def agree(quiz: Quiz, explanation: Explanation) -> dict[str, Any]:
             again = windows_asker(judges[second], table, config.asked, job.seed + 1)
@@ -209,7 +214,7 @@ def choose_examples(
 def windows_asker(judge: Judge, table: TokenTable, together: int, seed: int) -> Asked:
     """A function that asks a judge about windows, so many in one request, in an order that tells nothing."""
 
-    def ask(explanation: Explanation, windows: Windows) -> tuple[list[float | None], dict[str, int]]:
+    def ask(explanation: Explanation, windows: Windows) -> tuple[list[float | None], dict[str, int], NDArray[np.bool_]]:
         order = feature_rng(seed, "order", explanation.feature).permutation(len(windows))
         groups = [order[start : start + together] for start in range(0, len(order), together)]
         questions = []
@@ -219,12 +224,14 @@ def windows_asker(judge: Judge, table: TokenTable, together: int, seed: int) -> 
             questions.append(ask_confidence(explanation.text, *show_pieces(table, some), seed))
         answers: list[float | None] = [None] * len(windows)
         failures: Counter[str] = Counter()
+        lost_W = np.zeros(len(windows), bool)
         for group, reply in zip(groups, judge.ask_all(questions), strict=True):
             if reply.failure:
                 failures[reply.failure] += len(group)
+                lost_W[group] = is_passing(reply.failure)
                 continue
             for place, confidence in zip(group.tolist(), reply.value, strict=True):
                 answers[place] = confidence
-        return answers, dict(sorted(failures.items()))
+        return answers, dict(sorted(failures.items())), lost_W
 
     return ask

@@ -11,10 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from lorascope.explain.judges import Question
+from lorascope.explained import WORDS
 from lorascope.study import digest
 
-WORDS = 10
-"""Most words of an explanation."""
 LONGEST = 400
 """Characters: more than this is no explanation."""
 TOP = 10

@@ -15,11 +15,10 @@ from lorascope.explain.job import Explainer, Job, feature_rng
 from lorascope.explain.judge_log import TRUNCATED, is_passing
 from lorascope.explain.rows import Row
 from lorascope.explain.rules import rule_from_json
-from lorascope.explain.scoring import Explanation, Quiz, pose_detection, pose_fuzzing
+from lorascope.explain.scoring import LEAST_SCORING, Explanation, Quiz, pose_detection, pose_fuzzing, too_few
 from lorascope.explain.windows import draw_windows
 
-LEAST_SCORING = 5
-"""Fewest windows of each side on which a score is given."""
+UNFINISHED = "too many requests failed, to be sent again"
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -30,7 +29,9 @@ def score_feature(job: Job, explainer: Explainer, number: int, row: Row, lender:
 
     `scored` has `detection` and `fuzzing`, each also with `_wrong` (the explanation of `wrong_from`) and `_shuffled`
     (the same explanation on the feature's firings shifted within their traces). Where there are too few windows for one
-    of the two it is None, and `without` has the reason by its name.
+    of the two it is None, and `without` has the reason by its name. Windows whose requests failed in passing are left
+    out of a score, and sent again when the same is run again (`retry`): an outage is not the explanation's. Where too
+    few are left, there is no score, and `unfinished` has how many failed for which reason.
     """
     feature = row["feature"]
     at_n, activation_n = job.scoring.firings.of(number)
@@ -43,7 +44,7 @@ def score_feature(job: Job, explainer: Explainer, number: int, row: Row, lender:
     own = _explanation(feature, row)
     scored: dict[str, Any] = {}
     for name, quiz in quizzes.items():
-        if reason := _too_few(quiz):
+        if reason := too_few(quiz):
             scored[name] = None
             scored.setdefault("without", {})[name] = reason
             continue
@@ -56,6 +57,7 @@ def score_feature(job: Job, explainer: Explainer, number: int, row: Row, lender:
         kept = {name: quiz for name, quiz in quizzes.items() if scored[name]}
         scored["agreement"] = {name: explainer.agree(quiz, own) for name, quiz in kept.items()}
     failures = _failures_in(scored)
+    _set_aside(scored)
     return (
         {"scored": scored}
         | ({"retry": True} if any(map(is_passing, failures)) else {})
@@ -73,15 +75,6 @@ def _pose(
     return quizzes, len(sample.index_WS) - sample.n_positive
 
 
-def _too_few(quiz: Quiz) -> str | None:
-    """Why windows give no score: too few of either side."""
-    n_positive = int(quiz.truth_W.sum())
-    for side, count in (("around firings", n_positive), ("with other tokens to mark", len(quiz.truth_W) - n_positive)):
-        if count < LEAST_SCORING:
-            return f"only {count} windows {side}, fewer than {LEAST_SCORING}"
-    return None
-
-
 def _score_shuffled(
     job: Job, explainer: Explainer, own: Explanation, at_n: NDArray[np.int64], activation_n: NDArray[np.float32]
 ) -> dict[str, Any]:
@@ -93,13 +86,29 @@ def _score_shuffled(
     quizzes, n_quiet = _pose(job, moved_n, activation_n[order_n], rng)
     if n_quiet < LEAST_SCORING:
         return {}
-    posed = {name: quiz for name, quiz in quizzes.items() if not _too_few(quiz)}
+    posed = {name: quiz for name, quiz in quizzes.items() if not too_few(quiz)}
     return {f"{name}_shuffled": explainer.score(quiz, own, rng) for name, quiz in posed.items()}
 
 
 def _explanation(feature: str, row: Row) -> Explanation:
     """What a row says, of the feature that it is tried on."""
     return Explanation(feature, row["text"], None if row["rule"] is None else rule_from_json(row["rule"]))
+
+
+def _set_aside(scored: dict[str, Any]) -> None:
+    """Move what has no value, as too many of its requests failed, to `unfinished`, with what stands beside it."""
+    unfinished: dict[str, Any] = {}
+    for name in ("detection", "fuzzing"):
+        parts = [f"{name}{ending}" for ending in ("", "_wrong", "_shuffled")]
+        lost = [key for key in parts if scored.get(key) and "value" not in scored[key]]
+        if name in lost:
+            scored.setdefault("without", {})[name] = UNFINISHED
+            scored.get("agreement", {}).pop(name, None)
+            lost = [key for key in parts if scored.get(key)]
+        unfinished |= {key: scored.pop(key)["failures"] for key in lost}
+        scored.setdefault(name, None)
+    if unfinished:
+        scored["unfinished"] = unfinished
 
 
 def _failures_in(scored: dict[str, Any]) -> set[str]:

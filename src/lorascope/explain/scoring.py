@@ -26,6 +26,8 @@ from lorascope.study import digest
 
 BoolArray = NDArray[np.bool_]
 DRAWS = 2_000
+LEAST_SCORING = 5
+"""Fewest windows of each side on which a score is given."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,15 @@ def pose_fuzzing(corpus: Corpus, sample: Sample, rng: np.random.Generator) -> Qu
     marked_WS = (order_WS < 2) & (rank_WS < fires_WS[usable_W].sum(axis=1)[:, None])
     windows = show_windows(corpus, np.concatenate([index_WS, other_WS]), np.concatenate([fires_WS, marked_WS]))
     return Quiz(windows, np.arange(len(windows)) < len(index_WS), {"missing_negatives": int((~usable_W).sum())})
+
+
+def too_few(quiz: Quiz) -> str | None:
+    """Why windows give no score: too few of either side."""
+    n_positive = int(quiz.truth_W.sum())
+    for side, count in (("around firings", n_positive), ("with other tokens to mark", len(quiz.truth_W) - n_positive)):
+        if count < LEAST_SCORING:
+            return f"only {count} windows {side}, fewer than {LEAST_SCORING}"
+    return None
 
 
 def score_answers(

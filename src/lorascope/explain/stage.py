@@ -63,6 +63,7 @@ def explain_features(study: Study, config: ExplainConfig, options: Options) -> d
 
         rows = f"explanations/{kind}.jsonl"
         name = record_name(config.corpus, kind, label)
+        study.expire(name, unless=[METHOD, SCORING])
         if any(row["explainer"] == label and row.get("retry") for row in stream_rows(study.path / rows)):
             study.expire(name)
         results[kind] = study.run(
@@ -102,6 +103,7 @@ def _explain_one(study: Study, job: Job, budget: Budget) -> dict[str, Any]:
     return (
         summarise_rows(rows, np.random.default_rng(job.seed))
         | {
+            "method": [METHOD, SCORING],
             "features": job.n_features,
             "limit": job.config.limit,
             "traces_left_out": {

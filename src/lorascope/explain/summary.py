@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lorascope.explain.prompts import WORDS
 from lorascope.explain.rows import Row
 from lorascope.explain.scoring import agreement_of, equal_and_kappa
-from lorascope.explained import LEXICAL, current_rows, explain_records, plain_reason
+from lorascope.explained import LEXICAL, WORDS, current_rows, explain_records, plain_reason
 from lorascope.features import CONTROLS, cluster_of
 from lorascope.stats import bootstrap_mean, percentile_bounds
 from lorascope.study import Study, stream_rows
@@ -84,6 +83,7 @@ class TaskSummary:
             for one, number in zip(self.beside_wrong.values(), numbers, strict=True):
                 one.add(number, cluster)
         for ending in ("", "_wrong", "_shuffled"):
+            self.failures.update(scored.get("unfinished", {}).get(self.task + ending, {}))
             part = scored.get(self.task + ending)
             if not part:
                 continue

@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from lorascope.explained import NO_ANSWER, NONE_FITS, WITHOUT
+from lorascope.explained import CATEGORIES, NO_ANSWER, NONE_FITS, WITHOUT
 from lorascope.study import Study
 from lorascope.views.feature_list import kind_rows
 from lorascope.views.reading import Json, feature_lines, json_file, json_lines, missing, ready, table_rows
@@ -25,18 +25,18 @@ def category_view(study: Study) -> Json:
     """Categories of features, or what to run.
 
     Returns:
-        `{"available", "corpus", "by", "taxonomy", "categories": [{"name", "number", "description"}], "kinds": [{"kind",
-        "label", "features", "firings", "traces", "relative", "rows": [share], "members": [group]}], "flow": {"rows",
-        "unit", "relative", "latents"} or None, "maps": [map], "agreement": [{"kind", "one", "two", "value", "null_95",
-        "p", "n", "same_words"}], "listed", "drawn"}`. A share is a row of `categories/shares.json` with its category's
-        number and `anchor`, which tells where on a page its features are listed; a group is `{"category", "number",
-        "anchor", "n", "subcategories": [{"name", "anchor", "n", "features": [{"id", "text", "reason", "score"}]}]}`; a
-        map is `{"kind", "space", "label", "corpus", "total", "k", "silhouette", "rising", "left_out": [{"n", "why"}],
-        "clusters", "points": [{"id", "x", "y", "number", "anchor", "segment", "cluster", "trace", "position",
-        "said"}]}` with x and y from 0 to 1. Number 0 is for features without a category; `relative` tells whether what
-        is written is measured against the base's own outputs, so that matrix types add up; `rising` is the most
-        clusters tried where the silhouette is largest there; `listed` and `drawn` are the most features in a list and
-        points in a map.
+        `{"available", "outdated": command or None, "corpus", "by", "taxonomy", "categories": [{"name", "number",
+        "description"}], "kinds": [{"kind", "label", "features", "firings", "traces", "relative", "rows": [share],
+        "members": [group]}], "flow": {"rows", "unit", "relative", "latents"} or None, "maps": [map], "agreement":
+        [{"kind", "one", "two", "value", "null_95", "p", "n", "same_words"}], "listed", "drawn"}`. A share is a row of
+        `categories/shares.json` with its category's number and `anchor`, which tells where on a page its features are
+        listed; a group is `{"category", "number", "anchor", "n", "subcategories": [{"name", "anchor", "n", "features":
+        [{"id", "text", "reason", "score"}]}]}`; a map is `{"kind", "space", "label", "corpus", "total", "k",
+        "silhouette", "rising", "left_out": [{"n", "why"}], "clusters", "points": [{"id", "x", "y", "number", "anchor",
+        "segment", "cluster", "trace", "position", "said"}]}` with x and y from 0 to 1. Number 0 is for features without
+        a category; `relative` tells whether what is written is measured against the base's own outputs, so that matrix
+        types add up; `rising` is the most clusters tried where the silhouette is largest there; `listed` and `drawn`
+        are the most features in a list and points in a map.
     """
     shares = json_file(study, "categories/shares.json")
     if shares is None:
@@ -44,8 +44,10 @@ def category_view(study: Study) -> Json:
     numbers = {entry["name"]: i for i, entry in enumerate(shares["categories"], start=1)}
     known = {kind: {row["id"]: row for row in kind_rows(study, shares["corpus"], kind)} for kind in shares["kinds"]}
     found = json_file(study, "categories/clusters.json") or {"spaces": [], "agreement": []}
+    again = f"lorascope categorize {study.path} --corpus {shares['corpus']}"
     view = {key: shares[key] for key in ("corpus", "by", "taxonomy")} | {
         "available": True,
+        "outdated": None if shares.get("method") == CATEGORIES else again,
         "categories": [entry | {"number": numbers[entry["name"]]} for entry in shares["categories"]],
         "kinds": [one_kind(study, kind, shares["kinds"][kind], numbers, known[kind]) for kind in shares["kinds"]],
         "flow": numbered_flow(study, numbers),

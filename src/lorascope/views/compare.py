@@ -30,7 +30,7 @@ MEASURES = {
 """What is tested, in words; the verdicts are given in this order."""
 SHOWN = ("score", "gain", "score_all")
 """What is read without opening anything."""
-CONTROLLED = {"score": "gain", "fuzzing": "fuzzing_gain"}
+CONTROLLED = {"score": "gain", "score_all": "gain", "fuzzing": "fuzzing_gain"}
 """Scores, and the same less the wrong explanation's."""
 WHOSE = {
     "own": "with their own",
@@ -57,10 +57,11 @@ def comparison_view(study: Study) -> Json:
     found = json_file(study, "compare/compare.json")
     if found is None:
         return missing(study, "the comparison of kinds of features", "lorascope compare STUDY")
+    again = f"lorascope compare {study.path} --corpus {found['corpus']}"
     return {
         "available": True,
         "corpus": found["corpus"],
-        "outdated": None if found.get("method") == METHOD else f"lorascope compare {study.path}",
+        "outdated": None if found.get("method") == METHOD else again,
         "missing_kinds": [entry | {"label": NAMES[entry["kind"]]} for entry in found["missing"]],
         "stale_kinds": [entry | {"label": NAMES[entry["kind"]]} for entry in found["stale"]],
         "tables": [explainer_table(found, explainer) for explainer in found["explainers"]],
@@ -208,10 +209,11 @@ def outages(rows: Sequence[Json]) -> list[str]:
 def remedies(tests: Sequence[Json]) -> list[Json]:
     """What makes kinds comparable that are not: of each the first command, and what comes after it."""
     found = {test["not_compared"]["kind"]: test["not_compared"]["run"] for test in tests if test.get("not_compared")}
-    all_of_it = " on all training traces, then `lorascope examples`, `explain` and `compare` again"
+    explain = "`lorascope explain --kinds {}` with the earlier options"
+    all_of_it = f" on all training traces, then `lorascope examples`, {explain} and `lorascope compare` again"
     return [
         {"label": NAMES[kind], "run": run}
-        | {"then": all_of_it if run.startswith("lorascope record") else ", then `lorascope compare` again"}
+        | {"then": all_of_it.format(kind) if run.startswith("lorascope record") else ", then `lorascope compare` again"}
         for kind, run in found.items()
     ]
 

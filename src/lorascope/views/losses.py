@@ -5,7 +5,7 @@ from collections import Counter
 from typing import Any
 
 from lorascope.comparison_cells import count_answers
-from lorascope.explained import LEXICAL, plain_reason
+from lorascope.explained import LEXICAL, WORDS, plain_reason
 from lorascope.study import Study
 from lorascope.views.ablation_tables import WAYS, ablation_table
 from lorascope.views.gains import label_of
@@ -169,22 +169,22 @@ def explainer_losses(stage: str, explained: list[Json], *, judged: bool) -> list
     for reason, count in reasons.most_common() or [("", 0)]:
         rows.append(entry(stage, "without a score", count, len(explained), reason))
     scored = [row["scored"] for row in explained if row.get("scored")]
-    missing = Counter(plain_reason(found["without"]["fuzzing"]) for found in scored if found.get("without"))
+    missing = Counter(
+        plain_reason(found["without"]["fuzzing"]) for found in scored if "fuzzing" in found.get("without", {})
+    )
     rows += [entry(stage, "without a fuzzing score", n, len(scored), reason) for reason, n in missing.most_common()]
     return rows
 
 
 def judge_losses(stage: str, explained: list[Json]) -> list[Json]:
     """Answers of a judge that were not read, by whose explanation; requests that failed; explanations at length."""
-    from lorascope.explain.prompts import WORDS  # here alone: the stage takes longer to load than a page
-
     counts = [count_answers(row.get("scored") or {}) for row in explained]
     rows = []
     for whose, words in WHOSE.items():
         asked, unread = (sum(count[whose][k] for count in counts) for k in (0, 1))
         rows.append(entry(stage, f"judge's answers not read, {words}", unread, asked, "counted as wrong"))
     again = sum(bool(row.get("retry")) for row in explained)
-    rule = "requests failed: in no score of compare; the same explain sends them again"
+    rule = "requests failed: what they were for is in no score; the same explain sends them again"
     rows.append(entry(stage, "features to be asked again", again, len(explained), rule))
     texts = [row["text"].split() for row in explained if row.get("text")]
     longer = sum(len(text) > WORDS for text in texts)

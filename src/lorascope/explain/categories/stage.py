@@ -64,7 +64,7 @@ from lorascope.explain.categories.words import (
 from lorascope.explain.judge_log import is_passing
 from lorascope.explain.judges import Reply
 from lorascope.explain.settings import JudgeConfig, check_judge
-from lorascope.explained import ASSIGNED, NO_ANSWER, NONE_FITS, WITHOUT, current_rows, inputs_of
+from lorascope.explained import ASSIGNED, CATEGORIES, NO_ANSWER, NONE_FITS, WITHOUT, current_rows, inputs_of
 from lorascope.features import FeatureSet, load_features
 from lorascope.layers import layer_count
 from lorascope.progress import progress
@@ -132,6 +132,7 @@ def categorize(study: Study, config: CategorizeConfig, options: Options, ask: As
 
     names = [f"{kind}.jsonl" for kind in features] + ["shares.json", "clusters.json", "maps.parquet"]
     names += ["flow.json"] if "latent" in features else []
+    study.expire("categorize", unless=CATEGORIES)
     result = study.run(
         "categorize",
         replace(config, taxonomy=f"{config.taxonomy or 'built-in'} {identity(taxonomy)}"),
@@ -242,14 +243,20 @@ def fill_folder(
     clusters.append(describe_points(space))
     tables.append(token_table(space, states, texts))
     order = [{"name": c, "description": taxonomy.descriptions[c]} for c in taxonomy.categories]
-    about = {"corpus": config.corpus, "by": config.by, "taxonomy": taxonomy.name, "categories": order}
+    about = {
+        "method": CATEGORIES,
+        "corpus": config.corpus,
+        "by": config.by,
+        "taxonomy": taxonomy.name,
+        "categories": order,
+    }
     write_json(folder / "shares.json", about | {"kinds": shares})
     write_json(
         folder / "clusters.json",
         {"map": config.map, "embed": config.embed, "enough": config.enough, "spaces": clusters, "agreement": agreement},
     )
     pq.write_table(pa.concat_tables(tables), folder / "maps.parquet")
-    return {"corpus": config.corpus, "taxonomy": taxonomy.name, "kinds": counts}
+    return {"method": CATEGORIES, "corpus": config.corpus, "taxonomy": taxonomy.name, "kinds": counts}
 
 
 def generator(seed: int, *purpose: str) -> np.random.Generator:
@@ -263,7 +270,8 @@ def assign_kind(kind: Kind, taxonomy: Taxonomy, ask_all: AskAll | None, rng: np.
     if ask_all is not None:
         told = [feature_text(rows, found) for rows, found in zip(kind.rows_F, kind.examples_F, strict=True)]
         return assign_by_asking(ids, told, ask_all, taxonomy)
-    sources = [(*explanation_words(rows), found) for rows, found in zip(kind.rows_F, kind.examples_F, strict=True)]
+    said = [explanation_words(one_explanation(rows)) for rows in kind.rows_F]
+    sources = [(*words, found) for words, found in zip(said, kind.examples_F, strict=True)]
     return assign_by_words(ids, make_bags(sources), taxonomy, rng)
 
 
