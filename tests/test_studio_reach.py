@@ -127,6 +127,31 @@ def test_activations_of_examples_by_key(browser: Browser, base: str) -> None:
     assert trouble == []
 
 
+@pytest.mark.parametrize(
+    ("path", "place"),
+    [
+        ("/trace/train/1?features=L1.gate%2B", "#trace"),
+        ("/feature/L1.gate%2B", "#side-0 .example .tokens"),
+        ("/map", '[role="tab"][aria-selected="true"]'),
+        ("/map", 'svg.map[tabindex="0"]:visible'),
+        ("/map", "#matrix"),
+    ],
+)
+def test_an_arrow_with_alt_is_the_browsers(browser: Browser, base: str, path: str, place: str) -> None:
+    """Alt+Left is the page before; boxes that arrow keys move in leave it alone."""
+    page, trouble = opened(browser, base + path)
+    page.evaluate("addEventListener('keydown', (event) => { window.taken = event.defaultPrevented; })")
+    box = page.locator(place).first
+    box.focus()
+    for held in ("altKey", "ctrlKey", "metaKey"):
+        box.dispatch_event("keydown", {"key": "ArrowLeft", held: True})
+        assert page.evaluate("window.taken") is False, held
+    page.keyboard.press("ArrowLeft")
+    assert page.evaluate("window.taken") is True
+    assert trouble == []
+    page.context.close()
+
+
 def test_the_tip_stays_in_the_window(browser: Browser, base: str) -> None:
     address = base + "/trace/train/1?features=L1.gate%2B,L2.down%2B,L0.q%2B,L0.q-"
     page, trouble = opened(browser, address, viewport={"width": 360, "height": 700})
