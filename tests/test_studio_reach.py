@@ -186,6 +186,13 @@ def test_a_side_that_never_fires_takes_notes(browser: Browser, study: Study, bas
 def test_a_token_has_star_label_and_tags(browser: Browser, study: Study, base: str) -> None:
     page, trouble = opened(browser, base + "/trace/train/1#t25")
     form = page.locator("#here .note-editor")
+    form.locator(".text").focus()
+    page.keyboard.press("Tab")
+    expect(form.locator(".star")).to_be_focused()
+    text, star = form.locator(".text").bounding_box(), form.locator(".star").bounding_box()
+    assert text
+    assert star
+    assert text["y"] < star["y"], "Tab goes down"
     with saving(page, "star"):
         form.locator(".star").click()
     expect(page.locator("#trace > span").nth(25)).to_have_attribute("data-note", "✎")
