@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page, Request, expect
 from safetensors.numpy import save_file
 
 from lorascope.adapter import Adapter
@@ -230,6 +230,12 @@ def test_numbers_are_written_as_the_server_does(browser: Browser, base: str) -> 
     assert all(v is None or math.isfinite(v) for v in values)
 
 
+def amounts(request: Request) -> list[float]:
+    """How strongly a request is to steer; nothing for any but those that generate."""
+    asked = request.url.endswith("/live/generate")
+    return [step["amount"] for step in request.post_data_json["steers"]] if asked else []
+
+
 def moves(page: Page) -> list[Any]:
     """What the request that is sent says of how to steer."""
     with page.expect_request("**/live/generate") as sent:
@@ -240,6 +246,8 @@ def moves(page: Page) -> list[Any]:
 def test_amounts_are_typed_as_precisely_as_wanted(browser: Browser, base: str) -> None:
     page, trouble = opened(browser, base + "/live?features=L1.gate%2B&runs=plain&prompt=x")
     page.route("**/live/generate", lambda route: route.fulfill(status=400, json={"error": "Not now."}))
+    sent: list[float] = []
+    page.on("request", lambda request: sent.extend(amounts(request)))
     slider, exact = page.locator('#moves input[type="range"]'), page.locator('#moves input[type="number"]')
     expect(slider).to_be_hidden()
     expect(exact).to_be_hidden()
@@ -265,6 +273,7 @@ def test_amounts_are_typed_as_precisely_as_wanted(browser: Browser, base: str) -
     page.locator("#moves select").select_option("off")
     expect(slider).to_be_hidden()
     assert moves(page) == [{"feature": "L1.gate+", "mode": "off", "amount": 0}]
+    assert sent == [3.14159, 1.5, 0], "requests come in their order: none was made of 1e9"
     assert [text for text in trouble if "400" not in text] == []
 
 
