@@ -102,6 +102,23 @@ def test_the_main_pages_dark_and_narrow(browser: Browser, base: str, path: str) 
     page.context.close()
 
 
+@pytest.mark.parametrize("look", LOOKS)
+def test_examples_unfolded_to_their_traces(browser: Browser, base: str, look: str) -> None:
+    page = browser.new_context(**LOOKS[look]).new_page()
+    page.goto(base + "/feature/L1.gate%2B")
+    page.wait_for_load_state("networkidle")
+    buttons = page.locator("#side-0 .unfold")
+    names = []
+    for number in range(2):
+        buttons.nth(number).click()
+        name = f"{buttons.nth(number).get_attribute('aria-label')}, L1.gate+; arrow keys tell activations"
+        expect(page.get_by_role("group", name=name, exact=True)).to_be_visible()
+        names.append(name)
+    assert len(set(names)) == 2, "each is told apart by its name"
+    assert violations(page) == []
+    page.context.close()
+
+
 def live_with_an_answer(page: Page, base: str) -> None:
     """Four runs over four features, each steered in another way, every shade, what fires, what differs, and a queue."""
     names = quote(",".join(FOUR))

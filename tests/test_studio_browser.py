@@ -176,6 +176,13 @@ def test_what_counts_for_no_feature_is_hatched_and_low_in_strips(browser: Browse
     shaded = page.locator("#trace > span[class*=hue]:not(.un)")
     assert shaded.count() > 10
     assert all(shaded.evaluate_all("s => s.map((t) => /\\b(on|by)[1-4]\\b/.test(t.className))")), "never by hue alone"
+    lines = page.locator("#trace > span:is(.by1, .by2, .by3, .by4):not(.f)").evaluate_all(
+        "s => s.map((t) => getComputedStyle(t).backgroundImage.match(/(repeating-)?linear-gradient/g) ?? [])"
+    )
+    assert lines, "some are shaded and do not fire"
+    dotted, track = "repeating-linear-gradient", "linear-gradient"
+    for drawn in lines:
+        assert sorted(drawn) == [track, track, track, dotted], "its line among the tracks of the others"
     expect(page.locator("#strips .striprow span").first).to_contain_text("1 L1.gate+, 0 to ")
     assert trouble == []
 

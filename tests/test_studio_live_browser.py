@@ -201,6 +201,12 @@ def test_where_runs_part_is_marked_to_the_end(base: str, browser: Browser) -> No
     assert page.locator(".run-steered .differs").count() == 1
     answered(page, [start(), *same])
     expect(page.locator("#said")).to_contain_text("broke off")
+    output = page.locator(".run-steered .output")
+    expect(output).to_have_attribute("aria-label", "steered; arrow keys tell activations")
+    page.goto(f"{base}/live?prompt=x")
+    unwatched = [one | {"activations": {}} for one in same]
+    answered(page, [start(), *unwatched, done(plain=True, steered=True, base=True)])
+    expect(output).to_have_attribute("aria-label", "steered")
     page.close()
 
 

@@ -346,6 +346,25 @@ def test_scores_stand_beside_controls(copy: Study) -> None:
     assert "Controls by the same explainer, mean detection: base model 0.61.</p>" in html
 
 
+def test_controls_stand_beside_judges_of_any_name(copy: Study) -> None:
+    judges = {"L1.gate+": "judge:it's a & b", "L1.gate-": "judge:IT'S A & B"}
+    result = {"n": 3, "features": 3, "explained": 3, "reasons": {}}
+    for judge, mean in zip(judges.values(), (0.61, 0.62), strict=True):
+        found = result | {"detection": {"mean": mean, "low": 0.6, "high": 0.7}}
+        stage = f"explain:heldout:random:{judge}"
+        copy.run(stage, ExplainConfig(), Options(), inputs=[], outputs=[], work=lambda found=found: found)
+    file = copy.path / "explanations" / "direction.jsonl"
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    (scored,) = (row for row in rows if row["feature"] == "L1.gate+")
+    rows = [row for row in rows if row["feature"] not in judges]
+    rows += [scored | {"feature": name, "explainer": judge} for name, judge in judges.items()]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    html = client_of(copy).get(f"/feature/{GATE}").text
+    for name, mean in (("judge:it&#39;s a &amp; b", 0.61), ("judge:IT&#39;S A &amp; B", 0.62)):
+        assert f"Controls by the same explainer ({name}), mean detection: random {mean}.</p>" in html
+    assert "scorekey" in html
+
+
 def test_a_decoder_shows_its_sign_without_colour(study: Study) -> None:
     decoder = {
         "values": [[1.0, -1.0, 0.001]],

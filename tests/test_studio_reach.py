@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page, Request, expect
 from safetensors.numpy import save_file
 
 from lorascope.adapter import Adapter
@@ -127,6 +127,31 @@ def test_activations_of_examples_by_key(browser: Browser, base: str) -> None:
     assert trouble == []
 
 
+@pytest.mark.parametrize(
+    ("path", "place"),
+    [
+        ("/trace/train/1?features=L1.gate%2B", "#trace"),
+        ("/feature/L1.gate%2B", "#side-0 .example .tokens"),
+        ("/map", '[role="tab"][aria-selected="true"]'),
+        ("/map", 'svg.map[tabindex="0"]:visible'),
+        ("/map", "#matrix"),
+    ],
+)
+def test_an_arrow_with_alt_is_the_browsers(browser: Browser, base: str, path: str, place: str) -> None:
+    """Alt+Left is the page before; boxes that arrow keys move in leave it alone."""
+    page, trouble = opened(browser, base + path)
+    page.evaluate("addEventListener('keydown', (event) => { window.taken = event.defaultPrevented; })")
+    box = page.locator(place).first
+    box.focus()
+    for held in ("altKey", "ctrlKey", "metaKey"):
+        box.dispatch_event("keydown", {"key": "ArrowLeft", held: True})
+        assert page.evaluate("window.taken") is False, held
+    page.keyboard.press("ArrowLeft")
+    assert page.evaluate("window.taken") is True
+    assert trouble == []
+    page.context.close()
+
+
 def test_the_tip_stays_in_the_window(browser: Browser, base: str) -> None:
     address = base + "/trace/train/1?features=L1.gate%2B,L2.down%2B,L0.q%2B,L0.q-"
     page, trouble = opened(browser, address, viewport={"width": 360, "height": 700})
@@ -161,6 +186,13 @@ def test_a_side_that_never_fires_takes_notes(browser: Browser, study: Study, bas
 def test_a_token_has_star_label_and_tags(browser: Browser, study: Study, base: str) -> None:
     page, trouble = opened(browser, base + "/trace/train/1#t25")
     form = page.locator("#here .note-editor")
+    form.locator(".text").focus()
+    page.keyboard.press("Tab")
+    expect(form.locator(".star")).to_be_focused()
+    text, star = form.locator(".text").bounding_box(), form.locator(".star").bounding_box()
+    assert text
+    assert star
+    assert text["y"] < star["y"], "Tab goes down"
     with saving(page, "star"):
         form.locator(".star").click()
     expect(page.locator("#trace > span").nth(25)).to_have_attribute("data-note", "✎")
@@ -198,6 +230,12 @@ def test_numbers_are_written_as_the_server_does(browser: Browser, base: str) -> 
     assert all(v is None or math.isfinite(v) for v in values)
 
 
+def amounts(request: Request) -> list[float]:
+    """How strongly a request is to steer; nothing for any but those that generate."""
+    asked = request.url.endswith("/live/generate")
+    return [step["amount"] for step in request.post_data_json["steers"]] if asked else []
+
+
 def moves(page: Page) -> list[Any]:
     """What the request that is sent says of how to steer."""
     with page.expect_request("**/live/generate") as sent:
@@ -208,6 +246,8 @@ def moves(page: Page) -> list[Any]:
 def test_amounts_are_typed_as_precisely_as_wanted(browser: Browser, base: str) -> None:
     page, trouble = opened(browser, base + "/live?features=L1.gate%2B&runs=plain&prompt=x")
     page.route("**/live/generate", lambda route: route.fulfill(status=400, json={"error": "Not now."}))
+    sent: list[float] = []
+    page.on("request", lambda request: sent.extend(amounts(request)))
     slider, exact = page.locator('#moves input[type="range"]'), page.locator('#moves input[type="number"]')
     expect(slider).to_be_hidden()
     expect(exact).to_be_hidden()
@@ -233,6 +273,7 @@ def test_amounts_are_typed_as_precisely_as_wanted(browser: Browser, base: str) -
     page.locator("#moves select").select_option("off")
     expect(slider).to_be_hidden()
     assert moves(page) == [{"feature": "L1.gate+", "mode": "off", "amount": 0}]
+    assert sent == [3.14159, 1.5, 0], "requests come in their order: none was made of 1e9"
     assert [text for text in trouble if "400" not in text] == []
 
 

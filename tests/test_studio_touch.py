@@ -98,7 +98,9 @@ def test_picks_are_kept_for_this_study_only(browser: Browser, base: str) -> None
     assert "corpus=heldout" in page.locator("#compare").get_attribute("href")
 
 
-def test_a_touch_on_the_matrix_opens_the_row_that_was_touched(browser: Browser, base: str, study: Study) -> None:
+def test_a_click_on_the_matrix_opens_its_row_though_no_pointer_moved_there(
+    browser: Browser, base: str, study: Study
+) -> None:
     page, trouble = opened(browser, base + "/map")
     names = Adapter.load(study.path / "adapter").addresses
     matrix = page.locator("#matrix")

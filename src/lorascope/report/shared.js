@@ -4,6 +4,9 @@
 export const one = (selector, root = document) => root.querySelector(selector);
 export const all = (selector, root = document) => [...root.querySelectorAll(selector)];
 
+/** Whether a key goes with Alt, Ctrl or Meta: it is the browser's or the system's, as Alt+Left for the page before. */
+export const withModifier = (event) => event.altKey || event.ctrlKey || event.metaKey;
+
 /** Light and dark by a button, which names the other one; the function that switches. */
 export function themeSwitch(button, after = "") {
   const root = document.documentElement;
@@ -39,7 +42,7 @@ export function switchTabs({ start = null, chosen = () => {} } = {}) {
     tab.addEventListener("click", () => choose(tab));
     tab.addEventListener("keydown", (event) => {
       const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-      if (!step) return;
+      if (!step || withModifier(event)) return;
       event.preventDefault();
       const next = tabs[(i + step + tabs.length) % tabs.length];
       choose(next);
@@ -110,6 +113,7 @@ export function readMap(map, open, { more = () => "", href = () => "" } = {}) {
   });
   map.addEventListener("focus", () => { if (at < 0) show(0); });
   map.addEventListener("keydown", (event) => {
+    if (withModifier(event)) return;
     if (event.key === "Enter" && at >= 0) { open(cells[at]); return; }
     const move = { ArrowRight: [1, 0], ArrowLeft: [-1, 0], ArrowDown: [0, 1], ArrowUp: [0, -1] }[event.key];
     if (!move || at < 0) return;
@@ -184,7 +188,7 @@ export function tokenTips() {
   document.addEventListener("pointerover", (event) => tell(event.target.closest && event.target.closest(".tokens [data-v]")));
   document.addEventListener("keydown", (event) => {
     const [box, by] = [event.target, { ArrowRight: 1, ArrowLeft: -1 }[event.key]];
-    if (!by || !box.matches?.(".tokens:not([data-keys])")) return;
+    if (!by || withModifier(event) || !box.matches?.(".tokens:not([data-keys])")) return;
     const stops = all("[data-v]", box);
     if (!stops.length) return;
     event.preventDefault();

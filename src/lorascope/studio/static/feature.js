@@ -1,6 +1,6 @@
 // The feature page: the activation over the course of the trace where it is strongest; examples unfold to whole traces.
 import { all, drawStrip, one } from "./shared.js";
-import { ask, send, toast } from "./studio.js";
+import { ask, named, send, toast } from "./studio.js";
 import { paint, uncountedOf } from "./painting.js";
 
 const addressOf = ({ corpus, trace, feature }, twin = "") => `/trace/${encodeURIComponent(corpus)}/${trace}${twin}?features=${encodeURIComponent(feature)}`;
@@ -20,7 +20,8 @@ const seen = new IntersectionObserver((entries) => {
 all(".course").forEach((figure) => seen.observe(figure));
 
 /** The whole trace of an example, shaded by its feature: a part of the trace's own page. */
-async function wholeTrace({ dataset }) {
+async function wholeTrace(button) {
+  const { dataset } = button;
   const response = await send(addressOf(dataset));
   const page = new DOMParser().parseFromString(await response.text(), "text/html");
   const whole = one("#trace", page);
@@ -30,7 +31,8 @@ async function wholeTrace({ dataset }) {
   paint(tokens, uncountedOf(tokens), JSON.parse(whole.dataset.features));
   tokens.forEach((token) => token.classList.remove("hue0", "hue1", "hue2", "hue3")); // the side's own colour
   delete whole.dataset.keys;
-  whole.setAttribute("aria-label", "The whole trace; arrow keys tell activations");
+  whole.setAttribute("role", "group"); // no landmark: there may be many, and of one token twice
+  whole.setAttribute("aria-label", `${button.getAttribute("aria-label")}, ${named(dataset.feature)}; arrow keys tell activations`);
   tokens[dataset.position].classList.add("peak");
   return whole;
 }

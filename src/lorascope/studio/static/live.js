@@ -144,7 +144,7 @@ if (form) {
     one("#colour-by").hidden = watched.length === 0;
     hues = huesOf(watched);
     one("#panels").replaceChildren(...Object.entries(names).map(([run, name]) => {
-      const box = make("div", { className: "whole tokens output", tabIndex: 0, role: "region", "aria-label": `${name}; arrow keys tell activations` });
+      const box = make("div", { className: "whole tokens output", tabIndex: 0, role: "region", "aria-label": watched.length ? `${name}; arrow keys tell activations` : name });
       const strips = watched.map((id, k) => {
         const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
         for (const [key, value] of [["class", `strip hue${hues[k]}`], ["width", "100%"], ["height", "44"], ["role", "img"], ["aria-label", `Activation of ${id} over the response`]]) svg.setAttribute(key, value);

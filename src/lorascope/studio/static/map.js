@@ -1,5 +1,5 @@
 // The maps: what the shade means, a read-out by pointer and arrow keys, links to directions; the interaction matrix.
-import { all, linkTo, one, readMap, switchTabs, touchOf } from "./shared.js";
+import { all, linkTo, one, readMap, switchTabs, touchOf, withModifier } from "./shared.js";
 import { ask, featureAddress } from "./studio.js";
 
 /** The corpus that a map's links keep. */
@@ -124,6 +124,7 @@ if (canvas) {
   });
   canvas.addEventListener("focus", say);
   canvas.addEventListener("keydown", (event) => {
+    if (withModifier(event)) return;
     if (event.key === "Enter") { follow(); return; }
     const move = { ArrowRight: [0, 1], ArrowLeft: [0, -1], ArrowDown: [1, 0], ArrowUp: [-1, 0] }[event.key];
     if (!move) return;

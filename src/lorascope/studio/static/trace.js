@@ -1,5 +1,5 @@
 // A whole trace: coloured by one or several features, jumps between firings, what fires on a token.
-import { all, drawStrip, one } from "./shared.js";
+import { all, drawStrip, one, withModifier } from "./shared.js";
 import { ask, featureAddress, figures, make, named, toast, wireEditor } from "./studio.js";
 import { featureBox, foundBy } from "./choosing.js";
 import { fires, huesOf, paint, uncountedOf } from "./painting.js";
@@ -160,6 +160,7 @@ if (box) {
   const showPanel = () => { if ((one("h3", here) ?? here).getBoundingClientRect().top > innerHeight - 120) here.scrollIntoView({ block: "nearest" }); };
   box.addEventListener("click", (event) => { const t = tokens.indexOf(event.target.closest(".whole > span")); if (t >= 0) tell(t).then(showPanel); });
   box.addEventListener("keydown", (event) => {
+    if (withModifier(event)) return;
     const by = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
     if (by) { event.preventDefault(); move(at < 0 ? 0 : at + by); }
     if (event.key === "Enter" && at >= 0) tell(at).then(showPanel);
@@ -167,7 +168,7 @@ if (box) {
   one("#next-firing").addEventListener("click", () => jump(1));
   one("#prev-firing").addEventListener("click", () => jump(-1));
   document.addEventListener("keydown", (event) => {
-    if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest("input, select, textarea")) return;
+    if (withModifier(event) || event.target.closest("input, select, textarea")) return;
     if (event.key === "n") jump(1);
     if (event.key === "p") jump(-1);
   });
