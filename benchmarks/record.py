@@ -20,7 +20,9 @@ from typing import Any
 import torch
 from common import DEVICE, MODEL, TRUNK, main, ratio, roofline, row, take_turns, versions
 
-BUDGET, EVERY, REPEATS = 2048, 12, 3
+BUDGET = 2048
+EVERY, REPEATS = (4, 12), (3, 2)
+"""Every how many-th batch of the corpus is taken beside the trunk, and beside the slower glue; and how often."""
 
 
 def consecutive(lengths: list[int], budget: int) -> list[list[int]]:
@@ -32,6 +34,11 @@ def consecutive(lengths: list[int], budget: int) -> list[list[int]]:
             batches.append([])
         batches[-1].append(i)
     return batches
+
+
+def flat(shards: list[list[list[int]]]) -> list[list[int]]:
+    """The batches of all shards."""
+    return [batch for shard in shards for batch in shard]
 
 
 def padding(batches: list[torch.Tensor], tokens: int) -> float:
@@ -56,30 +63,30 @@ def measure(study_path: Path) -> dict[str, Any]:
     study = Study.open(study_path)
     model, tokenizer = load_model(MODEL, device=DEVICE)
     corpus, _ = study.renderer(tokenizer).render_all(study.traces("train"))
-    taken = plan_batches([len(r.ids) for r in corpus], BUDGET)[EVERY // 2 :: EVERY]
-    rendered = [corpus[i] for i in sorted(i for batch in taken for i in batch)]
+    whole = plan_batches([len(r.ids) for r in corpus], BUDGET)
     adapter = Adapter.load(study.path / "adapter")
-    plan = plan_recording(adapter, rendered, BUDGET, {})
-    batches = [batch for shard in plan.shards for batch in shard]
-    tokens = sum(len(r.ids) for r in rendered)
-    pack = DEVICE == "cpu" and prepare_packing(model, max(len(r.ids) for r in rendered))
+    longest = max(len(r.ids) for r in corpus)
     plain, _ = load_model(MODEL, device=DEVICE)
-    if pack:
-        prepare_packing(plain, max(len(r.ids) for r in rendered))
+    pack = DEVICE == "cpu" and prepare_packing(model, longest) and prepare_packing(plain, longest)
     with_peft = PeftModel.from_pretrained(load_model(MODEL, device=DEVICE)[0], str(study.path / "adapter")).eval()
     read = [(name, module) for name, module in with_peft.named_modules() if name.endswith("lora_A.default")]
 
-    def padded(batches: list[list[int]]) -> list[torch.Tensor]:
+    def sample(every: int) -> tuple[list[Any], Any]:
+        """Traces of some of the corpus's batches, in its order, and the plan of recording them."""
+        rendered = [corpus[i] for i in sorted(i for batch in whole[every // 2 :: every] for i in batch)]
+        return rendered, plan_recording(adapter, rendered, BUDGET, {})
+
+    def padded(rendered: list[Any], batches: list[list[int]]) -> list[torch.Tensor]:
         return [pad_ids([rendered[i].ids for i in batch], 0)[0].to(DEVICE) for batch in batches]
 
-    def packed(batch: list[int]) -> dict[str, torch.Tensor]:
-        ids = torch.cat([torch.from_numpy(rendered[i].ids.astype("int64")) for i in batch])
-        return {"input_ids": ids[None], "position_ids": torch.cat([torch.arange(plan.lengths[i]) for i in batch])[None]}
+    def as_ours(rendered: list[Any], batches: list[list[int]]) -> list[dict[str, torch.Tensor]]:
+        if not pack:
+            return [{"input_ids": ids_BT} for ids_BT in padded(rendered, batches)]
+        rows = [torch.cat([torch.from_numpy(rendered[i].ids.astype("int64")) for i in batch]) for batch in batches]
+        places = [torch.cat([torch.arange(len(rendered[i].ids)) for i in batch]) for batch in batches]
+        return [{"input_ids": ids[None], "position_ids": at[None]} for ids, at in zip(rows, places, strict=True)]
 
-    planned, in_order = padded(batches), padded(consecutive(plan.lengths, BUDGET))
-    as_ours = [packed(batch) for batch in batches] if pack else [{"input_ids": ids_BT} for ids_BT in planned]
-
-    def ours() -> None:
+    def ours(rendered: list[Any], plan: Any) -> None:
         with tempfile.TemporaryDirectory() as folder, attach(model, adapter) as attached, fused_reading(attached):
             fill_stores([(Path(folder) / "store", plan)], rendered, attached, adapter_scalars, "bench", pack=pack)
 
@@ -109,25 +116,32 @@ def measure(study_path: Path) -> dict[str, Any]:
                 kept = nnsight.save(torch.cat([part.output for part in outputs], dim=-1))
             kept.cpu().numpy().astype("float16")
 
-    for warm_up in (partial(bare, as_ours[:1]), partial(hooks, planned[:1]), partial(tracing, planned[:1]), ours):
+    def beside(name: str, times: dict[str, list[float]], tokens: int, **more: Any) -> dict[str, Any]:
+        mine, theirs = (tokens / statistics.median(times[who]) for who in ("ours", name))
+        repeats = len(times[name])
+        return row(ratio(times, name), mine, theirs, "tokens/s", tokens=tokens, repeats=repeats, **more)
+
+    many, few = (sample(every) for every in EVERY)
+    planned = padded(few[0], flat(few[1].shards))
+    in_order = padded(few[0], consecutive(few[1].lengths, BUDGET))
+    trunk = as_ours(many[0], flat(many[1].shards))
+    for warm_up in (partial(bare, trunk[:1]), partial(hooks, planned[:1]), partial(tracing, planned[:1])):
         warm_up()
-    contestants = {"ours": ours, "bare": partial(bare, as_ours), "hooks": partial(hooks, in_order)}
-    contestants |= {"hooks_alike": partial(hooks, planned), "nnsight": partial(tracing, in_order)}
-    times = take_turns(contestants, REPEATS, warmup=0)
-    mine = statistics.median(times["ours"])
-    moved = 4 * TRUNK * len(batches) + 2 * tokens * len(adapter.addresses)
-    limits = roofline(mine, 2 * TRUNK * tokens, moved)
-
-    def beside(name: str, **more: Any) -> dict[str, Any]:
-        theirs = tokens / statistics.median(times[name])
-        return row(ratio(times, name), tokens / mine, theirs, "tokens/s", tokens=tokens, repeats=REPEATS, **more)
-
-    peer = versions("peft")
+    ours(*few)
+    times = take_turns({"ours": partial(ours, *many), "bare": partial(bare, trunk)}, REPEATS[0], warmup=0)
+    glue = {"hooks": partial(hooks, in_order), "hooks_alike": partial(hooks, planned)}
+    glue |= {"ours": partial(ours, *few), "nnsight": partial(tracing, in_order)}
+    glue_times = take_turns(glue, REPEATS[1], warmup=0)
+    tokens, fewer = (sum(plan.lengths) for _, plan in (many, few))
+    moved = 4 * TRUNK * len(trunk) + 2 * tokens * len(adapter.addresses)
+    limits = roofline(statistics.median(times["ours"]), 2 * TRUNK * tokens, moved)
+    order, plan_padding = ({"padding": padding(batches, fewer)} for batches in (in_order, planned))
+    peer = {"versions": versions("peft")}
     return {
-        "record_vs_bare": beside("bare", packed=pack, **limits),
-        "record_vs_hooks": beside("hooks", padding=padding(in_order, tokens), versions=peer),
-        "record_vs_hooks_our_batches": beside("hooks_alike", padding=padding(planned, tokens), versions=peer),
-        "record_vs_nnsight": beside("nnsight", padding=padding(in_order, tokens), versions=versions("nnsight", "peft")),
+        "record_vs_bare": beside("bare", times, tokens, packed=pack, **limits),
+        "record_vs_hooks": beside("hooks", glue_times, fewer, **order, **peer),
+        "record_vs_hooks_our_batches": beside("hooks_alike", glue_times, fewer, **plan_padding, **peer),
+        "record_vs_nnsight": beside("nnsight", glue_times, fewer, **order, versions=versions("nnsight", "peft")),
     }
 
 
