@@ -241,6 +241,8 @@ class SharedInput:
 
     def __init__(self, members: list[AdaptedModule]) -> None:
         self.a_GI = torch.cat([part.a_RI for part in members])
+        if len(self.a_GI) == 1:  # two rows take half as long as one, which is no GEMM (docs/log.md)
+            self.a_GI = F.pad(self.a_GI, (0, 0, 0, 1))
         self.size, self.served = len(members), 0
         self.x: weakref.ref[Tensor] | None = None  # an edited member never asks, and the others would wait for it
         self.z: Tensor
