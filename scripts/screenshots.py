@@ -26,7 +26,7 @@ SIZES = ((1280, 860), (1280, 1180), (1280, 1700), (390, 1600))
 WIDE, HIGH, TALL, NARROW = ({"width": w, "height": h} for w, h in SIZES)
 SHOWN = (
     *("overview", "map", "features", "direction", "latent", "trace", "live"),
-    *("traces", "compare", "categories", "evidence", "notes"),
+    *("traces", "compare", "categories", "evidence"),
 )
 LOOKED_AT = ("overview", "map", "features", "direction", "latent", "trace", "live")
 SORTS = {"direction": "kl", "latent": "strength"}
