@@ -334,7 +334,6 @@ def test_what_was_not_saved_does_not_look_saved(browser: Browser, study: Study, 
             route.continue_()
 
     page.route("**/notes", fail_once)
-    editor.locator("summary").first.click()
     editor.locator(".tags").fill("a, b")
     editor.locator(".tags").blur()
     expect(editor.locator(".saved")).to_have_text("Not saved: No tag:a. Trying again…")
