@@ -27,12 +27,13 @@ EVERY, REPEATS = (4, 12), (3, 2)
 
 def consecutive(lengths: list[int], budget: int) -> list[list[int]]:
     """Batches in the corpus's order, of at most so many tokens with their padding."""
-    batches: list[list[int]] = []
-    for i, length in enumerate(lengths):
-        longest = max([length, *(lengths[j] for j in batches[-1])]) if batches else budget
-        if longest * (len(batches[-1]) + 1 if batches else 1) > budget or not batches:
-            batches.append([])
-        batches[-1].append(i)
+    batches: list[list[int]] = [[]]
+    for i in range(len(lengths)):
+        grown = [*batches[-1], i]
+        if len(grown) * max(lengths[j] for j in grown) > budget and batches[-1]:
+            batches.append([i])
+        else:
+            batches[-1] = grown
     return batches
 
 

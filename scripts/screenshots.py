@@ -8,17 +8,12 @@ import argparse
 import json
 import os
 import socket
-import struct
 import subprocess
 import sys
 import time
 import urllib.request
-import zlib
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from playwright.sync_api import Browser, Page, sync_playwright
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,76 +77,8 @@ def shoot(browser: Browser, base: str, address: str, file: Path, view: dict, sch
         generate(page)
     if page.evaluate("document.documentElement.scrollWidth > innerWidth"):
         print(file.stem, "scrolls sideways")
-    file.write_bytes(in_palette(page.screenshot()))
+    page.screenshot(path=file)
     page.context.close()
-
-
-COLOURS = 256
-"""Of a picture in docs."""
-
-
-def in_palette(picture: bytes) -> bytes:
-    """A PNG with 256 of its colours, every other one as the nearest of them: a third of the size of Chromium's, and
-    text stays sharp. They are the most frequent ones, of all and of each part of the colours' space, so that no
-    rare hue is lost."""
-    rgb_HWC = pixels(picture)
-    height, width, _ = rgb_HWC.shape
-    codes = (rgb_HWC.astype(np.int64) << np.array([16, 8, 0])).sum(2).ravel()
-    colours, which, counts = np.unique(codes, return_inverse=True, return_counts=True)
-    split = np.stack([colours >> 16, colours >> 8 & 255, colours & 255], 1)
-    order = np.argsort(-counts)
-    _, first = np.unique((split[order] >> 5) @ np.array([64, 8, 1]), return_index=True)  # of each of 512 parts of space
-    ranks = list(dict.fromkeys([*sorted(first.tolist())[: COLOURS // 2], *range(len(order))]))[:COLOURS]
-    kept = split[order[ranks]]
-    nearest = np.argmin(((split[:, None] - kept[None]) ** 2).sum(2), 1).astype(np.uint8)
-    rows = np.zeros((height, 1 + width), np.uint8)  # each begins with its filter, none
-    rows[:, 1:] = nearest[which].reshape(height, width)
-    parts = {
-        b"IHDR": struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0),
-        b"PLTE": kept.astype(np.uint8).tobytes(),
-        b"IDAT": zlib.compress(rows.tobytes(), 9),
-        b"IEND": b"",
-    }
-    written = (struct.pack(">I", len(b)) + k + b + struct.pack(">I", zlib.crc32(k + b)) for k, b in parts.items())
-    return picture[:8] + b"".join(written)
-
-
-def pixels(picture: bytes) -> NDArray[Any]:
-    """The colours [height, width, 3] of a PNG as Chromium writes it."""
-    at, packed, head = 8, b"", b""
-    while at < len(picture):
-        size, kind = struct.unpack(">I", picture[at : at + 4])[0], picture[at + 4 : at + 8]
-        body = picture[at + 8 : at + 8 + size]
-        head, packed = (body if kind == b"IHDR" else head), packed + (body if kind == b"IDAT" else b"")
-        at += 12 + size
-    width, height, _, colour = struct.unpack(">IIBB", head[:10])
-    channels = {2: 3, 6: 4}[colour]
-    rows = np.frombuffer(zlib.decompress(packed), np.uint8).reshape(height, 1 + width * channels)
-    image = np.zeros((height + 1, width + 1, channels), np.uint8)  # with a row above and a column before
-    for y, row in enumerate(rows):
-        image[y + 1, 1:] = unfiltered(int(row[0]), row[1:].reshape(width, channels), image[y])
-    return image[1:, 1:, :3]
-
-
-def unfiltered(name: int, line: NDArray[Any], above: NDArray[Any]) -> NDArray[Any]:
-    """A row of pixels from what a PNG's filter made of it, and the row above it."""
-    if name == 0:
-        return line
-    if name == 1:
-        return np.cumsum(line, 0, np.uint64).astype(np.uint8)
-    if name == 2:
-        return line + above[1:]
-    row, up = [[0] * line.shape[1]], above.tolist()
-    guess = (lambda a, b, _: (a + b) // 2) if name == 3 else paeth
-    for x, pixel in enumerate(line.tolist()):
-        row.append([(v + guess(a, b, c)) & 255 for v, a, b, c in zip(pixel, row[x], up[x + 1], up[x], strict=True)])
-    return np.array(row[1:], np.uint8)
-
-
-def paeth(left: int, above: int, corner: int) -> int:
-    """PNG's guess of a value: that of three neighbours which is nearest to left + above - corner."""
-    by_left, by_above, by_corner = abs(above - corner), abs(left - corner), abs(left + above - 2 * corner)
-    return left if by_left <= by_above and by_left <= by_corner else above if by_above <= by_corner else corner
 
 
 def generate(page: Page) -> None:

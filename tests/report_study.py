@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from safetensors.numpy import save_file
 
 from lorascope.adapter import Adapter, build_adapter
 from lorascope.comparison import CompareConfig, compare
@@ -24,6 +25,7 @@ from lorascope.sae.training import train_sae
 from lorascope.study import Study, write_json
 from lorascope.token_text import token_texts
 from lorascope.traces import Trace, write_traces
+from lorascope.views.effects import direction_effects
 from tiny_store import write_store
 from tiny_text import tiny_tokenizer
 
@@ -286,3 +288,13 @@ def make_report_study(path: Path, *, layers: int = 4, traces: int = 40) -> Study
     add_ablation(study, adapter)
     add_patched(study)
     return study
+
+
+def complete_maps(study: Study) -> None:
+    """Measure effects, which would have maps reload later, and add what every two directions do together."""
+    for corpus in ("train", "heldout"):
+        direction_effects(study, corpus)
+    names = Adapter.load(study.path / "adapter").addresses
+    gradients = np.random.default_rng(0).normal(size=(8, len(names)))
+    file = study.path / "ablation" / "interactions.safetensors"
+    save_file({"kl_NN": (gradients.T @ gradients).astype(np.float32)}, file, {"addresses": ",".join(names)})

@@ -3,19 +3,14 @@ Live with an answer on it; and the contrast of shaded tokens, which axe cannot a
 
 import base64
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import numpy as np
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Locator, Page, expect
-from safetensors.numpy import save_file
 
-from lorascope.adapter import Adapter
-from lorascope.views.effects import direction_effects
-from report_study import make_report_study
+from report_study import complete_maps, make_report_study
 from studio_hands import goes_sideways
 from studio_server import studio_at
 from test_studio_live_browser import answered, done, start, token
@@ -48,17 +43,9 @@ TRACE = f"/trace/train/1?features={quote(','.join(FOUR))}"
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     study = make_report_study(tmp_path_factory.mktemp("axe") / "study")
-    direction_effects(study, "train")  # else the map would reload once they are measured
-    add_interactions(study.path)
+    complete_maps(study)
     with studio_at(study) as address:
         yield address
-
-
-def add_interactions(path: Path) -> None:
-    names = Adapter.load(path / "adapter").addresses
-    gradients = np.random.default_rng(0).normal(size=(8, len(names)))
-    kl_NN = (gradients.T @ gradients).astype(np.float32)
-    save_file({"kl_NN": kl_NN}, path / "ablation" / "interactions.safetensors", {"addresses": ",".join(names)})
 
 
 def violations(page: Page) -> list[str]:
@@ -71,13 +58,18 @@ def axe(page: Page, kind: str) -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize("path", PAGES)
-@pytest.mark.parametrize("look", LOOKS)
+CASES = [
+    *((path, look) for path in PAGES for look in LOOKS),
+    *((path, "narrow and dark") for path in ("/", "/feature/L1.gate%2B", TRACE)),
+]
+
+
+@pytest.mark.parametrize(("path", "look"), CASES)
 def test_no_violations(browser: Browser, base: str, path: str, look: str) -> None:
-    page = browser.new_context(**LOOKS[look]).new_page()
+    page = browser.new_context(**LOOKS.get(look, NARROW_DARK)).new_page()
     page.goto(base + path)
     page.wait_for_load_state("networkidle")
-    if path.startswith("/trace/"):
+    if "#t" in path:
         expect(page.locator("#here h3").first).to_be_visible()  # the panel is filled
     assert violations(page) == []
     page.context.close()
@@ -89,15 +81,6 @@ def test_the_list_of_keys(browser: Browser, base: str, look: str) -> None:
     page.goto(base + "/features")
     page.keyboard.press("?")
     expect(page.locator("#help")).to_be_visible()
-    assert violations(page) == []
-    page.context.close()
-
-
-@pytest.mark.parametrize("path", ["/", "/feature/L1.gate%2B", TRACE])
-def test_the_main_pages_dark_and_narrow(browser: Browser, base: str, path: str) -> None:
-    page = browser.new_context(**NARROW_DARK).new_page()
-    page.goto(base + path)
-    page.wait_for_load_state("networkidle")
     assert violations(page) == []
     page.context.close()
 

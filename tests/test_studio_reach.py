@@ -5,20 +5,17 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from playwright.sync_api import Browser, Page, Request, expect
-from safetensors.numpy import save_file
 
 from lorascope.adapter import Adapter
 from lorascope.report.grids import layer_map
 from lorascope.report.numbers import figures
 from lorascope.studio.notes import FILE, current_notes, read_events
 from lorascope.study import Study
-from lorascope.views.effects import direction_effects
-from report_study import make_report_study
+from report_study import complete_maps, make_report_study
 from studio_server import studio_at
 from test_studio_browser import opened, saving
 
@@ -29,12 +26,7 @@ PHONE = {"has_touch": True, "viewport": {"width": 390, "height": 844}}
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     study = make_report_study(tmp_path_factory.mktemp("reach") / "study")
-    for corpus in ("train", "heldout"):  # else maps would reload once these are measured
-        direction_effects(study, corpus)
-    names = Adapter.load(study.path / "adapter").addresses
-    gradients = np.random.default_rng(0).normal(size=(8, len(names)))
-    file = study.path / "ablation" / "interactions.safetensors"
-    save_file({"kl_NN": (gradients.T @ gradients).astype(np.float32)}, file, {"addresses": ",".join(names)})
+    complete_maps(study)
     silence(study)
     return study
 

@@ -4,15 +4,13 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 from playwright.sync_api import Browser, expect
-from safetensors.numpy import save_file
 
 from lorascope.adapter import Adapter
 from lorascope.study import Study
-from lorascope.views.effects import CACHE, direction_effects
-from report_study import make_report_study
+from lorascope.views.effects import CACHE
+from report_study import complete_maps, make_report_study
 from studio_server import studio_at
 from test_studio_browser import opened
 
@@ -20,12 +18,7 @@ from test_studio_browser import opened
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     study = make_report_study(tmp_path_factory.mktemp("touch") / "study")
-    for corpus in ("train", "heldout"):  # else maps would reload once these are measured
-        direction_effects(study, corpus)
-    names = Adapter.load(study.path / "adapter").addresses
-    gradients = np.random.default_rng(0).normal(size=(8, len(names)))
-    file = study.path / "ablation" / "interactions.safetensors"
-    save_file({"kl_NN": (gradients.T @ gradients).astype(np.float32)}, file, {"addresses": ",".join(names)})
+    complete_maps(study)
     return study
 
 
