@@ -54,7 +54,7 @@ def measure(study_path: Path) -> dict[str, Any]:
 
     from lorascope.adapter import Adapter
     from lorascope.attached import attach
-    from lorascope.fused import fused_reading
+    from lorascope.fused_reading import fused_reading
     from lorascope.models import load_model
     from lorascope.packing import prepare_packing
     from lorascope.recording import adapter_scalars, fill_stores, plan_recording

@@ -34,7 +34,7 @@ def recording(study_path: Path, size: int) -> Callable[[], Any]:
     from lorascope import recording
     from lorascope.adapter import Adapter
     from lorascope.attached import attach
-    from lorascope.fused import fused_reading
+    from lorascope.fused_reading import fused_reading
     from lorascope.models import load_model
     from lorascope.packing import prepare_packing
     from lorascope.study import Study

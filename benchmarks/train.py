@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from common import DEVICE, HEAD, MODEL, TRUNK, gemm_rate, peak_memory, print_rows, roofline, row, versions
 
-STEPS, WARMUP, BATCH, RATE, REPEATS = 5, 1, 16, 2e-3, 3
+STEPS, WARMUP, BATCH, RATE, REPEATS = 4, 1, 16, 2e-3, 3
 
 
 def ours(study: Path) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from lorascope.controls import neuron_probe, probing
 from lorascope.creation import NewConfig, create_study
 from lorascope.decoders import in_no_group, linear_modules, not_linear, text_decoder
 from lorascope.errors import BadInput
-from lorascope.fused import fused, fused_reading
+from lorascope.fused import fused
+from lorascope.fused_reading import fused_reading
 from lorascope.generation import Sampling, cut_at_end, generate_batch, stop_ids
 from lorascope.kl import assistant_positions
 from lorascope.leave_one_out import leave_out

@@ -23,7 +23,8 @@ from lorascope.attached import attach
 from lorascope.cli import main
 from lorascope.example_search import ExamplesConfig, search
 from lorascope.features import firing_levels, load_features
-from lorascope.fused import fused, fused_reading
+from lorascope.fused import fused
+from lorascope.fused_reading import fused_reading
 from lorascope.generation import Sampling, generate_batch
 from lorascope.kl import assistant_positions
 from lorascope.leave_one_out import leave_out

@@ -12,7 +12,8 @@ from lorascope.adapter import Adapter
 from lorascope.attached import attach
 from lorascope.controls import adapter_probe, neuron_probe, random_addresses, random_control, untrained_control
 from lorascope.features import DIFFERENCE
-from lorascope.fused import fused, fused_reading
+from lorascope.fused import fused
+from lorascope.fused_reading import fused_reading
 from lorascope.models import load_model
 from lorascope.recording import adapter_scalars, base_scalars, read_batch, scalars_beside
 from lorascope.sinks import SINK_RATIO

@@ -16,7 +16,7 @@ from lorascope.adapter import Adapter
 from lorascope.attached import attach
 from lorascope.config import Options
 from lorascope.errors import BadInput, MissingStage
-from lorascope.fused import fused_reading
+from lorascope.fused_reading import fused_reading
 from lorascope.layers import layer_count
 from lorascope.memory import FEWEST, MOST_ON_CPU
 from lorascope.models import load_model

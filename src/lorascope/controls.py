@@ -26,7 +26,7 @@ from lorascope.attached import Attached, decoder_layers, find_module
 from lorascope.decoders import linear_modules, linear_sizes
 from lorascope.errors import BadInput, MissingStage
 from lorascope.features import DIFFERENCE
-from lorascope.fused import SharedInput, shared_inputs
+from lorascope.fused_reading import SharedInput, shared_inputs
 from lorascope.sinks import is_sink, middle_norms
 from lorascope.store import Floats
 from lorascope.study import Study

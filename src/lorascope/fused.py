@@ -9,11 +9,9 @@ Shapes: T = tokens (leading dimensions flattened), D = model width, I = inner wi
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,8 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorascope.adapter import AdaptedModule, Adapter
-from lorascope.attached import MISSING, Attached, find_module, wide_linear
-from lorascope.memory import SHARE, free_memory
+from lorascope.attached import MISSING, find_module, wide_linear
 from lorascope.rank1 import Linear, apply_linear, backward_linear, forward_linear, unflattened
 
 HEAD_CHUNK = 512
@@ -234,116 +231,6 @@ def fused(model: Any, adapter: Adapter | None) -> Iterator[int]:
             inside |= set(module.children())
     with forwards(forms):
         yield len(forms)
-
-
-class SharedInput:
-    """The scalars of modules that read the same tensor, from one small GEMM at the first of them."""
-
-    def __init__(self, members: list[AdaptedModule]) -> None:
-        self.a_GI = torch.cat([part.a_RI for part in members])
-        if len(self.a_GI) == 1:  # two rows take half as long as one, which is no GEMM (docs/log.md)
-            self.a_GI = F.pad(self.a_GI, (0, 0, 0, 1))
-        self.size, self.served = len(members), 0
-        self.x: weakref.ref[Tensor] | None = None  # an edited member never asks, and the others would wait for it
-        self.z: Tensor
-
-    def scalars(self, x: Tensor, rows: slice) -> Tensor:
-        """Scalars [..., R] of one member, whose read vectors are `rows` of all of the group's."""
-        if self.x is None or self.x() is not x:
-            self.x, self.z, self.served = weakref.ref(x), x.float() @ self.a_GI.T, 0
-        self.served += 1
-        if self.served == self.size:
-            self.x = None  # whoever comes next is of another forward pass
-        return self.z[..., rows]
-
-
-def shared_inputs(adapter: Adapter) -> list[tuple[SharedInput, slice]]:
-    """For each module of an adapter the group that it shares its input with, and its rows in it.
-
-    Queries, keys and values of a layer share theirs, and gate and up; whether they do is seen at every call.
-    """
-    together = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
-    groups: dict[tuple[str, str], list[AdaptedModule]] = {}
-    keys = []
-    for part in adapter.modules:
-        parent, _, name = part.path.rpartition(".")
-        key = (parent, next((min(names) for names in together if name in names), name))
-        keys.append(key)
-        groups.setdefault(key, []).append(part)
-    shared = {key: SharedInput(members) for key, members in groups.items()}
-    found, used = [], dict.fromkeys(groups, 0)
-    for part, key in zip(adapter.modules, keys, strict=True):
-        found.append((shared[key], slice(used[key], used[key] + len(part.a_RI))))
-        used[key] += len(part.a_RI)
-    return found
-
-
-@contextmanager
-def fused_reading(attached: Attached) -> Iterator[int]:
-    """Inside, forward passes without gradients are fast and still give every scalar; gives the number of parts.
-
-    Adapted maps of an fp32 base run merged, in one GEMM; those of other bases add the directions' term in fp32. Scalars
-    of modules that share an input are computed together, with an fp32 base only where they are read. In
-    `attached.as_base` the maps run alone. Edited maps, and parts that are not recognised, run in the forms of `attach`.
-    Merged weights are made once where a share of the free memory holds them, else anew in every pass.
-    """
-    model, adapter = attached.model, beside_weights(attached.model, attached.adapter)
-    forms: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
-    size = sum(next(find_module(model, part).parameters()).nbytes for part in adapter.modules)
-    kept = size <= free_memory(model.device) // SHARE
-    for index, (part, (shared, rows)) in enumerate(zip(adapter.modules, shared_inputs(adapter), strict=True)):
-        module = find_module(model, part)
-        if type(module) is nn.Linear:
-            linear = Linear(module.weight, module.bias, part.a_RI, part.b_OR, part.scale)
-            merged = cache(linear.merged) if kept else linear.merged
-            forms[module] = partial(read_linear, attached, index, linear, merged, shared, rows, module.forward)
-    for module in model.modules():
-        form = norm_form(module) or (partial(read_mlp, module) if gated_parts(module) else None)
-        if form is not None and agrees(module, form):
-            forms[module] = form
-    with forwards(forms):
-        yield len(forms)
-
-
-def beside_weights(model: Any, adapter: Adapter) -> Adapter:
-    """The adapter with each module's directions on the device of the weight that they are added to."""
-    devices = [next(find_module(model, part).parameters()).device for part in adapter.modules]
-    modules = [
-        replace(part, a_RI=part.a_RI.to(device), b_OR=part.b_OR.to(device))
-        for part, device in zip(adapter.modules, devices, strict=True)
-    ]
-    return replace(adapter, modules=tuple(modules))
-
-
-def read_mlp(module: Any, x: Tensor) -> Tensor:
-    """A gated MLP without gradients, its products formed in place."""
-    inner: Tensor = F.silu(module.gate_proj(x), inplace=True).mul_(module.up_proj(x))
-    result: Tensor = module.down_proj(inner)
-    return result
-
-
-def read_linear(
-    attached: Attached,
-    index: int,
-    linear: Linear,
-    merged: Callable[[], Tensor],
-    shared: SharedInput,
-    rows: slice,
-    edited: Callable[[Tensor], Tensor],
-    x: Tensor,
-) -> Tensor:
-    """An adapted map; its scalars go to who reads them. `edited` is what runs where an edit touches it."""
-    if any(active.local[index] is not None for active in attached.edits):
-        return edited(x)
-    if attached.readings or not (linear.merges or attached.base_run):
-        z = attached._pass_scalars(index, shared.scalars(x, rows))
-    if attached.base_run:
-        return F.linear(x, linear.W_OI, linear.bias_O)
-    if linear.merges:
-        return F.linear(x, merged(), linear.bias_O)
-    assert linear.b_OR is not None
-    y = F.linear(x, linear.W_OI, linear.bias_O)
-    return (y.float() + F.linear(z * linear.scale, linear.b_OR)).to(y.dtype)
 
 
 @contextmanager

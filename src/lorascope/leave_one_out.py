@@ -20,7 +20,7 @@ from lorascope import edits
 from lorascope.addresses import direction_layer
 from lorascope.attached import Attached, decoder_layers
 from lorascope.decoders import text_decoder
-from lorascope.fused import fused_reading
+from lorascope.fused_reading import fused_reading
 from lorascope.kl import Changes, assistant_positions, compare_hidden, predicted_segments
 from lorascope.progress import progress
 from lorascope.restart import Kept, keep_hidden, start_at

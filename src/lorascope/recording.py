@@ -33,7 +33,7 @@ from lorascope.controls import (
     untrained_control,
 )
 from lorascope.errors import BadInput, RunFailed
-from lorascope.fused import fused_reading
+from lorascope.fused_reading import fused_reading
 from lorascope.memory import choose_budget
 from lorascope.models import load_model, load_tokenizer
 from lorascope.packing import prepare_packing
