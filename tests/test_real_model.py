@@ -4,7 +4,7 @@ Fast paths give on it what simple references give: here training forms, packing,
 screening, batched generation, an autoencoder's steps and examples. `test_real_model_passes` holds passes in bfloat16,
 of the base, of controls and of a full finetune to plain ones, `test_real_model_stages` the store, examples and the
 autoencoder to dense arithmetic, `test_real_model_steering` steered text, `test_real_model_edits` ablation to zero and
-to the mean and patched KL to edited runs. What screening derives from its gradients is tested on tiny models alone.
+to the mean and patched KL to edited runs.
 """
 
 import copy
@@ -16,7 +16,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from lorascope import edits
+from lorascope import edits, screening
 from lorascope.ablation import make_targets
 from lorascope.adapter import Adapter
 from lorascope.attached import attach
@@ -199,6 +199,62 @@ def test_gate_gradients_equal_autograd_through_the_edit(loaded: Loaded) -> None:
                 hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
             found += torch.autograd.grad(hidden, gates, slope)
     close(found[1], found[0], 1e-3)
+
+
+def test_screened_groups_and_pairs_are_what_shared_gates_measure(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One gate on a whole layer, type or adapter, by autograd through the plain edit; slopes stand for labels'."""
+    model, adapter, traces, _ = loaded
+    generator = torch.Generator().manual_seed(2)
+    slopes = {len(assistant_positions(trace)): torch.randn(2, 576, generator=generator) for trace in traces}
+    assert len(slopes) == len(traces)
+    monkeypatch.setattr(
+        screening,
+        "label_slopes",
+        lambda _, hidden_MD, *__: (slopes[len(hidden_MD)][k].expand_as(hidden_MD) for k in (0, 1)),
+    )
+    monkeypatch.setattr(screening, "null_runs", lambda *_: {})
+    wanted = [t for by in ("layer", "type") for t in make_targets(adapter.addresses, by)][::4]
+    members_GN = np.stack([*(target.columns for target in wanted), np.ones(len(adapter.addresses), bool)])
+    found_SKG = []
+    with attach(model, adapter) as attached:
+        screened = screen(attached, traces, passes=2, budget=1)
+        for trace in traces:
+            gates_G = torch.ones(len(members_GN), requires_grad=True)
+            gates_1N = 1 + (gates_G - 1)[None] @ torch.from_numpy(members_GN).float()
+            with attached.edit(edits.gate(gates_1N)):
+                ids = torch.from_numpy(trace.ids.astype(np.int64))[None]
+                hidden_MD = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0][
+                    assistant_positions(trace)
+                ]
+            sums = [(hidden_MD @ slope_D).sum() for slope_D in slopes[len(hidden_MD)]]
+            found_SKG.append([torch.autograd.grad(x, gates_G, retain_graph=True)[0].double().numpy() for x in sums])
+    wanted_KSG = 0.5 * np.stack(found_SKG, axis=1) ** 2
+    np.testing.assert_allclose(screened.kl_KSG(members_GN), wanted_KSG, rtol=0, atol=2e-3 * wanted_KSG.max())
+    pairs_GG = members_GN @ screened.interactions_NN() @ members_GN.T
+    np.testing.assert_allclose(
+        np.diag(pairs_GG), wanted_KSG.sum(axis=1).mean(axis=0) / screened.tokens_S.sum(), rtol=2e-3
+    )
+
+
+def test_label_slopes_are_gradients_of_log_probabilities(loaded: Loaded) -> None:
+    model, adapter, traces, _ = loaded
+    ids = torch.from_numpy(traces[0].ids.astype(np.int64))[None]
+    generator = torch.Generator().manual_seed(3)
+    draws, signs = torch.rand(2, 9, generator=generator), torch.tensor([[1.0], [-1.0]]).expand(2, 9)
+    with attach(model, adapter) as attached:
+        with torch.no_grad():
+            hidden = attached.trunk(ids).hidden[0, -9:]
+        slopes = list(screening.label_slopes(attached, hidden, draws, signs))
+    weight = model.get_output_embeddings().weight.detach()
+    cdf = torch.softmax(hidden @ weight.T, dim=-1).cumsum(-1)
+    wide = hidden.double().requires_grad_()
+    logp = torch.log_softmax(wide @ weight.double().T, dim=-1)
+    for k in (0, 1):
+        labels = torch.searchsorted(cdf, (draws[k] * cdf[:, -1])[:, None], right=True)[:, 0]
+        (expected,) = torch.autograd.grad((signs[k] * logp[torch.arange(9), labels]).sum(), wide, retain_graph=True)
+        close(slopes[k].double(), expected, 1e-4)
 
 
 def test_a_batch_generates_what_single_runs_do(loaded: Loaded) -> None:

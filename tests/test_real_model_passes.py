@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lorascope.adapter import Adapter
+from lorascope.adapter import Adapter, initial_adapter
 from lorascope.attached import attach
 from lorascope.controls import adapter_probe, neuron_probe, random_addresses, random_control, untrained_control
 from lorascope.features import DIFFERENCE
@@ -20,7 +20,7 @@ from lorascope.sinks import SINK_RATIO
 from lorascope.study import Study
 from lorascope.traces import Rendered
 from lorascope.training import Learner
-from lorascope.training_plan import packed_tensors
+from lorascope.training_plan import batch_tensors, packed_tensors
 from real_model import (
     MODEL,
     Plain,
@@ -125,6 +125,28 @@ def test_controls_are_read_as_hooks_see_them(
     found_effects = drawn * torch.from_numpy(random.effect_per_scalar)
     assert bool((drawn > 0).all()), "two tokens of one id would differ by nothing in the first layer"
     torch.testing.assert_close(found_effects, effects, rtol=1e-3, atol=0)
+
+
+def test_a_compiled_pass_gives_the_same_gradients(traces: list[Rendered]) -> None:
+    """Through the first two layers; all thirty take a compiler minutes."""
+    model = load_model(MODEL)[0].requires_grad_(False)
+    model.model.layers = model.model.layers[:2]
+    adapter = initial_adapter(model, seed=1)
+    generator = torch.Generator().manual_seed(0)
+    for module in adapter.modules:
+        module.b_OR.copy_(torch.randn(module.b_OR.shape, generator=generator) * 0.01)
+    weights = [t.requires_grad_() for m in adapter.modules for t in (m.a_RI, m.b_OR)]
+    learner, batch = Learner(model, None), batch_tensors(traces, CPU)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with attach(model, adapter), fused(model, adapter):
+        found = []
+        for run in (learner, torch.compile(learner, dynamic=True)):
+            loss = run(*batch)
+            found.append([loss.detach(), *torch.autograd.grad(loss, weights)])
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0
+    for compiled, plain in zip(found[1], found[0], strict=True):
+        close(compiled, plain, 1e-4)
 
 
 def test_full_training_gives_the_gradients_of_whole_logits(traces: list[Rendered]) -> None:

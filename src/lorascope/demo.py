@@ -31,7 +31,7 @@ TASKS = "chain=3,letters=3,sort"
 # Chosen by measurement on 2 cores (docs/log.md): what fits into the demo's time and shows a clear gain.
 STEPS = 48
 BATCH = 12
-PROBLEMS = 144
+PROBLEMS = 120
 ABLATION_TRACES = 6
 CONFIRMED = 20
 PATCHED_TOKENS = 2048
@@ -45,8 +45,8 @@ class DemoConfig:
     """Run the whole pipeline on SmolLM2-135M-Instruct and tasks made on the spot; ends with report.html."""
 
     quick: bool = False
-    """Leave out the full finetune, train on two thirds; halve the problems, the traces of ablation and of the base
-    model, and the tokens of patched KL."""
+    """Leave out the full finetune, train on two thirds, read the base model on some traces; halve the problems, the
+    traces of ablation, and the tokens of patched KL."""
 
 
 def run_demo(path: Path | None, config: DemoConfig, options: Options) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def plan(
         ("ablate", lambda: ablate_all(study(), ABLATION_TRACES // half, options)),
         ("record the training traces", lambda: record(study(), RecordConfig(source=BESIDE), options)),
         ("record the held-out traces", lambda: record(study(), RecordConfig("heldout", source=BESIDE), options)),
-        ("record the base model", lambda: record_base(study(), STEPS * BATCH // (4 * half), options)),
+        ("record the base model", lambda: record_base(study(), config.quick, options)),
         (
             "train the sparse autoencoder",
             lambda: decompose(study(), SAEConfig(patched_tokens=PATCHED_TOKENS // half), options),
@@ -126,10 +126,10 @@ def ablate_all(study: Study, traces: int, options: Options) -> None:
         ablate(study, config, options)
 
 
-def record_base(study: Study, traces: int, options: Options) -> None:
-    """The same read vectors on the base model's run; it needs a pass of its own, so on some of the training traces."""
+def record_base(study: Study, quick: bool, options: Options) -> None:
+    """The same read vectors on the base model's run; it takes a pass of its own; a quick demo takes few traces."""
     record(study, RecordConfig("heldout", source="base"), options)
-    record(study, RecordConfig(source="base", limit=traces), options)
+    record(study, RecordConfig(source="base", limit=STEPS * BATCH // 8 if quick else None), options)
 
 
 def compare_kinds(study: Study, options: Options) -> None:
