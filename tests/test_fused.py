@@ -282,13 +282,19 @@ def test_many_tokens_go_through_a_gated_mlp_in_pieces_unless_a_hook_waits_for_th
     model = tiny_model()
     adapter = random_adapter(model)
     sizes: list[int] = []
+    made: list[int] = []
     ids = torch.randint(0, 97, (3, 9), generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), attach(model, adapter) as attached, fused_reading(attached):
         product = ReadMap.product
-        monkeypatch.setattr(
-            ReadMap, "product", lambda self, x: (sizes.append(x.shape[:-1].numel()), product(self, x))[1]
-        )
+
+        def counted(self: ReadMap) -> Callable[[Tensor], Tensor]:
+            made.append(self.index)
+            apply = product(self)
+            return lambda x: (sizes.append(x.shape[:-1].numel()), apply(x))[1]
+
+        monkeypatch.setattr(ReadMap, "product", counted)
         wanted = attached.run(ids)
+        assert sorted(made) == list(range(21))  # no weight is merged for each piece
         pieces, sizes[:] = sizes.copy(), []
         seen: list[torch.Size] = []
         model.model.layers[1].mlp.down_proj.register_forward_hook(lambda _, args, output: seen.append(output.shape))

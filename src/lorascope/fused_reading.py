@@ -101,10 +101,10 @@ class ReadMap:
         """Whether the output is one product now, in which no scalar has a part of its own."""
         return not self.touched and (self.linear.merges or self.attached.base_run)
 
-    def product(self, x: Tensor) -> Tensor:
-        """The output where it is one product: of the base's weight in a base run, else of the merged one."""
+    def product(self) -> Callable[[Tensor], Tensor]:
+        """What gives the output where it is one product: with the base's weight in a base run, else the merged one."""
         weight_OI = self.linear.W_OI if self.attached.base_run else self.merged()
-        return F.linear(x, weight_OI, self.linear.bias_O)
+        return partial(F.linear, weight=weight_OI, bias=self.linear.bias_O)
 
     def scalars(self, x: Tensor) -> Tensor:
         """Scalars [..., R] fp32 of an input, not yet passed to who reads them."""
@@ -126,7 +126,7 @@ class ReadMap:
         if self.is_product:
             if self.is_read:
                 self.give(self.scalars(x))
-            return self.product(x)
+            return self.product()(x)
         assert self.linear.b_OR is not None
         z = self.give(self.scalars(x))
         y = F.linear(x, self.linear.W_OI, self.linear.bias_O)
@@ -174,7 +174,7 @@ def read_mlp(module: Any, x: Tensor) -> Tensor:
     for part in maps[:2]:
         if isinstance(part, ReadMap) and part.is_read:
             part.give(part.scalars(x))
-    gate, up, down = (part.product if isinstance(part, ReadMap) else part for part in maps)
+    gate, up, down = (part.product() if isinstance(part, ReadMap) else part for part in maps)
     outputs, scalars = [], []
     for piece in x.flatten(0, -2).tensor_split(-(-tokens // PIECE)):
         inner = F.silu(gate(piece), inplace=True).mul_(up(piece))
