@@ -21,7 +21,7 @@ import torch
 from common import DEVICE, MODEL, TRUNK, main, ratio, roofline, row, take_turns, versions
 
 BUDGET = 2048
-EVERY, REPEATS = (4, 12), (5, 2)
+EVERY, REPEATS = (5, 12), (5, 2)
 """Every how many-th batch of the corpus is taken beside the trunk, and beside the slower glue; and how often."""
 
 
