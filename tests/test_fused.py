@@ -15,7 +15,7 @@ from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm
 from lorascope import edits
 from lorascope.attached import attach
 from lorascope.fused import GatedMLPFunction, NormFunction, fused, head_loss, plain_head
-from lorascope.fused_reading import ReadMap, fused_reading, shared_inputs
+from lorascope.fused_reading import fused_reading, shared_inputs
 from lorascope.rank1 import Linear, adapted_forward, apply_linear
 from lorascope.screening import gated
 from tiny_models import random_adapter, tiny_model
@@ -250,11 +250,7 @@ def test_the_base_run_reads_what_scalars_set_to_zero_gave(
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 @pytest.mark.parametrize("choice", [{}, {"rank": 2}, {"patterns": "L*.k,L*.up,L1.down"}])
-@pytest.mark.parametrize("piece", [1024, 4])
-def test_fast_reading_gives_the_same_scalars(
-    kind: str, choice: dict[str, Any], piece: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("lorascope.fused_reading.PIECE", piece)
+def test_fast_reading_gives_the_same_scalars(kind: str, choice: dict[str, Any]) -> None:
     model = tiny_model(kind)
     adapter = random_adapter(model, **choice)
     ids = torch.randint(0, 97, (3, 9), generator=torch.Generator().manual_seed(0))
@@ -273,37 +269,6 @@ def test_fast_reading_gives_the_same_scalars(
         torch.testing.assert_close(mine.scalars, theirs.scalars, rtol=0, atol=2e-5 * float(theirs.scalars.abs().max()))
         torch.testing.assert_close(mine.logits, theirs.logits, rtol=1e-4, atol=1e-4)
     assert torch.equal(after.logits, wanted.logits)
-
-
-def test_many_tokens_go_through_a_gated_mlp_in_pieces_unless_a_hook_waits_for_them(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("lorascope.fused_reading.PIECE", 10)
-    model = tiny_model()
-    adapter = random_adapter(model)
-    sizes: list[int] = []
-    made: list[int] = []
-    ids = torch.randint(0, 97, (3, 9), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad(), attach(model, adapter) as attached, fused_reading(attached):
-        product = ReadMap.product
-
-        def counted(self: ReadMap) -> Callable[[Tensor], Tensor]:
-            made.append(self.index)
-            apply = product(self)
-            return lambda x: (sizes.append(x.shape[:-1].numel()), apply(x))[1]
-
-        monkeypatch.setattr(ReadMap, "product", counted)
-        wanted = attached.run(ids)
-        assert sorted(made) == list(range(21))  # no weight is merged for each piece
-        pieces, sizes[:] = sizes.copy(), []
-        seen: list[torch.Size] = []
-        model.model.layers[1].mlp.down_proj.register_forward_hook(lambda _, args, output: seen.append(output.shape))
-        got = attached.run(ids)
-    assert sorted(pieces) == sorted(3 * (4 * [27] + 3 * [9, 9, 9]))
-    assert seen == [(3, 9, 32)]
-    assert sorted(sizes) == sorted(2 * (4 * [27] + 3 * [9, 9, 9]) + 7 * [27])
-    torch.testing.assert_close(got.scalars, wanted.scalars)
-    torch.testing.assert_close(got.logits, wanted.logits)
 
 
 @pytest.mark.parametrize("pattern", ["L0.q", "L1.k,L1.v", "L2.up", "*"])

@@ -1,7 +1,7 @@
 """Reading forms of a decoder's parts: forward passes without gradients that are fast and still give every scalar.
 
-Adapted maps run merged where the base is fp32, scalars of modules that share an input come from one small GEMM, and a
-gated MLP takes some rows at a time. As in training (`lorascope.fused`), what is not recognised runs as it is.
+Adapted maps run merged where the base is fp32, and scalars of modules that share an input come from one small GEMM. As
+in training (`lorascope.fused`), what is not recognised runs as it is.
 
 Shapes: B = sequences, T = tokens, D = model width, I = input width, R = directions of a module, G = of a group.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -24,10 +24,6 @@ from lorascope.attached import Attached, find_module
 from lorascope.fused import agrees, forwards, gated_parts, norm_form
 from lorascope.memory import SHARE, free_memory
 from lorascope.rank1 import Linear
-
-PIECE = 1024
-"""Tokens that a CPU takes through a gated MLP at once: what lies between its products stays near the cores, which
-takes 4 to 5% from a pass over 2,000 tokens of SmolLM2 (docs/log.md)."""
 
 
 class SharedInput:
@@ -72,67 +68,6 @@ def shared_inputs(adapter: Adapter) -> list[tuple[SharedInput, slice]]:
     return found
 
 
-@dataclass(frozen=True)
-class ReadMap:
-    """An adapted linear map in its reading form; its scalars go to who reads them.
-
-    Attributes:
-        index: number of the module in the adapter.
-        merged: gives `linear`'s merged weight.
-        shared, rows: the group that the module shares its input with, and its read vectors in it.
-        edited: what runs where an edit touches the module.
-    """
-
-    attached: Attached
-    index: int
-    linear: Linear
-    merged: Callable[[], Tensor]
-    shared: SharedInput
-    rows: slice
-    edited: Callable[[Tensor], Tensor]
-
-    @property
-    def touched(self) -> bool:
-        """Whether an edit acts on the module now."""
-        return any(active.local[self.index] is not None for active in self.attached.edits)
-
-    @property
-    def is_product(self) -> bool:
-        """Whether the output is one product now, in which no scalar has a part of its own."""
-        return not self.touched and (self.linear.merges or self.attached.base_run)
-
-    def product(self) -> Callable[[Tensor], Tensor]:
-        """What gives the output where it is one product: with the base's weight in a base run, else the merged one."""
-        weight_OI = self.linear.W_OI if self.attached.base_run else self.merged()
-        return partial(F.linear, weight=weight_OI, bias=self.linear.bias_O)
-
-    def scalars(self, x: Tensor) -> Tensor:
-        """Scalars [..., R] fp32 of an input, not yet passed to who reads them."""
-        return self.shared.scalars(x, self.rows)
-
-    @property
-    def is_read(self) -> bool:
-        """Whether someone reads scalars now."""
-        return bool(self.attached.readings)
-
-    def give(self, z: Tensor) -> Tensor:
-        """Pass scalars [..., R] to who reads them; gives those that act."""
-        return self.attached._pass_scalars(self.index, z)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """The module's output, like x."""
-        if self.touched:
-            return self.edited(x)
-        if self.is_product:
-            if self.is_read:
-                self.give(self.scalars(x))
-            return self.product()(x)
-        assert self.linear.b_OR is not None
-        z = self.give(self.scalars(x))
-        y = F.linear(x, self.linear.W_OI, self.linear.bias_O)
-        return (y.float() + F.linear(z * self.linear.scale, self.linear.b_OR)).to(y.dtype)
-
-
 @contextmanager
 def fused_reading(attached: Attached) -> Iterator[int]:
     """Inside, forward passes without gradients are fast and still give every scalar; gives the number of parts.
@@ -151,45 +86,13 @@ def fused_reading(attached: Attached) -> Iterator[int]:
         if type(module) is nn.Linear:
             linear = Linear(module.weight, module.bias, part.a_RI, part.b_OR, part.scale)
             merged = cache(linear.merged) if kept else linear.merged
-            forms[module] = ReadMap(attached, index, linear, merged, shared, rows, module.forward)
+            forms[module] = partial(read_linear, attached, index, linear, merged, shared, rows, module.forward)
     for module in model.modules():
         form = norm_form(module) or (partial(read_mlp, module) if gated_parts(module) else None)
         if form is not None and agrees(module, form):
             forms[module] = form
     with forwards(forms):
         yield len(forms)
-
-
-def read_mlp(module: Any, x: Tensor) -> Tensor:
-    """A gated MLP [..., D] without gradients; what lies between its products is formed in place.
-
-    On a CPU many tokens go through it in pieces, where each map is one product and nobody waits for it with a hook.
-    """
-    parts = [module.gate_proj, module.up_proj, module.down_proj]
-    maps = [part.__dict__.get("forward", part) for part in parts]
-    tokens = x.shape[:-1].numel()
-    if x.device.type != "cpu" or tokens <= PIECE or not all(map(in_pieces, parts, maps)):
-        whole: Tensor = module.down_proj(F.silu(module.gate_proj(x), inplace=True).mul_(module.up_proj(x)))
-        return whole
-    for part in maps[:2]:
-        if isinstance(part, ReadMap) and part.is_read:
-            part.give(part.scalars(x))
-    gate, up, down = (part.product() if isinstance(part, ReadMap) else part for part in maps)
-    outputs, scalars = [], []
-    for piece in x.flatten(0, -2).tensor_split(-(-tokens // PIECE)):
-        inner = F.silu(gate(piece), inplace=True).mul_(up(piece))
-        outputs.append(down(inner))
-        if isinstance(maps[2], ReadMap) and maps[2].is_read:
-            scalars.append(maps[2].scalars(inner))
-    if scalars:
-        maps[2].give(torch.cat(scalars).unflatten(0, x.shape[:-1]))
-    return torch.cat(outputs).unflatten(0, x.shape[:-1])
-
-
-def in_pieces(module: nn.Module, form: Callable[[Tensor], Tensor]) -> bool:
-    """Whether a map may take some tokens at a time: its output is one product, and no hook would see them apart."""
-    hooked = module._forward_hooks or module._forward_pre_hooks
-    return not hooked and (form.is_product if isinstance(form, ReadMap) else form is module)
 
 
 def beside_weights(model: Any, adapter: Adapter) -> Adapter:
@@ -200,3 +103,34 @@ def beside_weights(model: Any, adapter: Adapter) -> Adapter:
         for part, device in zip(adapter.modules, devices, strict=True)
     ]
     return replace(adapter, modules=tuple(modules))
+
+
+def read_mlp(module: Any, x: Tensor) -> Tensor:
+    """A gated MLP without gradients, its products formed in place."""
+    inner: Tensor = F.silu(module.gate_proj(x), inplace=True).mul_(module.up_proj(x))
+    result: Tensor = module.down_proj(inner)
+    return result
+
+
+def read_linear(
+    attached: Attached,
+    index: int,
+    linear: Linear,
+    merged: Callable[[], Tensor],
+    shared: SharedInput,
+    rows: slice,
+    edited: Callable[[Tensor], Tensor],
+    x: Tensor,
+) -> Tensor:
+    """An adapted map; its scalars go to who reads them. `edited` is what runs where an edit touches it."""
+    if any(active.local[index] is not None for active in attached.edits):
+        return edited(x)
+    if attached.readings or not (linear.merges or attached.base_run):
+        z = attached._pass_scalars(index, shared.scalars(x, rows))
+    if attached.base_run:
+        return F.linear(x, linear.W_OI, linear.bias_O)
+    if linear.merges:
+        return F.linear(x, merged(), linear.bias_O)
+    assert linear.b_OR is not None
+    y = F.linear(x, linear.W_OI, linear.bias_O)
+    return (y.float() + F.linear(z * linear.scale, linear.b_OR)).to(y.dtype)
