@@ -23,8 +23,10 @@ def measure(study_path: Path) -> dict[str, Any]:
     from lorascope import edits
     from lorascope.adapter import Adapter
     from lorascope.attached import attach
+    from lorascope.fused_reading import fused_reading
     from lorascope.generation import Sampling, generate_batch
     from lorascope.models import load_model
+    from lorascope.prepacked import prepacked_maps
     from lorascope.study import Study
 
     study = Study.open(study_path)
@@ -39,7 +41,13 @@ def measure(study_path: Path) -> dict[str, Any]:
     mask_BT = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=DEVICE)
 
     def ours() -> None:
-        with torch.no_grad(), attach(model, adapter) as attached, attached.edit(edits.add("L20.gate", 1.0)):
+        with (
+            torch.no_grad(),
+            prepacked_maps(model),
+            attach(model, adapter) as attached,
+            fused_reading(attached),
+            attached.edit(edits.add("L20.gate", 1.0)),
+        ):
             results = generate_batch(attached, renderer, prompts, Sampling(max_new_tokens=NEW, min_new_tokens=NEW))
             assert all(len(result.ids) == NEW for result in results)
 

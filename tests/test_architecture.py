@@ -22,8 +22,8 @@ FLOORS = {
     1: "errors config progress columns stats differences addresses decoders adapter peft_files models builtin_model "
     "token_text traces tasks heap",
     2: "study store store_writer features layers explained recovery selection",
-    3: "attached sinks controls restart rank1 fused fused_reading packing edits memory generation kl training_plan "
-    "training_state leave_one_out screening residual_norms comparison_cells comparison_tests",
+    3: "attached sinks controls restart rank1 fused fused_reading prepacked packing edits memory generation kl "
+    "training_plan training_state leave_one_out screening residual_norms comparison_cells comparison_tests",
     4: "creation training evaluation ablation recording example_search logit_lens comparison steering sae explain "
     "reasoning",
     5: "views status",

@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 import torch
 
+from lorascope import edits
 from lorascope.adapter import Adapter, initial_adapter
-from lorascope.attached import attach
+from lorascope.attached import Attached, attach
 from lorascope.controls import adapter_probe, neuron_probe, random_addresses, random_control, untrained_control
 from lorascope.features import DIFFERENCE
 from lorascope.fused import fused
 from lorascope.fused_reading import fused_reading
-from lorascope.models import load_model
+from lorascope.generation import Sampling, generate_batch
+from lorascope.models import load_model, load_tokenizer
+from lorascope.prepacked import packs, prepacked_maps
 from lorascope.recording import adapter_scalars, base_scalars, read_batch, scalars_beside
 from lorascope.sinks import SINK_RATIO
 from lorascope.study import Study
@@ -90,6 +93,28 @@ def test_a_batch_is_read_as_each_trace_alone(
             else:
                 found = read_batch(attached, traces, read)
             check_reading(found, alone[name], [run.seen for run in alone[name]])
+
+
+@pytest.mark.parametrize("edit", [None, edits.add("L20.gate", 3.0), edits.off("*")])
+def test_fast_forms_generate_what_plain_ones_do(
+    model: Any, adapter: Adapter, real_study: Study, edit: edits.Edit | None
+) -> None:
+    """As `evaluate` and the studio's Live run them: maps prepacked, and merged where no edit touches them."""
+    renderer = real_study.renderer(load_tokenizer(MODEL))
+    prompts = [renderer.prompt_ids(trace.question) for trace in real_study.traces("heldout")[:3]]
+    sampling = Sampling(max_new_tokens=16, min_new_tokens=16)
+
+    def texts(attached: Attached) -> list[list[int]]:
+        with attached.edit(*([edit] if edit else [])):
+            return [result.ids for result in generate_batch(attached, renderer, prompts, sampling)]
+
+    with torch.no_grad():
+        with attach(model, adapter) as attached:
+            wanted = texts(attached)
+        with prepacked_maps(model) as count, attach(model, adapter) as attached, fused_reading(attached):
+            assert count == (211 if packs() else 0)
+            assert texts(attached) == wanted
+    assert len({tuple(ids) for ids in wanted}) == 3
 
 
 def test_controls_are_read_as_hooks_see_them(

@@ -24,8 +24,10 @@ from lorascope.addresses import select
 from lorascope.attached import attach
 from lorascope.config import Options
 from lorascope.errors import BadInput
+from lorascope.fused_reading import fused_reading
 from lorascope.generation import Sampling, generate_batch
 from lorascope.models import load_model
+from lorascope.prepacked import prepacked_maps
 from lorascope.recovery import recovery_rows
 from lorascope.study import Study, atomic_write_text, digest, write_json
 from lorascope.tasks import Problem, gather_problems, score
@@ -240,15 +242,16 @@ def contestant_model(study: Study, contestant: Contestant, options: Options) -> 
     source = str(study.path / contestant.weights) if contestant.full else study.model_name
     model, tokenizer = load_model(source, device=options.device, dtype=options.dtype)
     renderer = study.renderer(tokenizer)
-    if not contestant.weights or contestant.full:
-        yield model, renderer
-        return
-    with attach(model, Adapter.load(study.path / contestant.weights)) as attached:
+    with ExitStack() as stack:
+        stack.enter_context(prepacked_maps(model))
+        if not contestant.weights or contestant.full:
+            yield model, renderer
+            return
+        attached = stack.enter_context(attach(model, Adapter.load(study.path / contestant.weights)))
+        stack.enter_context(fused_reading(attached))
         if contestant.off:
-            with attached.edit(edits.off(contestant.off)):
-                yield attached, renderer
-        else:
-            yield attached, renderer
+            stack.enter_context(attached.edit(edits.off(contestant.off)))
+        yield attached, renderer
 
 
 def sample_rows(

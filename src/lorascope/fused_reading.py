@@ -23,7 +23,8 @@ from lorascope.adapter import AdaptedModule, Adapter
 from lorascope.attached import Attached, find_module
 from lorascope.fused import agrees, forwards, gated_parts, norm_form
 from lorascope.memory import SHARE, free_memory
-from lorascope.rank1 import Linear
+from lorascope.prepacked import prepacked, prepacked_forms
+from lorascope.rank1 import Forward, Linear
 
 
 class SharedInput:
@@ -75,17 +76,17 @@ def fused_reading(attached: Attached) -> Iterator[int]:
     Adapted maps of an fp32 base run merged, in one GEMM; those of other bases add the directions' term in fp32. Scalars
     of modules that share an input are computed together, with an fp32 base only where they are read. In
     `attached.as_base` the maps run alone. Edited maps, and parts that are not recognised, run in the forms of `attach`.
-    Merged weights are made once where a share of the free memory holds them, else anew in every pass.
+    Merged weights are made and laid out once where a share of the free memory holds them, else made in every pass.
     """
     model, adapter = attached.model, beside_weights(attached.model, attached.adapter)
-    forms: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
+    forms: dict[nn.Module, Callable[[Tensor], Tensor]] = prepacked_forms(model)  # of the others: attach has its own
     size = sum(next(find_module(model, part).parameters()).nbytes for part in adapter.modules)
     kept = size <= free_memory(model.device) // SHARE
     for index, (part, (shared, rows)) in enumerate(zip(adapter.modules, shared_inputs(adapter), strict=True)):
         module = find_module(model, part)
         if type(module) is nn.Linear:
             linear = Linear(module.weight, module.bias, part.a_RI, part.b_OR, part.scale)
-            merged = cache(linear.merged) if kept else linear.merged
+            merged = cache(partial(prepacked_sum, linear)) if kept else partial(plain_sum, linear)
             forms[module] = partial(read_linear, attached, index, linear, merged, shared, rows, module.forward)
     for module in model.modules():
         form = norm_form(module) or (partial(read_mlp, module) if gated_parts(module) else None)
@@ -105,6 +106,16 @@ def beside_weights(model: Any, adapter: Adapter) -> Adapter:
     return replace(adapter, modules=tuple(modules))
 
 
+def prepacked_sum(linear: Linear) -> Forward:
+    """An adapted map as one, to be kept."""
+    return prepacked(linear.merged(), linear.bias_O)
+
+
+def plain_sum(linear: Linear) -> Forward:
+    """An adapted map as one, for one use."""
+    return partial(F.linear, weight=linear.merged(), bias=linear.bias_O)
+
+
 def read_mlp(module: Any, x: Tensor) -> Tensor:
     """A gated MLP without gradients, its products formed in place."""
     inner: Tensor = F.silu(module.gate_proj(x), inplace=True).mul_(module.up_proj(x))
@@ -116,7 +127,7 @@ def read_linear(
     attached: Attached,
     index: int,
     linear: Linear,
-    merged: Callable[[], Tensor],
+    merged: Callable[[], Forward],
     shared: SharedInput,
     rows: slice,
     edited: Callable[[Tensor], Tensor],
@@ -130,7 +141,7 @@ def read_linear(
     if attached.base_run:
         return F.linear(x, linear.W_OI, linear.bias_O)
     if linear.merges:
-        return F.linear(x, merged(), linear.bias_O)
+        return merged()(x)
     assert linear.b_OR is not None
     y = F.linear(x, linear.W_OI, linear.bias_O)
     return (y.float() + F.linear(z * linear.scale, linear.b_OR)).to(y.dtype)

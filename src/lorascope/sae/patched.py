@@ -104,6 +104,7 @@ def measure_patched(
     from lorascope.adapter import Adapter
     from lorascope.attached import attach
     from lorascope.models import load_model
+    from lorascope.prepacked import prepacked_maps
 
     rng = np.random.default_rng(options.seed)
     sequences = draw_sequences(heldout, config.tokens, rng)
@@ -112,7 +113,7 @@ def measure_patched(
     if adapter.addresses != store.addresses:
         raise BadInput(f"The adapter of {study.path} has other directions than its recording; record it again.")
     patches = make_patches(study, store)
-    with attach(model, adapter) as attached:
+    with prepacked_maps(model), attach(model, adapter) as attached:
         kls, segments = run_variants(attached, sequences, patches, config.token_budget)
     names = [OFF, EXACT, *patches]
     return pool_kls(names, kls, segments, rng) | {

@@ -16,8 +16,10 @@ from lorascope.adapter import Adapter
 from lorascope.attached import Attached, attach
 from lorascope.config import Options
 from lorascope.errors import BadInput
+from lorascope.fused_reading import fused_reading
 from lorascope.generation import Sampling, stop_ids
 from lorascope.models import load_model
+from lorascope.prepacked import prepacked_maps
 from lorascope.steering.moves import Steer, check_moves
 from lorascope.steering.panel import Panel, open_panel
 from lorascope.steering.passes import TARGETS, WHERE, Sequel, begin_sequel, run_pass
@@ -57,7 +59,7 @@ def open_bench(study: Study, options: Options, corpus: str = "train") -> Iterato
     adapter = Adapter.load(folder)
     panel = open_panel(study, adapter, corpus)
     model, tokenizer = load_model(study.model_name, device=options.device, dtype=options.dtype)
-    with attach(model, adapter) as attached:
+    with prepacked_maps(model), attach(model, adapter) as attached, fused_reading(attached):
         yield Bench(attached, study.renderer(tokenizer), panel)
 
 
