@@ -23,7 +23,6 @@ def measure(study_path: Path) -> dict[str, Any]:
     from lorascope import edits
     from lorascope.adapter import Adapter
     from lorascope.attached import attach
-    from lorascope.fused_reading import fused_reading
     from lorascope.generation import Sampling, generate_batch
     from lorascope.models import load_model
     from lorascope.prepacked import prepacked_maps
@@ -45,7 +44,6 @@ def measure(study_path: Path) -> dict[str, Any]:
             torch.no_grad(),
             prepacked_maps(model),
             attach(model, adapter) as attached,
-            fused_reading(attached),
             attached.edit(edits.add("L20.gate", 1.0)),
         ):
             results = generate_batch(attached, renderer, prompts, Sampling(max_new_tokens=NEW, min_new_tokens=NEW))

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lorascope.edits import add, clamp, gate, off, replace, scale
     from lorascope.generation import Sampling, generate
     from lorascope.models import load_model
+    from lorascope.prepacked import prepacked_maps
     from lorascope.store import Store
     from lorascope.study import Study
 
@@ -29,6 +30,7 @@ _HOMES = {
     "generate": "generation",
     "load_model": "models",
     "off": "edits",
+    "prepacked_maps": "prepacked",
     "replace": "edits",
     "scale": "edits",
 }
@@ -44,6 +46,7 @@ __all__ = [
     "generate",
     "load_model",
     "off",
+    "prepacked_maps",
     "replace",
     "scale",
 ]

@@ -24,7 +24,6 @@ from lorascope.addresses import select
 from lorascope.attached import attach
 from lorascope.config import Options
 from lorascope.errors import BadInput
-from lorascope.fused_reading import fused_reading
 from lorascope.generation import Sampling, generate_batch
 from lorascope.models import load_model
 from lorascope.prepacked import prepacked_maps
@@ -248,7 +247,6 @@ def contestant_model(study: Study, contestant: Contestant, options: Options) -> 
             yield model, renderer
             return
         attached = stack.enter_context(attach(model, Adapter.load(study.path / contestant.weights)))
-        stack.enter_context(fused_reading(attached))
         if contestant.off:
             stack.enter_context(attached.edit(edits.off(contestant.off)))
         yield attached, renderer

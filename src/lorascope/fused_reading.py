@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from lorascope.adapter import AdaptedModule, Adapter
 from lorascope.attached import Attached, find_module
+from lorascope.decoders import text_decoder
 from lorascope.fused import agrees, forwards, gated_parts, norm_form
-from lorascope.memory import SHARE, free_memory
-from lorascope.prepacked import prepacked, prepacked_forms
+from lorascope.prepacked import has_room, prepacked, prepacked_forms
 from lorascope.rank1 import Forward, Linear
 
 
@@ -76,17 +76,19 @@ def fused_reading(attached: Attached) -> Iterator[int]:
     Adapted maps of an fp32 base run merged, in one GEMM; those of other bases add the directions' term in fp32. Scalars
     of modules that share an input are computed together, with an fp32 base only where they are read. In
     `attached.as_base` the maps run alone. Edited maps, and parts that are not recognised, run in the forms of `attach`.
-    Merged weights are made and laid out once where a share of the free memory holds them, else made in every pass.
+    On a CPU the maps multiply by prepacked weights. Where a share of the free memory holds merged and packed weights
+    they are made once, else in every pass: memory decides the cost and not the numbers.
     """
     model, adapter = attached.model, beside_weights(attached.model, attached.adapter)
-    forms: dict[nn.Module, Callable[[Tensor], Tensor]] = prepacked_forms(model)  # of the others: attach has its own
-    size = sum(next(find_module(model, part).parameters()).nbytes for part in adapter.modules)
-    kept = size <= free_memory(model.device) // SHARE
+    keep = has_room(model)
+    # Of unadapted maps only: attach gave the others a forward. A head packed for every few positions would be slow.
+    forms: dict[nn.Module, Forward] = prepacked_forms(model if keep else text_decoder(model), keep=keep)
     for index, (part, (shared, rows)) in enumerate(zip(adapter.modules, shared_inputs(adapter), strict=True)):
         module = find_module(model, part)
         if type(module) is nn.Linear:
             linear = Linear(module.weight, module.bias, part.a_RI, part.b_OR, part.scale)
-            merged = cache(partial(prepacked_sum, linear)) if kept else partial(plain_sum, linear)
+            merge = partial(merged_form, linear)
+            merged = cache(merge) if keep else merge
             forms[module] = partial(read_linear, attached, index, linear, merged, shared, rows, module.forward)
     for module in model.modules():
         form = norm_form(module) or (partial(read_mlp, module) if gated_parts(module) else None)
@@ -106,14 +108,9 @@ def beside_weights(model: Any, adapter: Adapter) -> Adapter:
     return replace(adapter, modules=tuple(modules))
 
 
-def prepacked_sum(linear: Linear) -> Forward:
-    """An adapted map as one, to be kept."""
+def merged_form(linear: Linear) -> Forward:
+    """An fp32 map with its directions added to the weight."""
     return prepacked(linear.merged(), linear.bias_O)
-
-
-def plain_sum(linear: Linear) -> Forward:
-    """An adapted map as one, for one use."""
-    return partial(F.linear, weight=linear.merged(), bias=linear.bias_O)
 
 
 def read_mlp(module: Any, x: Tensor) -> Tensor:

@@ -22,44 +22,50 @@ from lorascope.rank1 import Forward
 
 @contextmanager
 def prepacked_maps(model: nn.Module) -> Iterator[int]:
-    """Inside, forward passes without gradients multiply by prepacked weights; gives the number of these maps.
+    """Inside, the model's plain fp32 maps on a CPU multiply by prepacked weights; gives the number of these maps.
 
-    An adapter attached inside stands on them.
+    An adapter that is attached inside stands on them. Weights must not change inside. Where a gradient is wanted, and
+    where a share of the free memory does not hold the copies, the maps run as they are.
     """
-    forms = prepacked_forms(model)
+    forms = prepacked_forms(model, keep=True) if has_room(model) else {}
     with forwards(forms):
         yield len(forms)
 
 
-def prepacked_forms(model: nn.Module) -> dict[nn.Module, Forward]:
-    """Forwards of a model's plain linear maps, each weight copied at its first use; none where memory is short."""
-    maps = [module for module in model.modules() if prepackable(module)]
-    if not has_room(maps):
-        return {}
-    return {module: partial(run_prepacked, cache(partial(prepacked, module.weight, module.bias))) for module in maps}
+def prepacked_forms(model: nn.Module, *, keep: bool) -> dict[nn.Module, Forward]:
+    """Forwards of a model's plain maps by weights that are packed at the first use, or, not kept, at every use."""
+    forms: dict[nn.Module, Forward] = {}
+    for module in model.modules():
+        if prepackable(module):
+            pack = partial(prepacked, module.weight, module.bias)
+            forms[module] = partial(run_prepacked, module.weight, module.bias, cache(pack) if keep else pack)
+    return forms
 
 
 def prepackable(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether `prepacked` gains anything: a plain linear map in fp32 on a CPU that nobody gave another forward."""
+    """Whether a module is a plain linear map, in fp32 on a CPU, that nobody gave another forward."""
     if type(module) is not nn.Linear or "forward" in module.__dict__:
         return False
     return module.weight.device.type == "cpu" and module.weight.dtype == torch.float32 and packs()
 
 
-def has_room(maps: list[nn.Linear]) -> bool:
-    """Whether a share of the free memory holds a copy of the maps' weights."""
-    return not maps or sum(module.weight.nbytes for module in maps) <= free_memory(maps[0].weight.device) // SHARE
+def has_room(model: nn.Module) -> bool:
+    """Whether a share of the free memory holds copies of all of a model's linear maps."""
+    weights = [module.weight for module in model.modules() if type(module) is nn.Linear]
+    return not weights or sum(weight.nbytes for weight in weights) <= free_memory(weights[0].device) // SHARE
 
 
-def run_prepacked(packed: Callable[[], Forward], x: Tensor) -> Tensor:
-    """A linear map by what gives its prepacked form."""
+def run_prepacked(weight_OI: Tensor, bias_O: Tensor | None, packed: Callable[[], Forward], x: Tensor) -> Tensor:
+    """A linear map by its prepacked form; as it is where a gradient is wanted."""
+    if torch.is_grad_enabled() and (x.requires_grad or weight_OI.requires_grad):
+        return F.linear(x, weight_OI, bias_O)
     return packed()(x)
 
 
 def prepacked(weight_OI: Tensor, bias_O: Tensor | None = None) -> Forward:
-    """`W·x + bias` [..., O] of x [..., I], without gradients; W is copied, so later changes to it have no effect.
+    """`W·x + bias` [..., O] of x [..., I], without gradients; W and the bias must not change while it is used.
 
-    Other devices and precisions than a CPU's fp32, and builds of torch that cannot do it, run `F.linear` with W itself.
+    Other devices and precisions than a CPU's fp32, and builds of torch that cannot do it, run `F.linear`.
     """
     if weight_OI.device.type != "cpu" or weight_OI.dtype != torch.float32 or not packs():
         return partial(F.linear, weight=weight_OI, bias=bias_O)
@@ -73,7 +79,13 @@ def arranged(weight_OI: Tensor) -> Tensor:
 
 
 def product(x: Tensor, packed: Tensor, bias_O: Tensor | None) -> Tensor:
-    """`W·x + bias` by oneDNN."""
+    """`W·x + bias` by oneDNN.
+
+    Raises:
+        RuntimeError: x wants a gradient, which would be lost.
+    """
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise RuntimeError("Prepacked weights pass no gradient; run them under torch.no_grad().")
     result: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias_O, "none", [], "")
     return result
 
@@ -83,7 +95,8 @@ def product(x: Tensor, packed: Tensor, bias_O: Tensor | None) -> Tensor:
 def packs() -> bool:
     """Whether this build of torch has the operators, which its compiler uses and nobody promises, and they agree."""
     generator = torch.Generator().manual_seed(0)
-    x, weight_OI, bias_O = (torch.randn(*shape, generator=generator) for shape in ((2, 3, 24), (40, 24), (40,)))
+    shapes = ((2, 3, 24), (40, 24), (40,))
+    x, weight_OI, bias_O = (torch.randn(*shape, generator=generator, device="cpu") for shape in shapes)
     try:
         got, wanted = product(x, arranged(weight_OI), bias_O), F.linear(x, weight_OI, bias_O)
         return bool((got - wanted).abs().max() <= 1e-5 * wanted.abs().max())

@@ -28,7 +28,7 @@ def adapted_forward(x: Tensor, base: Forward, a_RI: Tensor, b_OR: Tensor, scale:
 
     Args:
         x: [..., I], the true input of the module.
-        base: the module's own forward.
+        base: the module's own forward, or one that gives the same.
         a_RI, b_OR: fp32.
         tap: sees the scalars [..., R] in fp32 and returns those to use.
     """

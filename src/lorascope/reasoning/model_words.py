@@ -34,6 +34,7 @@ def word_log_probability(study: Study, store: Store, position_P: Ints, first_ids
 
     from lorascope.adapter import Adapter
     from lorascope.attached import attach
+    from lorascope.fused_reading import fused_reading
     from lorascope.models import load_model
     from lorascope.traces import pad_ids, plan_batches
 
@@ -49,7 +50,7 @@ def word_log_probability(study: Study, store: Store, position_P: Ints, first_ids
     out_P = np.empty(len(position_P))
     batches = plan_batches([len(one) for one in ids], TOKEN_BUDGET)
     wanted = torch.from_numpy(first_ids)
-    with torch.inference_mode(), attach(model, adapter) as attached:
+    with torch.inference_mode(), attach(model, adapter) as attached, fused_reading(attached):
         for batch in progress(batches, len(batches), "log p of the word", "batch"):
             hidden_BTD = attached.trunk(pad_ids([ids[i] for i in batch], 0)[0]).hidden
             for row, i in enumerate(batch):

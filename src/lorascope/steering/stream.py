@@ -16,7 +16,6 @@ from lorascope.adapter import Adapter
 from lorascope.attached import Attached, attach
 from lorascope.config import Options
 from lorascope.errors import BadInput
-from lorascope.fused_reading import fused_reading
 from lorascope.generation import Sampling, stop_ids
 from lorascope.models import load_model
 from lorascope.prepacked import prepacked_maps
@@ -59,7 +58,7 @@ def open_bench(study: Study, options: Options, corpus: str = "train") -> Iterato
     adapter = Adapter.load(folder)
     panel = open_panel(study, adapter, corpus)
     model, tokenizer = load_model(study.model_name, device=options.device, dtype=options.dtype)
-    with prepacked_maps(model), attach(model, adapter) as attached, fused_reading(attached):
+    with prepacked_maps(model), attach(model, adapter) as attached:
         yield Bench(attached, study.renderer(tokenizer), panel)
 
 
