@@ -41,6 +41,7 @@ TABLE = {
     "train_memory_vs_trl": ("its peak memory, 2,048 tokens at a time", "TRL SFTTrainer + PEFT", "at most 0.75"),
     "train_roofline": ("its share of the GEMM limit", "measured GEMM rate", "0.55"),
     "record_vs_bare": ("recording every scalar", "the bare trunk's forward of the same batches", "0.95"),
+    "record_vs_bare_prepacked": ("the same", "the bare trunk on our prepacked weights", ""),
     "record_vs_hooks": ("the same", "PEFT + a hook on every `lora_A`, batches in the corpus's order", "1.4"),
     "record_vs_hooks_our_batches": ("the same", "PEFT + hooks given our batches, padded", ""),
     "record_vs_nnsight": ("the same", "PEFT traced by nnsight, batches in the corpus's order", ""),
@@ -126,7 +127,8 @@ def table(results: dict[str, Any]) -> str:
             work += " (GPU)" if suffix else ""
             if "unexplained_ours" in found:
                 both = (f"{found[f'unexplained_{side}']:.3f}" for side in ("ours", "peer"))
-                work += f" (variance unexplained {' and '.join(both)})"
+                sizes = ", ".join(f"{number(size['ratio'])} at {size['size']}" for size in found["sizes"])
+                work += f" ({sizes}; variance unexplained {' and '.join(both)})"
             unit = found["unit"].split(",")[0]
             lines.append(
                 f"| {work} | {peer} | {number(found['ours'])} {unit} | {number(found['peer'])} | "

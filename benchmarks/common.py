@@ -69,8 +69,9 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def gemm_rate(size: int = 2048, repeats: int = 7) -> float:
-    """FLOP/s of a product of two square fp32 matrices: the best of some runs, as the limit of this machine.
+    """FLOP/s of torch's own product of two square fp32 matrices: the best of some runs, as the limit of this machine.
 
+    On a CPU products with prepacked weights may pass it by a tenth (`lorascope.prepacked`).
     The benchmarked model is fp32 on every device, as its checkpoint is.
     """
     a, b = torch.randn(2, size, size, device=DEVICE)
@@ -166,7 +167,15 @@ def peak_memory() -> float:
 def machine() -> str:
     """One line on where the numbers were made."""
     gpu = f", {torch.cuda.get_device_name()}" if DEVICE == "cuda" else ""
-    return f"{platform.machine()}, {os.cpu_count()} CPUs{gpu}, torch {torch.__version__}"
+    cpu = f"{os.cpu_count()} CPUs ({cpu_name()}, {torch.backends.cpu.get_cpu_capability()})"
+    return f"{platform.machine()}, {cpu}{gpu}, torch {torch.__version__}"
+
+
+def cpu_name() -> str:
+    """What the system calls the processor."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unnamed")
 
 
 def main(measure: Callable[[Path], dict[str, Any]]) -> None:

@@ -29,13 +29,15 @@ GROUPS = {
 
 def group_of(name: str) -> str:
     """The kind of an operation."""
+    if name == "mkldnn::_linear_pointwise":
+        return "matrix products"
     short = name.removeprefix("aten::")
     for group, starts in GROUPS.items():
         if any(short == start or short.startswith((start + "_", start + ".")) for start in starts):
             return group
         if any(start.startswith("_") and short.startswith(start) for start in starts):
             return group
-    return "elementwise and the rest" if name.startswith("aten::") else "Python and numpy"
+    return "elementwise and the rest" if name.startswith(("aten::", "mkldnn::")) else "Python and numpy"
 
 
 def training(study_path: Path) -> Callable[[], Any]:

@@ -3,10 +3,11 @@
 python benchmarks/record.py STUDY
 
 The traces are whole batches of a plan of the whole corpus, evenly taken: padded, or packed, as when all
-of it is recorded. The bare trunk runs the very batches that ours does, packed where ours packs. The usual glue pads
-batches in the corpus's order, of as many tokens, and calls the whole model, LM head and all; `..._our_batches` gives it
-the batches that ours are made of, padded. A recording's fixed costs are counted but the last, a pass over 16 traces for
-the length of the base's own outputs.
+of it is recorded. The bare trunk runs the very batches that ours does, packed where ours packs, by torch's own
+products; `..._prepacked` gives it our prepacked weights too, so that it tells what recording alone costs. The usual
+glue pads batches in the corpus's order, of as many tokens, and calls the whole model, LM head and all;
+`..._our_batches` gives it the batches that ours are made of, padded. A recording's fixed costs are counted but the
+last, a pass over 16 traces for the length of the base's own outputs.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ def measure(study_path: Path) -> dict[str, Any]:
     from lorascope.fused_reading import fused_reading
     from lorascope.models import load_model
     from lorascope.packing import prepare_packing
+    from lorascope.prepacked import prepacked_maps
     from lorascope.recording import adapter_scalars, fill_stores, plan_recording
     from lorascope.study import Study
     from lorascope.traces import pad_ids, plan_batches
@@ -96,6 +98,10 @@ def measure(study_path: Path) -> dict[str, Any]:
         for batch in batches:
             plain.base_model(**batch, use_cache=False)
 
+    def bare_prepacked(batches: list[dict[str, torch.Tensor]]) -> None:
+        with prepacked_maps(plain):
+            bare(batches)
+
     @torch.inference_mode()
     def hooks(batches: list[torch.Tensor]) -> None:
         seen: list[torch.Tensor] = []
@@ -132,6 +138,7 @@ def measure(study_path: Path) -> dict[str, Any]:
     times = take_turns({"ours": partial(ours, *many), "bare": partial(bare, trunk)}, REPEATS[0], warmup=0)
     glue = {"hooks": partial(hooks, in_order), "hooks_alike": partial(hooks, planned)}
     glue |= {"ours": partial(ours, *few), "nnsight": partial(tracing, in_order)}
+    glue["prepacked"] = partial(bare_prepacked, as_ours(few[0], flat(few[1].shards)))
     glue_times = take_turns(glue, REPEATS[1], warmup=0)
     tokens, fewer = (sum(plan.lengths) for _, plan in (many, few))
     moved = 4 * TRUNK * len(trunk) + 2 * tokens * len(adapter.addresses)
@@ -140,6 +147,7 @@ def measure(study_path: Path) -> dict[str, Any]:
     peer = {"versions": versions("peft")}
     return {
         "record_vs_bare": beside("bare", times, tokens, packed=pack, **limits),
+        "record_vs_bare_prepacked": beside("prepacked", glue_times, fewer, packed=pack),
         "record_vs_hooks": beside("hooks", glue_times, fewer, **order, **peer),
         "record_vs_hooks_our_batches": beside("hooks_alike", glue_times, fewer, **plan_padding, **peer),
         "record_vs_nnsight": beside("nnsight", glue_times, fewer, **order, versions=versions("nnsight", "peft")),

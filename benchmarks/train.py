@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import DEVICE, HEAD, MODEL, TRUNK, gemm_rate, peak_memory, print_rows, roofline, row, versions
+from common import DEVICE, HEAD, MODEL, TRUNK, peak_memory, print_rows, roofline, row, versions
 
 STEPS, WARMUP, BATCH, RATE, REPEATS = 4, 1, 16, 2e-3, 3
 
@@ -168,9 +168,8 @@ def measure(study: Path) -> dict[str, Any]:
     memory, peer_memory = (statistics.median(r[name]["peak"] for r in rounds) for name in ("ours", "trl"))
     own = rounds[0]["ours"]
     flops = 4 * TRUNK * own["tokens"] + 4 * HEAD * own["supervised"]
-    spent, rate = statistics.median(sum(r["ours"]["seconds"]) for r in rounds), gemm_rate()
-    reached = flops / spent
-    moved = 4 * (2 * TRUNK + 2 * HEAD) * len(own["seconds"])
+    spent = statistics.median(sum(r["ours"]["seconds"]) for r in rounds)
+    limits = roofline(spent, flops, 4 * (2 * TRUNK + 2 * HEAD) * len(own["seconds"]))
     pairs = zip(own["losses"], rounds[0]["trl_alike"]["losses"], strict=True)
     apart = max(abs(mine - theirs) / theirs for mine, theirs in pairs)
     return {
@@ -198,11 +197,11 @@ def measure(study: Path) -> dict[str, Any]:
             peer_on_our_batches=statistics.median(r["trl_alike"]["peak"] for r in rounds),
         ),
         "train_roofline": row(
-            reached / rate,
-            reached / 1e9,
-            rate / 1e9,
+            limits["share_of_gemm_limit"],
+            flops / spent / 1e9,
+            limits["gemm_rate"] / 1e9,
             "GFLOP/s of the measured GEMM rate",
-            **roofline(spent, flops, moved),
+            **limits,
         ),
     }
 

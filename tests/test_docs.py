@@ -1,9 +1,12 @@
 """The documentation names only commands and options that exist."""
 
 import dataclasses
+import json
 import re
 from importlib import import_module
 from pathlib import Path
+
+import pytest
 
 from lorascope.cli import COMMANDS
 from lorascope.config import Options
@@ -34,3 +37,12 @@ def test_commands_and_options_in_the_documentation_exist() -> None:
 def test_every_command_is_in_the_readme() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert [name for name in COMMANDS if f"lorascope {name}" not in readme and f"make {name}" not in readme] == []
+
+
+def test_the_readmes_table_is_what_the_benchmarks_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    table = import_module("bench").table
+    results = json.loads((ROOT / "benchmarks" / "results.json").read_text(encoding="utf-8"))
+    for key, row in results.items():
+        assert {"ratio", "ours", "peer", "unit", "machine", "commit"} <= set(row), key
+    assert table(results) in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -391,3 +391,33 @@ def test_a_trainable_heads_gradient_is_not_formed_where_none_is_wanted(monkeypat
     monkeypatch.setattr(torch, "zeros_like", None)  # what the weight's gradient is summed in
     with torch.no_grad():
         assert torch.equal(head_loss(hidden, weight, targets), wanted)
+
+
+@pytest.mark.parametrize("names", [("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")])
+def test_maps_that_share_an_input_save_it_once(names: tuple[str, ...]) -> None:
+    """Of the forward pass only one copy of it is kept, whoever needs it for a gradient."""
+    model = tiny_model().requires_grad_(False)
+    adapter = random_adapter(model)
+    for part in adapter.modules:
+        part.a_RI.requires_grad_()
+    parent = model.model.layers[1].self_attn if names[0] == "q_proj" else model.model.layers[1].mlp
+    seen: list[Tensor] = []
+    saved: list[Tensor] = []
+    parent.get_submodule(names[0]).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    parent.register_forward_pre_hook(lambda _, args: seen.extend(args[:1]))
+
+    def save(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    ids = torch.randint(0, 97, (3, 9), generator=torch.Generator().manual_seed(0))
+    with (
+        torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor),
+        attach(model, adapter),
+        fused(model, adapter),
+    ):
+        model(ids, labels=ids).loss.backward()
+    x = seen[-1]  # the first were probes
+    alike = [tensor for tensor in saved if tensor.numel() == x.numel() and torch.equal(tensor.view_as(x), x)]
+    assert len(alike) >= 1
+    assert {tensor.untyped_storage().data_ptr() for tensor in alike} == {x.untyped_storage().data_ptr()}

@@ -1,6 +1,7 @@
 """The built-in model's fast passes against plain ones: packed, in bfloat16, of the base, of controls, all trained."""
 
 import copy
+import json
 from functools import partial
 from typing import Any
 
@@ -8,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from lorascope import edits
+from lorascope import edits, generation
 from lorascope.adapter import Adapter, initial_adapter
 from lorascope.attached import Attached, attach
+from lorascope.config import Options
 from lorascope.controls import adapter_probe, neuron_probe, random_addresses, random_control, untrained_control
 from lorascope.features import DIFFERENCE
 from lorascope.fused import fused
@@ -18,8 +20,10 @@ from lorascope.fused_reading import fused_reading
 from lorascope.generation import Sampling, generate_batch
 from lorascope.models import load_model, load_tokenizer
 from lorascope.prepacked import has_room, packs, prepacked_maps
+from lorascope.reasoning.model_words import word_log_probability
 from lorascope.recording import adapter_scalars, base_scalars, read_batch, scalars_beside
 from lorascope.sinks import SINK_RATIO
+from lorascope.store import Store
 from lorascope.study import Study
 from lorascope.traces import Rendered
 from lorascope.training import Learner
@@ -96,25 +100,60 @@ def test_a_batch_is_read_as_each_trace_alone(
 
 
 @pytest.mark.parametrize("edit", [None, edits.add("L20.gate", 3.0), edits.off("*")])
-def test_prepacked_maps_generate_what_plain_ones_do(
-    model: Any, adapter: Adapter, real_study: Study, edit: edits.Edit | None
+def test_a_prepacked_batch_generates_what_plain_single_runs_do(
+    model: Any, adapter: Adapter, real_study: Study, edit: edits.Edit | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As `evaluate` and the studio's Live run them: the base's maps prepacked, the directions' terms beside them."""
+    """A shared beginning, a cache that is entered again, and rows that leave it: as `evaluate` runs."""
     renderer = real_study.renderer(load_tokenizer(MODEL))
-    prompts = [renderer.prompt_ids(trace.question) for trace in real_study.traces("heldout")[:3]]
-    sampling = Sampling(max_new_tokens=16, min_new_tokens=16)
+    told = "Answer the question below in one short sentence, and say nothing else than the answer. " * 2
+    prompts = [renderer.prompt_ids(told + trace.question) for trace in real_study.traces("heldout")[:3]]
+    assert len(generation.common_prefix(prompts)) > generation.SHARED
+    own_ends = generation.stop_ids
+    monkeypatch.setattr(generation, "STRETCH", 4)
 
-    def texts(attached: Attached) -> list[list[int]]:
+    def texts(attached: Attached, *batches: list[list[int]]) -> list[list[int]]:
         with attached.edit(*([edit] if edit else [])):
-            return [result.ids for result in generate_batch(attached, renderer, prompts, sampling)]
+            found = [generate_batch(attached, renderer, batch, Sampling(max_new_tokens=14)) for batch in batches]
+        return [result.ids for results in found for result in results]
 
     with torch.no_grad():
         with attach(model, adapter) as attached:
-            wanted = texts(attached)
+            singles = [[prompt] for prompt in prompts]
+            end = next(id_ for ids in texts(attached, *singles) for id_ in ids[5:8])
+            monkeypatch.setattr(generation, "stop_ids", lambda *given: [*own_ends(*given), end])
+            wanted = texts(attached, *singles)
         with prepacked_maps(model) as count, attach(model, adapter) as attached:
             assert count == (211 if packs() and has_room(model) else 0)
-            assert texts(attached) == wanted
-    assert len({tuple(ids) for ids in wanted}) == 3
+            assert texts(attached, prompts) == wanted
+    assert len({len(ids) for ids in wanted}) > 1
+
+
+def test_the_models_log_p_of_a_word_is_a_plain_runs(real_study: Study, model: Any, adapter: Adapter) -> None:
+    store = Store.open(real_study.path / "scalars" / "heldout" / "adapter")
+    places = np.array([int(store.offsets[1]) - 3, int(store.offsets[1]) - 2, int(store.offsets[2]) - 2])
+    found = word_log_probability(real_study, store, places, np.array([198, 260]), Options())
+    for place, value in zip(places.tolist(), found, strict=True):
+        start = int(store.offsets[store.token_traces(np.array([place]))[0]])
+        with torch.no_grad():
+            logits_V = plain_run(model, adapter, store.tokens[start : place + 1]).logits[-1].double()
+        assert value == pytest.approx(float(logits_V.log_softmax(0)[[198, 260]].logsumexp(0)), abs=1e-4)
+
+
+def test_the_length_of_the_bases_outputs_is_a_plain_runs(real_study: Study, model: Any, adapter: Adapter) -> None:
+    """Of two traces of those recorded; SmolLM2's maps have no bias."""
+    store = Store.open(real_study.path / "scalars" / "heldout" / "adapter")
+    found = json.loads((store.folder / "output_rms.json").read_text())
+    squares, tokens = np.zeros(len(adapter.modules)), 0
+    for i in range(0, store.n_traces, -(-store.n_traces // 2)):
+        part = slice(int(store.offsets[i]), int(store.offsets[i + 1]))
+        with torch.no_grad():
+            inputs = plain_run(model, adapter, store.tokens[part]).inputs
+            for number, module in enumerate(adapter.modules):
+                output_TO = inputs[module.path] @ model.get_submodule(module.path).weight.T
+                squares[number] += float(output_TO[torch.from_numpy(store.ordinary[part])].double().pow(2).sum())
+        tokens += int(store.ordinary[part].sum())
+    assert found["tokens"] == tokens
+    np.testing.assert_allclose(found["rms"], np.sqrt(squares / tokens), rtol=1e-4)
 
 
 def test_controls_are_read_as_hooks_see_them(

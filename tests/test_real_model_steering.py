@@ -13,6 +13,7 @@ from lorascope.attached import attach
 from lorascope.features import LatentWeights
 from lorascope.generation import Sampling, generate_batch
 from lorascope.models import load_model
+from lorascope.prepacked import prepacked_maps
 from lorascope.steering import Bench, Panel, Steer, steer_stream
 from lorascope.study import Study
 from real_model import MODEL, Change, plain_run
@@ -37,7 +38,7 @@ def bench(real_study: Study) -> Iterator[Bench]:
     W_enc, W_dec = (rng.normal(size=shape).astype(np.float32) for shape in ((n, 2), (2, n)))
     zeros = np.zeros(2, np.float32)
     panel = Panel(adapter.addresses, adapter.effect_per_scalar, LatentWeights(W_enc, W_dec * 0.2, zeros, zeros), UNIT)
-    with attach(steered, adapter) as attached:
+    with prepacked_maps(steered), attach(steered, adapter) as attached:
         yield Bench(attached, real_study.renderer(tokenizer), panel)
 
 

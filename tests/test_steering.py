@@ -14,6 +14,7 @@ from lorascope.errors import BadInput, MissingStage
 from lorascope.features import LatentWeights, jumprelu_codes
 from lorascope.generation import Sampling, generate_batch
 from lorascope.models import load_model
+from lorascope.prepacked import prepacked_maps
 from lorascope.steering import MODES, Bench, Panel, Steer, steer_stream
 from lorascope.steering import passes as passes_module
 from lorascope.steering.moves import direction_move, move_shift
@@ -50,7 +51,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Renderer]:
 def bench(loaded: tuple[Any, Renderer]) -> Iterator[Bench]:
     model, renderer = loaded
     adapter = random_adapter(model)
-    with attach(model, adapter) as attached:
+    with prepacked_maps(model), attach(model, adapter) as attached:
         yield Bench(attached, renderer, make_panel(adapter, random_latents(len(adapter.addresses))))
 
 

@@ -77,7 +77,7 @@ def fused_reading(attached: Attached) -> Iterator[int]:
     of modules that share an input are computed together, with an fp32 base only where they are read. In
     `attached.as_base` the maps run alone. Edited maps, and parts that are not recognised, run in the forms of `attach`.
     On a CPU the maps multiply by prepacked weights. Where a share of the free memory holds merged and packed weights
-    they are made once, else in every pass: memory decides the cost and not the numbers.
+    they are made once, else in every pass: memory decides what scalars cost and not what they are.
     """
     model, adapter = attached.model, beside_weights(attached.model, attached.adapter)
     keep = has_room(model)
