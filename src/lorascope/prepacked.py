@@ -44,9 +44,7 @@ def prepacked_forms(model: nn.Module, *, keep: bool) -> dict[nn.Module, Forward]
 
 def prepackable(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a module is a plain linear map, in fp32 on a CPU, that nobody gave another forward."""
-    if type(module) is not nn.Linear or "forward" in module.__dict__:
-        return False
-    return module.weight.device.type == "cpu" and module.weight.dtype == torch.float32 and packs()
+    return type(module) is nn.Linear and "forward" not in module.__dict__ and gains(module.weight)
 
 
 def has_room(model: nn.Module) -> bool:
@@ -67,9 +65,14 @@ def prepacked(weight_OI: Tensor, bias_O: Tensor | None = None) -> Forward:
 
     Other devices and precisions than a CPU's fp32, and builds of torch that cannot do it, run `F.linear`.
     """
-    if weight_OI.device.type != "cpu" or weight_OI.dtype != torch.float32 or not packs():
+    if not gains(weight_OI):
         return partial(F.linear, weight=weight_OI, bias=bias_O)
     return partial(product, packed=arranged(weight_OI), bias_O=None if bias_O is None else bias_O.contiguous())
+
+
+def gains(weight_OI: Tensor) -> bool:
+    """Whether a weight is one that packing is for."""
+    return weight_OI.device.type == "cpu" and weight_OI.dtype == torch.float32 and packs()
 
 
 def arranged(weight_OI: Tensor) -> Tensor:
